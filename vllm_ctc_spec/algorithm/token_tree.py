@@ -1,0 +1,41 @@
+"""The token tree: what drafting hands to verification.
+
+Letters: R requests, N nodes. Node 0 is the anchor; draft node i (1 <= i <= N) is column i - 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenTrees:
+    """One token tree per request, nodes in descending prefix probability, parents before children.
+
+    Any leading slice of the nodes is itself a valid tree, so a scheduler may cut a tree short.
+    Columns at and beyond `num_nodes` are padding: token 0, parent 0, depth 0, `prefix_logp` -inf.
+    """
+
+    tokens: Tensor
+    """[R, N] int64, the token of each draft node."""
+    parents: Tensor
+    """[R, N] int64, node index of the parent, 0 for the anchor."""
+    depths: Tensor
+    """[R, N] int64, 1 for the anchor's children."""
+    prefix_logp: Tensor
+    """[R, N] float32, log psi of the prefix that ends in the node."""
+    num_nodes: Tensor
+    """[R] int64, how many draft nodes are real."""
+
+    def ancestor_masks(self) -> Tensor:
+        """[R, N + 1] int64: bit j of row i is set iff node j is node i or one of its ancestors."""
+        num_requests, num_columns = self.tokens.shape
+        masks = torch.zeros(num_requests, num_columns + 1, dtype=torch.int64, device=self.tokens.device)
+        masks[:, 0] = 1
+        for node in range(1, num_columns + 1):
+            above = masks.gather(1, self.parents[:, node - 1 : node])
+            masks[:, node] = above[:, 0] | (1 << node)
+        return masks

@@ -1,0 +1,150 @@
+"""The CTC drafter: one module for training, for the reference loop and for vLLM.
+
+Letters: R requests (or anchors), T frames, H hidden size, V vocabulary without blank.
+
+From every verified position i the target's last hidden state h_i gives keys and values; they depend on
+nothing later, so a prefix cache may share them. At a step the drafter runs 1 + T queries per request, at
+positions n + 1 ... n + 1 + T: the anchor, then T frames, all conditioned on h_n. Queries see the context
+[0, n] and each other. How keys are stored and attended is the caller's business: it passes `attend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vllm_ctc_spec.config import CTCDrafterConfig
+
+
+class KeyValue(NamedTuple):
+    key: Tensor
+    """[..., num_key_value_heads, head_dim], rotated to its position."""
+    value: Tensor
+    """[..., num_key_value_heads, head_dim]"""
+
+
+Attend = Callable[[int, Tensor, KeyValue], Tensor]
+"""attend(layer, query [..., num_attention_heads, head_dim], own keys and values) -> like query."""
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotary embedding (Su et al., arXiv 2104.09864), half-split as in Llama.
+
+    x: [..., heads, head_dim]; positions: [...] int64. Angles are computed in float32.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = (positions.to(torch.float32)[..., None] * frequencies)[..., None, :]
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class DrafterLayer(nn.Module):
+    def __init__(self, config: CTCDrafterConfig) -> None:
+        super().__init__()
+        self.config = config
+        size, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.context_norm = RMSNorm(size, config.rms_norm_eps)
+        self.input_norm = RMSNorm(size, config.rms_norm_eps)
+        self.q_proj = nn.Linear(size, heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(size, kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(size, kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * config.head_dim, size, bias=False)
+        self.mlp_norm = RMSNorm(size, config.rms_norm_eps)
+        self.gate_up_proj = nn.Linear(size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, size, bias=False)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.config.head_dim))
+
+    def _key_value(self, normed: Tensor, positions: Tensor) -> KeyValue:
+        key = rotate(self._split_heads(self.k_proj(normed)), positions, self.config.rope_theta)
+        return KeyValue(key, self._split_heads(self.v_proj(normed)))
+
+    def context(self, hidden: Tensor, positions: Tensor) -> KeyValue:
+        return self._key_value(self.context_norm(hidden), positions)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Callable[[Tensor, KeyValue], Tensor]) -> Tensor:
+        normed = self.input_norm(x)
+        query = rotate(self._split_heads(self.q_proj(normed)), positions, self.config.rope_theta)
+        x = x + self.o_proj(attend(query, self._key_value(normed, positions)).flatten(-2))
+        gate, up = self.gate_up_proj(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.down_proj(F.silu(gate) * up)
+
+
+class CTCDrafter(PreTrainedModel):
+    """The draft module. It holds no embedding and no LM head: both are the target's and are passed in."""
+
+    config_class = CTCDrafterConfig
+    base_model_prefix = ""
+    _no_split_modules = ["DrafterLayer"]
+
+    def __init__(self, config: CTCDrafterConfig) -> None:
+        super().__init__(config)
+        size = config.hidden_size
+        self.anchor_norm = RMSNorm(size, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(size, config.rms_norm_eps)
+        self.fuse_proj = nn.Linear(2 * size, size, bias=False)
+        self.frame_queries = nn.Parameter(torch.empty(config.num_frames + 1, size))
+        self.layers = nn.ModuleList(DrafterLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(size, config.rms_norm_eps)
+        self.blank = nn.Parameter(torch.empty(size))
+        self.blank_bias = nn.Parameter(torch.zeros(1))
+        if config.emission == "conditioned":
+            self.condition_last = nn.Embedding(config.vocab_size, config.condition_rank)
+            self.condition_next = nn.Embedding(config.vocab_size + 1, config.condition_rank)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.Embedding):
+            # The first product of the two tables must be small but its gradient must not vanish.
+            nn.init.normal_(module.weight, std=self.config.condition_rank**-0.5)
+            if module.num_embeddings == self.config.vocab_size + 1:
+                nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, CTCDrafter):
+            nn.init.normal_(module.frame_queries, std=std)
+            nn.init.normal_(module.blank, std=std)
+
+    def context(self, hidden: Tensor, positions: Tensor) -> list[KeyValue]:
+        """Keys and values, one per layer, of verified positions.
+
+        hidden: [..., H], the target's last hidden states (after its final norm); positions: [...] int64.
+        """
+        return [layer.context(hidden, positions) for layer in self.layers]
+
+    def forward(self, anchor_embedding: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Frames [..., T, H], to be fed to the target's LM head and to `blank_logits`.
+
+        anchor_embedding: [..., H], the target's embedding of the anchor; hidden: [..., H], h_n;
+        positions: [...] int64, the anchor's position n + 1.
+        """
+        fused = self.fuse_proj(torch.cat((self.anchor_norm(anchor_embedding), self.hidden_norm(hidden)), dim=-1))
+        x = fused[..., None, :] + self.frame_queries
+        offsets = torch.arange(x.shape[-2], device=positions.device)
+        query_positions = positions[..., None] + offsets
+        for index, layer in enumerate(self.layers):
+            x = layer(x, query_positions, lambda query, own, index=index: attend(index, query, own))
+        return self.norm(x[..., 1:, :])
+
+    def blank_logits(self, frames: Tensor) -> Tensor:
+        """[..., T] from frames [..., T, H]; the blank is column V of the emission logits."""
+        return frames @ self.blank + self.blank_bias
