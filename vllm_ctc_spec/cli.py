@@ -1,0 +1,78 @@
+"""`vllm-ctc-spec`: the demo, and a look at one tree. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from vllm_ctc_spec import __version__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the next run goes on from the last finished stage.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vllm-ctc-spec", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="build a small target and drafter here, serve both, compare")
+    demo.add_argument("--json", type=Path, metavar="PATH", help="also write the comparison as JSON")
+    demo.add_argument("--print-paths", action="store_true", help="print only the two model folders")
+    demo.add_argument("--nodes", type=int, default=32, help="node budget, 1 to 63 (default %(default)s)")
+    demo.set_defaults(run=_demo)
+
+    inspect = commands.add_parser("inspect", help="draw the token tree of one prompt")
+    inspect.add_argument("target", help="folder or hub name of the target")
+    inspect.add_argument("drafter", help="folder of its CTC drafter")
+    inspect.add_argument("--prompt", required=True)
+    inspect.add_argument("--nodes", type=int, default=32, help="node budget, 1 to 63 (default %(default)s)")
+    inspect.add_argument("--tree", default="prefix", help="prefix, template or chain (default %(default)s)")
+    inspect.add_argument("--candidates", type=int, default=8, help="candidates per frame (default %(default)s)")
+    inspect.add_argument("--skip", type=int, default=0, help="decoding steps before the tree (default %(default)s)")
+    inspect.add_argument("--png", type=Path, metavar="PATH", help="also draw it into this file")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from vllm_ctc_spec.config import check_node_budget
+    from vllm_ctc_spec.demo.run import print_paths, run_demo
+
+    if options.print_paths:
+        return print_paths()
+    return run_demo(check_node_budget(options.nodes), options.json)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from vllm_ctc_spec.config import SpecOptions, check_node_budget
+    from vllm_ctc_spec.inspection import draw, summary, to_png, to_terminal
+
+    drawn = draw(
+        options.target,
+        options.drafter,
+        options.prompt,
+        check_node_budget(options.nodes),
+        SpecOptions(tree=options.tree, candidates=options.candidates),
+        options.skip,
+    )
+    console = Console()
+    console.print(to_terminal(drawn))
+    console.print(summary(drawn))
+    if options.png is not None:
+        to_png(drawn, options.png)
+        console.print(f"drawn into {options.png}")
+    return 0

@@ -1,0 +1,53 @@
+"""From the drafter's frames to token trees: the one way, for serving, for the reference loop and for evaluation.
+
+Letters: R requests, T frames, H hidden size, V vocabulary without blank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vllm_ctc_spec.algorithm import (
+    ConditionedEmissions,
+    IndependentEmissions,
+    TokenTrees,
+    build_chains,
+    build_prefix_trees,
+    build_template_trees,
+    conditioned_emissions,
+    independent_emissions,
+)
+from vllm_ctc_spec.config import SpecOptions
+from vllm_ctc_spec.drafter.modeling import CTCDrafter
+
+
+def emission_logits(drafter: CTCDrafter, frames: Tensor, lm_head: Callable[[Tensor], Tensor]) -> Tensor:
+    """[R, T, V + 1] float32, the blank last, from frames [R, T, H] and the target's head ([n, H] -> [n, V])."""
+    token_logits = lm_head(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+    return torch.cat((token_logits, drafter.blank_logits(frames)[..., None]), dim=-1).float()
+
+
+def emissions(
+    drafter: CTCDrafter, logits: Tensor, anchors: Tensor, candidates: int
+) -> ConditionedEmissions | IndependentEmissions:
+    """Emission probabilities over the candidate tokens; `candidates` per frame, anchors [R] int64."""
+    num_candidates = candidates * logits.shape[1]
+    if drafter.config.emission == "independent":
+        return independent_emissions(logits, num_candidates)
+    return conditioned_emissions(
+        logits, anchors, drafter.condition_last.weight, drafter.condition_next.weight, num_candidates
+    )
+
+
+def draft_trees(
+    drafter: CTCDrafter, logits: Tensor, anchors: Tensor, num_nodes: int, options: SpecOptions
+) -> TokenTrees:
+    if options.tree == "template":
+        return build_template_trees(logits, num_nodes)
+    table = emissions(drafter, logits, anchors, options.candidates)
+    if options.tree == "chain":
+        return build_chains(table, num_nodes)
+    return build_prefix_trees(table, num_nodes, options.min_prefix_probability)

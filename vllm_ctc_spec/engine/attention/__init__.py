@@ -1,0 +1,1 @@
+"""Attention backends that verify token trees over vLLM's paged cache."""

@@ -1,0 +1,212 @@
+"""vLLM's CPU attention backend, with rows of token trees attending to their ancestors.
+
+Plain prefill, decode and chain rows keep vLLM's kernel. The cache of a layer is
+[blocks, kv_heads, block, 2 * D] (vllm/v1/attention/backends/cpu_attn.py); per block and head the first half
+holds the keys as [D, block] and the second the values as [block, D] when the kernel's isa is "vec", which is
+why the builder chooses "vec" (isa "amx" interleaves tiles). `check_layout` proves it at start-up.
+
+Letters: R tree requests, Q rows per request (padded), K key-value heads, D head size, B block size, L context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from vllm_ctc_spec.ops.reference import attend_with_bias, tail_bias
+
+ISA = "vec"
+
+
+@dataclass(frozen=True)
+class PagedContext:
+    """Where the contexts of R requests lie in the paged cache."""
+
+    block_table: Tensor
+    """[R, blocks of the longest context] int64"""
+    lens: Tensor
+    """[R] int64"""
+
+    def max_len(self, block_size: int) -> int:
+        return self.block_table.shape[1] * block_size
+
+
+@dataclass(frozen=True)
+class TreeRows:
+    """The rows of a step that belong to branching trees."""
+
+    rows: Tensor
+    """[R, Q] int64, index of each tree row in the step's batch; padding repeats the request's first row."""
+    is_real: Tensor
+    """[R, Q] bool"""
+    context: PagedContext
+    bias: Tensor
+    """[R, Q, L + Q], see ops.reference.tail_bias"""
+    covers_batch: bool
+    """No row of the step is left for vLLM's own kernel."""
+
+
+@dataclass
+class TreeAttentionMetadata(CPUAttentionMetadata):
+    tree_rows: TreeRows | None = None
+
+
+class TreeCPUAttentionBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[TreeCPUAttentionImpl]:
+        return TreeCPUAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TreeCPUMetadataBuilder]:
+        return TreeCPUMetadataBuilder
+
+
+def register() -> None:
+    """Takes the place of CPU_ATTN, the only name that vLLM's CPU platform selects."""
+    register_backend(
+        AttentionBackendEnum.CPU_ATTN, f"{TreeCPUAttentionBackend.__module__}.{TreeCPUAttentionBackend.__name__}"
+    )
+
+
+class TreeCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.isa = ISA
+        self._set_isa_to_layers(self.layer_names)
+        check_layout(self.block_size, self.head_dim, self.dtype)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> TreeAttentionMetadata:
+        return TreeAttentionMetadata(**vars(super().build(common_prefix_len, common_attn_metadata, fast_build)))
+
+
+class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        for name, present in (
+            ("attention logit soft-capping", bool(self.logits_soft_cap)),
+            ("ALiBi", self.alibi_slopes is not None),
+            ("attention sinks", self.sinks is not None),
+            ("sliding-window attention", self.sliding_window != -1),
+        ):
+            if present:
+                raise ValueError(
+                    f'the target has {name}, which speculative method "ctc" does not support. '
+                    f"Serve it without speculative_config, or with another method."
+                )
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: TreeAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        trees = None if attn_metadata is None else attn_metadata.tree_rows
+        if trees is None or not trees.covers_batch:
+            super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        if trees is not None:
+            attended = attend_paged(
+                query[trees.rows], kv_cache, trees.context, key[trees.rows], value[trees.rows], trees.bias, self.scale
+            )
+            output[trees.rows[trees.is_real]] = attended[trees.is_real]
+        return output
+
+
+def attend_paged(
+    query: Tensor, kv_cache: Tensor, context: PagedContext, key: Tensor, value: Tensor, bias: Tensor, scale: float
+) -> Tensor:
+    """Query rows [R, Q, H, D] attend to their paged context and to own keys and values [R, Q, K, D]."""
+    keys, values = split_cache(kv_cache)
+    return attend_with_bias(
+        query,
+        _gather_context(keys.transpose(-1, -2), context.block_table),
+        _gather_context(values, context.block_table),
+        key,
+        value,
+        bias,
+        scale,
+    )
+
+
+def frame_bias(context: PagedContext, block_size: int, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Every one of the drafter's rows sees every other."""
+    everything = torch.ones(context.lens.shape[0], num_rows, num_rows, dtype=torch.bool)
+    return tail_bias(context.lens, context.max_len(block_size), everything, dtype)
+
+
+def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of one layer's cache: keys [blocks, K, D, B] and values [blocks, K, B, D]."""
+    num_blocks, num_kv_heads, block_size, packed = kv_cache.shape
+    halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * packed // 2)
+    keys = halves[:, :, 0].view(num_blocks, num_kv_heads, packed // 2, block_size)
+    values = halves[:, :, 1].view(num_blocks, num_kv_heads, block_size, packed // 2)
+    return keys, values
+
+
+def _gather_context(cache: Tensor, block_table: Tensor) -> Tensor:
+    """[blocks, K, B, D] and [R, n] block numbers -> [R, K, n * B, D]."""
+    num_requests, num_blocks = block_table.shape
+    _, num_kv_heads, block_size, head_size = cache.shape
+    gathered = cache[block_table].transpose(1, 2)
+    return gathered.reshape(num_requests, num_kv_heads, num_blocks * block_size, head_size)
+
+
+def write_cache(kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    """Store key and value [n, K, D] at slots [n] int64, as vLLM's own kernel does."""
+    num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+    key_cache, value_cache = kv_cache.view(num_blocks, num_kv_heads, block_size * 2, -1).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, ISA)
+
+
+def move_slots(kv_caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
+    """Copy keys and values of slots `sources` [n] to slots `targets` [n], in every layer.
+
+    Each layer reads all before it writes any, so the two sets may overlap.
+    """
+    block_size = kv_caches[0].shape[2]
+    source_block, source_offset = sources // block_size, sources % block_size
+    target_block, target_offset = targets // block_size, targets % block_size
+    for kv_cache in kv_caches:
+        keys, values = split_cache(kv_cache)
+        moved_keys = keys[source_block, :, :, source_offset]
+        moved_values = values[source_block, :, source_offset]
+        keys[target_block, :, :, target_offset] = moved_keys
+        values[target_block, :, target_offset] = moved_values
+
+
+def check_layout(block_size: int, head_size: int, dtype: torch.dtype) -> None:
+    """Write a known pattern with vLLM's kernel and read it through our views. Raises RuntimeError."""
+    num_tokens = 2 * block_size
+    cache = torch.zeros(2, 2, block_size, 2 * head_size, dtype=dtype)
+    # A generator of its own: the engine's random state must be what it is without us.
+    key, value = torch.randn(2, num_tokens, 2, head_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    write_cache(cache, torch.arange(num_tokens), key, value)
+    keys, values = split_cache(cache)
+    blocks = torch.arange(2)[None]
+    read_key = _gather_context(keys.transpose(-1, -2), blocks)[0].transpose(0, 1)
+    read_value = _gather_context(values, blocks)[0].transpose(0, 1)
+    if not (torch.equal(read_key, key) and torch.equal(read_value, value)):
+        raise RuntimeError(
+            f"vLLM's CPU cache (block size {block_size}, head size {head_size}, {dtype}) is not laid out as "
+            f'speculative method "ctc" expects. Serve without speculative_config and report this machine\'s processor.'
+        )

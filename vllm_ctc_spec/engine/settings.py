@@ -1,0 +1,123 @@
+"""From what the user wrote to settings that are known to work, or one error at start-up."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_ctc_spec.config import CTCDrafterConfig, SpecOptions, check_node_budget
+from vllm_ctc_spec.drafter.checkpoint import check_drafter
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig
+
+DEFAULT_NUM_NODES = 32
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What the worker needs; travels to it inside `VllmConfig.additional_config["ctc_spec"]`."""
+
+    drafter: str
+    num_nodes: int
+    options: SpecOptions
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> EngineSettings:
+        return cls(fields["drafter"], fields["num_nodes"], SpecOptions(**fields["options"]))
+
+
+def resolve_settings(
+    settings: dict[str, Any], engine_args: Any, target: ModelConfig, parallel: ParallelConfig
+) -> EngineSettings:
+    """Validate everything that can be known before a worker starts. Raises ValueError."""
+    settings = dict(settings)
+    settings.pop("method", None)
+    drafter = settings.pop("model", None)
+    num_nodes = check_node_budget(settings.pop("num_speculative_tokens", DEFAULT_NUM_NODES))
+    options = SpecOptions.from_dict(settings)
+    if not isinstance(drafter, str):
+        raise ValueError(
+            "speculative_config has no 'model': set it (or --spec-model) to the folder of a trained CTC drafter."
+        )
+    config = check_drafter(drafter)
+    _check_engine(engine_args, parallel)
+    _check_target(target)
+    _check_fit(config, drafter, target)
+    return EngineSettings(os.path.abspath(drafter), num_nodes, options)
+
+
+def _check_engine(engine_args: Any, parallel: ParallelConfig) -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise ValueError(
+            f'speculative method "ctc" runs on vLLM\'s CPU backend, not on {current_platform.device_type!r}. '
+            f"Install the CPU build: pip install 'vllm-ctc-spec[cpu]'."
+        )
+    if parallel.worker_cls != "auto":
+        raise ValueError(
+            f'--worker-cls {parallel.worker_cls!r}: speculative method "ctc" brings its own worker. Remove it.'
+        )
+    for setting in ("pipeline_parallel_size", "tensor_parallel_size", "decode_context_parallel_size"):
+        size = getattr(parallel, setting)
+        if size > 1:
+            raise ValueError(f'{setting}={size}: speculative method "ctc" needs 1. Use data_parallel_size to scale.')
+    if engine_args.kv_transfer_config is not None:
+        raise ValueError(
+            'kv_transfer_config: speculative method "ctc" moves keys and values after verification, which a KV '
+            "connector does not see. Remove one of the two."
+        )
+    if engine_args.kv_cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise ValueError(
+            f'kv_cache_dtype={engine_args.kv_cache_dtype!r}: speculative method "ctc" needs an unquantized cache. '
+            f'Use "auto".'
+        )
+    if engine_args.block_size is not None and engine_args.block_size % 32:
+        raise ValueError(
+            f'block_size={engine_args.block_size}: speculative method "ctc" needs a multiple of 32. Use 128.'
+        )
+
+
+def _check_target(target: ModelConfig) -> None:
+    text = target.hf_text_config
+    unsupported = {
+        "multi-head latent attention (MLA)": target.use_mla,
+        "hybrid or state-space (mamba) layers": target.is_hybrid or target.is_attention_free,
+        "M-RoPE positions": target.uses_mrope,
+        "an encoder": target.is_encoder_decoder,
+        "sliding-window attention": target.get_sliding_window() is not None,
+        "attention logit soft-capping": bool(getattr(text, "attn_logit_softcapping", None)),
+        "a pooling task instead of generation": target.runner_type != "generate",
+    }
+    for what, present in unsupported.items():
+        if present:
+            raise ValueError(
+                f'target {target.model!r} has {what}, which speculative method "ctc" does not support. '
+                f"Serve it without speculative_config, or with another method."
+            )
+    if target.get_head_size() % 32:
+        raise ValueError(
+            f'target {target.model!r} has head size {target.get_head_size()}; speculative method "ctc" needs a '
+            f"multiple of 32. Serve it without speculative_config."
+        )
+
+
+def _check_fit(config: CTCDrafterConfig, drafter: str, target: ModelConfig) -> None:
+    fits = {
+        "hidden_size": (config.hidden_size, target.get_hidden_size()),
+        "vocab_size": (config.vocab_size, target.get_vocab_size()),
+        "num_key_value_heads": (config.num_key_value_heads, target.get_total_num_kv_heads()),
+        "head_dim": (config.head_dim, target.get_head_size()),
+    }
+    for name, (ours, theirs) in fits.items():
+        if ours != theirs:
+            raise ValueError(
+                f"drafter {drafter!r} has {name} {ours}, but the target {target.model!r} has {theirs}: "
+                f"it was trained for another target. Train a drafter for this one."
+            )

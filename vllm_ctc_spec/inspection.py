@@ -1,0 +1,135 @@
+"""One prompt's token tree, for people: what was drafted, how much it was believed, what the target took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.text import Text
+from rich.tree import Tree
+
+from vllm_ctc_spec.config import SpecOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True)
+class DrawnTree:
+    """Node 0 is the anchor; node i in 1..N is entry i of every list."""
+
+    labels: list[str]
+    parents: list[int]
+    depths: list[int]
+    probabilities: list[float]
+    """Prefix probabilities; 1 for the anchor."""
+    accepted: set[int]
+    """Node indices of the path that the target took, the anchor included."""
+    emitted: str
+    """The text of the step: the accepted path and the target's own token after it."""
+
+    @property
+    def expected_length(self) -> float:
+        """Tokens that the drafter expects the step to emit: the sum of psi over all nodes, the anchor's 1 included."""
+        return sum(self.probabilities)
+
+
+def draw(target: str, drafter: str, prompt: str, num_nodes: int, options: SpecOptions, skip: int = 0) -> DrawnTree:
+    """Run the reference loop on `prompt` (float32, greedy) and keep the tree of step `skip + 1`.
+
+    target, drafter: model folders. Raises ValueError where the drafter does not fit the target.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from vllm_ctc_spec.drafter.checkpoint import check_drafter, load_drafter
+    from vllm_ctc_spec.reference import ReferenceStep, decode
+
+    config = check_drafter(drafter)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    if (config.hidden_size, config.vocab_size) != (model.config.hidden_size, model.config.vocab_size):
+        raise ValueError(f"drafter {drafter!r} was trained for another target than {target!r}.")
+    tokens = tokenizer(prompt)["input_ids"]
+    if not tokens:
+        raise ValueError("--prompt is empty: the drafter starts from the target's state after a prompt.")
+    steps: Iterator[ReferenceStep] = decode(model, load_drafter(drafter, torch.float32), tokens, num_nodes, options)
+    last = next(steps)
+    for _ in range(skip + 1):
+        anchor, last = last.tokens[-1], next(steps)
+    count = int(last.tree.num_nodes)
+    drafted = last.tree.tokens[0, :count].tolist()
+    return DrawnTree(
+        [tokenizer.decode([token]) for token in (anchor, *drafted)],
+        [0, *last.tree.parents[0, :count].tolist()],
+        [0, *last.tree.depths[0, :count].tolist()],
+        [1.0, *last.tree.prefix_logp[0, :count].exp().tolist()],
+        {0, *last.accepted_nodes},
+        tokenizer.decode(last.tokens),
+    )
+
+
+def to_terminal(drawn: DrawnTree) -> Tree:
+    branches: list[Tree] = []
+    for node, parent in enumerate(drawn.parents):
+        style = "bold green" if node in drawn.accepted else "dim"
+        label = Text.assemble((repr(drawn.labels[node]), style), f"  {drawn.probabilities[node]:.3f}")
+        branches.append(Tree(label) if node == 0 else branches[parent].add(label))
+    branches[0].label = Text.assemble(branches[0].label, "  (anchor)")
+    return branches[0]
+
+
+def summary(drawn: DrawnTree) -> str:
+    return (
+        f"{len(drawn.labels) - 1} nodes, expected tokens this step {drawn.expected_length:.2f}, "
+        f"emitted {len(drawn.accepted)}: {escape(repr(drawn.emitted))}"
+    )
+
+
+def to_png(drawn: DrawnTree, path: Path) -> None:
+    """Depth from left to right; the accepted path in green, edges as wide as the prefix is probable."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = _rows(drawn.parents)
+    figure, axes = plt.subplots(figsize=(2.2 * (max(drawn.depths) + 1.5), 0.36 * (max(rows) + 3)))
+    for node, parent in enumerate(drawn.parents):
+        colour = "tab:green" if node in drawn.accepted else "0.55"
+        at = (drawn.depths[node], -rows[node])
+        if node:
+            start = (drawn.depths[parent], -rows[parent])
+            axes.plot(*zip(start, at), color=colour, linewidth=0.6 + 3 * drawn.probabilities[node], zorder=1)
+        label = f"{drawn.labels[node]!r}\n{drawn.probabilities[node]:.2f}".replace("$", r"\$")
+        box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": colour}
+        axes.text(*at, label, ha="center", va="center", fontsize=7, family="monospace", bbox=box, zorder=2)
+    axes.set_xlim(-0.6, max(drawn.depths) + 0.6)
+    axes.set_ylim(-max(rows) - 1, 1)
+    axes.set_title(f"expected {drawn.expected_length:.2f} tokens, emitted {len(drawn.accepted)}", fontsize=9)
+    axes.axis("off")
+    figure.savefig(path, dpi=160, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _rows(parents: list[int]) -> list[float]:
+    """Vertical place of each node: leaves one below the other, a parent level with its first child."""
+    children: list[list[int]] = [[] for _ in parents]
+    for node, parent in enumerate(parents[1:], 1):
+        children[parent].append(node)
+    rows = [0.0] * len(parents)
+    next_row = 0.0
+
+    def place(node: int) -> None:
+        nonlocal next_row
+        for child in children[node]:
+            place(child)
+        if children[node]:
+            rows[node] = rows[children[node][0]]
+        else:
+            rows[node], next_row = next_row, next_row + 1.4
+
+    place(0)
+    return rows

@@ -1,0 +1,1 @@
+"""Kernels of tree verification, with a plain version of each."""

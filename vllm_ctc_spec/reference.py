@@ -1,0 +1,95 @@
+"""The whole method on a Hugging Face target: slow, short, and the specification that the engine is held to.
+
+No cache and no batching. Every step runs the target once over [verified text, anchor, tree nodes], with a mask that
+lets each node see the text and its ancestors, then walks the tree along the target's own greedy choices.
+
+Letters: P positions of the text with the anchor, N nodes, H hidden size, V vocabulary without blank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_ctc_spec.algorithm import TokenTrees, accept_greedy
+from vllm_ctc_spec.config import SpecOptions
+from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
+from vllm_ctc_spec.drafter.modeling import CTCDrafter, KeyValue
+
+
+@dataclass(frozen=True)
+class ReferenceStep:
+    tree: TokenTrees
+    """One request's tree; R = 1."""
+    accepted_nodes: list[int]
+    tokens: list[int]
+    """What the step emitted: the accepted path and the target's token after it."""
+
+
+@torch.inference_mode()
+def decode(
+    target: Any, drafter: CTCDrafter, prompt: list[int], num_nodes: int, options: SpecOptions
+) -> Iterator[ReferenceStep]:
+    """Greedy decoding without end; the first step has no tree yet. target: a transformers causal LM."""
+    hidden = run_target(target, torch.tensor([prompt]))
+    text = [*prompt, int(target.lm_head(hidden[:, -1]).argmax())]
+    yield ReferenceStep(_empty_tree(), [], text[-1:])
+    while True:
+        tree = draft(target, drafter, hidden, text[-1], num_nodes, options)
+        count = int(tree.num_nodes)
+        hidden_with_tree = run_target(target, *tree_inputs(text, tree))
+        rows = hidden_with_tree[:, len(text) - 1 :]
+        choices = F.pad(target.lm_head(rows).argmax(-1), (0, tree.tokens.shape[1] - count))
+        path = accept_greedy(tree, choices)
+        nodes = path.nodes[0, : int(path.num_accepted)].tolist()
+        emitted = [*(int(tree.tokens[0, node - 1]) for node in nodes), int(choices[0, nodes[-1] if nodes else 0])]
+        verified = torch.tensor([*range(len(text)), *(len(text) - 1 + node for node in nodes)])
+        hidden = hidden_with_tree[:, verified]
+        text.extend(emitted)
+        yield ReferenceStep(tree, nodes, emitted)
+
+
+def run_target(target: Any, tokens: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    """Last hidden states [1, P, H], after the final norm, of tokens [1, P]."""
+    return target.model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+
+
+def tree_inputs(text: list[int], tree: TokenTrees) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [1, P + N], additive mask [1, 1, P + N, P + N] and positions [1, P + N] of the text and a tree."""
+    count, length = int(tree.num_nodes), len(text)
+    tokens = torch.tensor([[*text, *tree.tokens[0, :count].tolist()]])
+    depths = tree.depths[0, :count]
+    positions = torch.cat((torch.arange(length), length - 1 + depths))[None]
+    allowed = torch.ones(length + count, length + count, dtype=torch.bool).tril()
+    bits = torch.arange(count + 1)
+    allowed[length - 1 :, length - 1 :] = ((tree.ancestor_masks()[0, : count + 1, None] >> bits) & 1).bool()
+    mask = torch.zeros(allowed.shape).masked_fill_(~allowed, float("-inf"))
+    return tokens, mask[None, None], positions
+
+
+def draft(
+    target: Any, drafter: CTCDrafter, hidden: Tensor, anchor: int, num_nodes: int, options: SpecOptions
+) -> TokenTrees:
+    """The tree after verified positions with hidden states [1, n + 1, H]; the anchor is at position n + 1."""
+    length = hidden.shape[1]
+    context = drafter.context(hidden, torch.arange(length)[None])
+    anchors = torch.tensor([anchor])
+
+    def attend(layer: int, query: Tensor, own: KeyValue) -> Tensor:
+        keys = torch.cat((context[layer].key, own.key), dim=1).transpose(1, 2)
+        values = torch.cat((context[layer].value, own.value), dim=1).transpose(1, 2)
+        return F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, enable_gqa=True).transpose(1, 2)
+
+    embedding = target.get_input_embeddings()(anchors)
+    frames = drafter(embedding, hidden[:, -1], torch.tensor([length]), attend)
+    return draft_trees(drafter, emission_logits(drafter, frames, target.lm_head), anchors, num_nodes, options)
+
+
+def _empty_tree() -> TokenTrees:
+    nothing = torch.zeros(1, 0, dtype=torch.int64)
+    return TokenTrees(nothing, nothing, nothing, torch.zeros(1, 0), torch.zeros(1, dtype=torch.int64))
