@@ -1,0 +1,45 @@
+# Every target but clean sets up .venv first: once, and again when pyproject.toml changes.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format clean
+
+BIN := .venv/bin
+ARGS ?=
+
+# The tests that start no engine.
+UNIT_TESTS ?= $(wildcard tests/algorithm tests/drafter tests/ops tests/training tests/test_*.py)
+
+# Neither the tests nor the demo need a network.
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+
+help:
+	@echo 'make demo    serve a small model with and without CTC trees and compare (ARGS="--json out.json")'
+	@echo 'make test    run all tests (ARGS="-k walk")'
+	@echo 'make check   formatting, lint, types and unit tests: what every change must pass'
+	@echo 'make format  format the code and fix what lint can fix'
+	@echo 'make setup   only make .venv (PYTHON=python3.12 chooses the interpreter)'
+	@echo 'make clean   remove .venv, caches and build products'
+
+setup:
+	@PYTHON='$(PYTHON)' scripts/setup-venv.sh
+
+demo: setup
+	$(BIN)/vllm-ctc-spec demo $(ARGS)
+
+test: setup
+	$(BIN)/pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(if $(strip $(UNIT_TESTS)),$(BIN)/pytest $(UNIT_TESTS) $(ARGS))
+
+format: setup
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find vllm_ctc_spec tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,119 @@
+"""Real engines on CPU, over a tiny target and a drafter trained for it here (about a minute, then cached)."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+# vLLM compiles with its own thread and process settings; a test run must not depend on the caller's.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from vllm import LLM, RequestOutput, SamplingParams
+
+from vllm_ctc_spec.demo.build import DemoPaths, build_demo
+from vllm_ctc_spec.demo.scale import DemoScale
+
+NUM_PROMPTS = 32
+NUM_NODES = 32
+
+
+@pytest.fixture(scope="session")
+def pair(request: pytest.FixtureRequest) -> DemoPaths:
+    return build_demo(request.config.cache.mkdir("ctc-tiny-pair"), DemoScale.tiny())
+
+
+@contextmanager
+def engine(pair: DemoPaths, spec: dict[str, Any] | None, **options: Any) -> Iterator[LLM]:
+    """An engine that is gone when the block ends. spec: our options beside method and model; None is plain vLLM."""
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "max_num_seqs": NUM_PROMPTS,
+        "kv_cache_memory_bytes": 1 << 27,
+        "disable_log_stats": False,
+    }
+    if spec is not None:
+        spec = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": NUM_NODES, **spec}
+    llm = LLM(str(pair.target), speculative_config=spec, **{**settings, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+@pytest.fixture(scope="session")
+def plain(pair: DemoPaths) -> Iterator[LLM]:
+    with engine(pair, None) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def trees(pair: DemoPaths) -> Iterator[LLM]:
+    with engine(pair, {}) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def prompts(pair: DemoPaths, plain: LLM) -> list[list[int]]:
+    """Token ids, from one token to some two hundred."""
+    tokenizer = plain.get_tokenizer()
+    rows = [json.loads(line)["prompt"] for line in pair.prompts.open(encoding="utf-8")]
+    tokens = [token for row in rows for token in tokenizer.encode(row)]
+    lengths = [1 + (index * 37) % 200 for index in range(NUM_PROMPTS)]
+    starts = [sum(lengths[:index]) % (len(tokens) - 200) for index in range(NUM_PROMPTS)]
+    return [tokens[start : start + length] for start, length in zip(starts, lengths)]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """All that a user sees of one answer."""
+
+    tokens: list[int]
+    text: str
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+def complete(llm: LLM, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[Completion]:
+    return [_completion(output) for output in generate(llm, prompts, params)]
+
+
+def generate(
+    llm: LLM, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]
+) -> list[RequestOutput]:
+    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+
+
+def _completion(output: RequestOutput) -> Completion:
+    answer = output.outputs[0]
+    return Completion(list(answer.token_ids), answer.text, answer.finish_reason, answer.stop_reason)
+
+
+def seeded(count: int, **params: Any) -> list[SamplingParams]:
+    return [SamplingParams(seed=1000 + index, **params) for index in range(count)]
+
+
+SameCheck = Callable[[SamplingParams | list[SamplingParams]], list[Completion]]
+
+
+@pytest.fixture
+def same(plain: LLM, trees: LLM, prompts: list[list[int]]) -> SameCheck:
+    """Assert that both engines give every prompt the same answer, in one batch; returns the answers."""
+
+    def check(params: SamplingParams | list[SamplingParams]) -> list[Completion]:
+        expected = complete(plain, prompts, params)
+        assert complete(trees, prompts, params) == expected
+        return expected
+
+    return check

@@ -1,0 +1,152 @@
+"""Same prompt, same seed, same sampling parameters: the same answer as vLLM without us (float32)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from vllm import LLM, SamplingParams
+
+from tests.engine.conftest import NUM_PROMPTS, SameCheck, complete, engine, generate, seeded
+from vllm_ctc_spec.engine.metrics import read_tree_metrics
+
+SAMPLING = {
+    "plain": {},
+    "top_p": {"top_p": 0.9},
+    "top_k": {"top_k": 20},
+    "min_p": {"min_p": 0.05},
+    "all": {"top_p": 0.95, "top_k": 50, "min_p": 0.02},
+}
+
+PENALTIES = {
+    "repetition": {"repetition_penalty": 1.3},
+    "presence": {"presence_penalty": 0.7},
+    "frequency": {"frequency_penalty": 0.4},
+    "all": {"repetition_penalty": 1.1, "presence_penalty": 0.3, "frequency_penalty": 0.2},
+}
+
+
+def test_greedy_tokens_are_equal_and_trees_are_used(same: SameCheck, trees: LLM) -> None:
+    same(SamplingParams(temperature=0, max_tokens=80))
+    metrics = read_tree_metrics(trees)
+    assert metrics is not None
+    assert metrics.acceptance_length > 1.3
+    assert metrics.nodes_per_step > 16
+
+
+def test_greedy_tokens_are_equal_one_request_at_a_time(plain: LLM, trees: LLM, prompts: list[list[int]]) -> None:
+    params = SamplingParams(temperature=0, max_tokens=40)
+    for prompt in prompts:
+        assert complete(trees, [prompt], params) == complete(plain, [prompt], params)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
+def test_a_seeded_request_gives_the_same_tokens(same: SameCheck, temperature: float, sampling: dict) -> None:
+    same(seeded(NUM_PROMPTS, temperature=temperature, max_tokens=60, **sampling))
+
+
+def test_a_seeded_request_gives_the_same_tokens_alone(plain: LLM, trees: LLM, prompts: list[list[int]]) -> None:
+    for prompt, params in zip(prompts, seeded(NUM_PROMPTS, temperature=0.8, top_p=0.95, max_tokens=30)):
+        assert complete(trees, [prompt], params) == complete(plain, [prompt], params)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("penalties", PENALTIES.values(), ids=PENALTIES)
+def test_penalties_see_the_path_walked_so_far(same: SameCheck, temperature: float, penalties: dict) -> None:
+    same(seeded(NUM_PROMPTS, temperature=temperature, max_tokens=60, **penalties))
+
+
+def test_greedy_seeded_and_penalised_requests_share_a_batch(same: SameCheck) -> None:
+    kinds = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.7, "presence_penalty": 0.5, "top_k": 10}]
+    same([SamplingParams(seed=index, max_tokens=50, **kinds[index % 3]) for index in range(NUM_PROMPTS)])
+
+
+def test_min_tokens_logit_bias_bad_words_and_allowed_tokens_are_honoured_inside_a_path(
+    same: SameCheck, prompts: list[list[int]], plain: LLM
+) -> None:
+    common = [answer.tokens for answer in complete(plain, prompts, SamplingParams(temperature=0, max_tokens=8))]
+    stop = common[0][0]
+    kinds = [
+        {"min_tokens": 7, "stop_token_ids": [stop, common[1][0], common[2][0]]},
+        {"logit_bias": {common[3][0]: -100.0, common[4][0]: 2.0}},
+        {"bad_words": [plain.get_tokenizer().decode(common[5][:2])]},
+        {"allowed_token_ids": list(range(256))},
+    ]
+    same([SamplingParams(temperature=0, max_tokens=40, **kinds[index % 4]) for index in range(NUM_PROMPTS)])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logprobs_of_returned_tokens_are_equal(
+    plain: LLM, trees: LLM, prompts: list[list[int]], temperature: float
+) -> None:
+    params = seeded(NUM_PROMPTS, temperature=temperature, max_tokens=40, logprobs=3)
+    for expected, got in zip(generate(plain, prompts, params), generate(trees, prompts, params)):
+        assert got.outputs[0].token_ids == expected.outputs[0].token_ids
+        assert len(got.outputs[0].logprobs) == len(got.outputs[0].token_ids)
+        for theirs, ours in zip(expected.outputs[0].logprobs, got.outputs[0].logprobs):
+            assert ours.keys() == theirs.keys()
+            for token, entry in theirs.items():
+                assert math.isclose(ours[token].logprob, entry.logprob, abs_tol=1e-4)
+                assert ours[token].rank == entry.rank
+
+
+def test_prompt_logprobs_are_equal(plain: LLM, trees: LLM, prompts: list[list[int]]) -> None:
+    params = SamplingParams(temperature=0, max_tokens=5, prompt_logprobs=1)
+    for expected, got in zip(generate(plain, prompts[:8], params), generate(trees, prompts[:8], params)):
+        for theirs, ours in zip(expected.prompt_logprobs, got.prompt_logprobs):
+            assert (theirs is None) == (ours is None)
+            if theirs is not None:
+                for token, entry in theirs.items():
+                    assert math.isclose(ours[token].logprob, entry.logprob, abs_tol=1e-4)
+
+
+def test_stop_strings_cut_inside_a_path(same: SameCheck) -> None:
+    for kept in (False, True):
+        answers = same(
+            SamplingParams(temperature=0, max_tokens=80, stop=["\n\n", "self", "def"], include_stop_str_in_output=kept)
+        )
+        assert any(answer.finish_reason == "stop" for answer in answers)
+
+
+def test_stop_tokens_cut_inside_a_path(same: SameCheck, plain: LLM, prompts: list[list[int]]) -> None:
+    free = complete(plain, prompts, SamplingParams(temperature=0, max_tokens=30))
+    stops = sorted({answer.tokens[index % 20 + 3] for index, answer in enumerate(free)})
+    answers = same(SamplingParams(temperature=0, max_tokens=80, stop_token_ids=stops))
+    assert any(answer.finish_reason == "stop" and answer.stop_reason in stops for answer in answers)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 5, 17])
+def test_max_tokens_inside_a_path_gives_the_same_length(same: SameCheck, max_tokens: int) -> None:
+    for answer in same(SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)):
+        assert (len(answer.tokens), answer.finish_reason) == (max_tokens, "length")
+
+
+def test_max_model_len_inside_a_path_gives_the_same_length(
+    same: SameCheck, plain: LLM, trees: LLM, prompts: list[list[int]]
+) -> None:
+    text = [token for prompt in prompts for token in prompt]
+    long_prompts = [text[: 512 - room] for room in range(1, 20)]
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    expected = complete(plain, long_prompts, params)
+    assert complete(trees, long_prompts, params) == expected
+    assert [len(answer.tokens) for answer in expected] == list(range(1, 20))
+
+
+@pytest.mark.parametrize("tree", ["chain", "template"])
+def test_every_kind_of_tree_is_exact(pair, plain: LLM, prompts: list[list[int]], tree: str) -> None:
+    greedy = SamplingParams(temperature=0, max_tokens=40)
+    sampled = seeded(NUM_PROMPTS, temperature=0.8, max_tokens=40)
+    with engine(pair, {"tree": tree}) as other:
+        for params in (greedy, sampled):
+            assert complete(other, prompts, params) == complete(plain, prompts, params)
+
+
+def test_compiled_mode_is_exact(pair, prompts: list[list[int]]) -> None:
+    """vLLM's default, not enforce_eager; both engines compiled, so that they round alike."""
+    params = [SamplingParams(temperature=0, max_tokens=60), seeded(NUM_PROMPTS, temperature=0.8, max_tokens=60)]
+    answers = []
+    for spec in (None, {}):
+        with engine(pair, spec, enforce_eager=False) as llm:
+            answers.append([complete(llm, prompts, each) for each in params])
+    assert answers[0] == answers[1]

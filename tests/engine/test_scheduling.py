@@ -1,0 +1,101 @@
+"""What the scheduler may do to a request: chunk it, preempt it, cache it, constrain it. Answers stay the same."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from tests.engine.conftest import NUM_PROMPTS, complete, engine, generate, seeded
+from vllm_ctc_spec.engine.metrics import read_tree_metrics
+
+
+def test_seeded_requests_survive_chunked_prefill(pair, plain: LLM, prompts: list[list[int]]) -> None:
+    """Stock vLLM 0.32 dies here on CPU: it rolls back the draw of a discarded sample, which has no offset there."""
+    for params in (seeded(NUM_PROMPTS, temperature=0.9, max_tokens=20), SamplingParams(temperature=0, max_tokens=20)):
+        expected = complete(plain, prompts, params)
+        with engine(pair, {}, max_num_batched_tokens=64, enable_chunked_prefill=True) as chunked:
+            assert complete(chunked, prompts, params) == expected
+
+
+def test_preempted_requests_resume_exactly(pair, plain: LLM, prompts: list[list[int]]) -> None:
+    params = seeded(NUM_PROMPTS, temperature=0.8, max_tokens=120, ignore_eos=True)
+    with engine(pair, {}, num_gpu_blocks_override=24, block_size=32) as small:
+        assert complete(small, prompts, params) == complete(plain, prompts, params)
+        preemptions = [metric.value for metric in small.get_metrics() if metric.name == "vllm:num_preemptions"]
+        assert sum(preemptions) > 0
+
+
+def test_a_cached_prefix_changes_nothing(trees: LLM, plain: LLM, prompts: list[list[int]]) -> None:
+    long_prompt = [token for prompt in prompts for token in prompt][:400]
+    params = SamplingParams(temperature=0, max_tokens=40)
+    expected = complete(plain, [long_prompt], params)
+    first, second = generate(trees, [long_prompt], params)[0], generate(trees, [long_prompt], params)[0]
+    assert second.num_cached_tokens >= 256
+    assert list(first.outputs[0].token_ids) == list(second.outputs[0].token_ids) == expected[0].tokens
+
+
+def test_drafts_after_a_cached_prefix_are_as_good_as_without(pair, prompts: list[list[int]]) -> None:
+    """The drafter's own keys and values come back with the cached blocks."""
+    long_prompt = [token for prompt in prompts for token in prompt][:400]
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    lengths = []
+    for caching in (False, True):
+        with engine(pair, {}, enable_prefix_caching=caching) as llm:
+            generate(llm, [long_prompt], params)
+            once = read_tree_metrics(llm)
+            generate(llm, [long_prompt], params)
+            lengths.append((once, read_tree_metrics(llm)))
+    assert lengths[0] == lengths[1]
+
+
+def test_structured_output_is_served_exactly(plain: LLM, trees: LLM, prompts: list[list[int]]) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["ab", "cd"]}, "ok": {"type": "boolean"}},
+        "required": ["name", "ok"],
+        "additionalProperties": False,
+    }
+    constraints = [{"json": schema}, {"regex": r"(ab|cd)[0-9]{6}x"}, {"choice": ["import os", "import sys"]}]
+    params = [
+        SamplingParams(
+            temperature=0.0 if index % 2 else 0.8,
+            seed=index,
+            max_tokens=60,
+            structured_outputs=StructuredOutputsParams(**constraints[index % 3]) if index % 4 else None,
+        )
+        for index in range(NUM_PROMPTS)
+    ]
+    answers = complete(trees, prompts, params)
+    assert answers == complete(plain, prompts, params)
+    for index, answer in enumerate(answers):
+        if index % 4 and index % 3 == 0 and answer.finish_reason == "stop":
+            assert json.loads(answer.text)["name"] in ("ab", "cd")
+
+
+def test_several_choices_of_one_seeded_request_are_equal(plain: LLM, trees: LLM, prompts: list[list[int]]) -> None:
+    params = SamplingParams(n=3, seed=7, temperature=0.9, max_tokens=30)
+    for expected, got in zip(generate(plain, prompts[:8], params), generate(trees, prompts[:8], params)):
+        assert [list(c.token_ids) for c in got.outputs] == [list(c.token_ids) for c in expected.outputs]
+
+
+def test_a_custom_logits_processor_works(pair, prompts: list[list[int]]) -> None:
+    """vLLM refuses custom processors with its own speculative methods."""
+    params = [SamplingParams(temperature=0.8, seed=index, max_tokens=30) for index in range(NUM_PROMPTS)]
+    answers = []
+    for spec in (None, {}):
+        with engine(pair, spec, logits_processors=["tests.engine.processors:AvoidRepeat"]) as llm:
+            answers.append(complete(llm, prompts, params))
+    assert answers[0] == answers[1]
+    assert all(left != right for answer in answers[1] for left, right in zip(answer.tokens, answer.tokens[1:]))
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.2])
+def test_improbable_nodes_are_not_verified(pair, plain: LLM, prompts: list[list[int]], threshold: float) -> None:
+    params = SamplingParams(temperature=0, max_tokens=30)
+    with engine(pair, {"min_prefix_probability": threshold}) as llm:
+        assert complete(llm, prompts, params) == complete(plain, prompts, params)
+        metrics = read_tree_metrics(llm)
+        assert metrics is not None and metrics.nodes_per_step < 1 / threshold * 3

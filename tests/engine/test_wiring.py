@@ -1,0 +1,148 @@
+"""Proofs that the tree rows are wired as they claim: masks, positions and cache slots."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from vllm import SamplingParams
+from vllm import _custom_ops as ops
+
+from tests.engine.conftest import engine, generate
+from tests.engine.probe import record_trees, recorded_trees
+from vllm_ctc_spec.engine.attention.cpu import ISA, PagedContext, attend_paged, move_slots, split_cache, write_cache
+from vllm_ctc_spec.engine.sampler import HostTree
+from vllm_ctc_spec.ops.reference import tail_bias, unpack_ancestor_masks
+
+HEADS, KV_HEADS, HEAD_SIZE, BLOCK = 4, 2, 64, 32
+CONTEXT = 45
+TREE = HostTree([0] * 6, [0, 0, 1, 1, 2, 3], [1, 1, 2, 2, 2, 3])
+SCALE = HEAD_SIZE**-0.5
+
+
+class Rows:
+    """A paged context and the rows of one tree, with random contents."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        num_rows = len(TREE.tokens) + 1
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        self.cache = torch.zeros(6, KV_HEADS, BLOCK, 2 * HEAD_SIZE)
+        self.blocks = torch.tensor([[4, 1, 3]])
+        positions = torch.arange(CONTEXT)
+        self.slots = self.blocks[0][positions // BLOCK] * BLOCK + positions % BLOCK
+        write_cache(self.cache, self.slots, random(CONTEXT, KV_HEADS, HEAD_SIZE), random(CONTEXT, KV_HEADS, HEAD_SIZE))
+        self.query = random(1, num_rows, HEADS, HEAD_SIZE)
+        self.key = random(1, num_rows, KV_HEADS, HEAD_SIZE)
+        self.value = random(1, num_rows, KV_HEADS, HEAD_SIZE)
+
+    def attend(self, masks: list[int]) -> torch.Tensor:
+        """[Q, H, D]"""
+        context = PagedContext(self.blocks[:, : -(-CONTEXT // BLOCK)], torch.tensor([CONTEXT]))
+        allowed = unpack_ancestor_masks(torch.tensor([masks]), len(masks))
+        bias = tail_bias(context.lens, context.max_len(BLOCK), allowed, torch.float32)
+        return attend_paged(self.query, self.cache, context, self.key, self.value, bias, SCALE)[0]
+
+    def attend_causally(self, rows: list[int]) -> torch.Tensor:
+        """vLLM's own kernel over the context and then `rows`, one after the other."""
+        cache = self.cache.clone()
+        positions = torch.arange(CONTEXT, CONTEXT + len(rows))
+        slots = self.blocks[0][positions // BLOCK] * BLOCK + positions % BLOCK
+        write_cache(cache, slots, self.key[0, rows].contiguous(), self.value[0, rows].contiguous())
+        starts, lens = torch.tensor([0, len(rows)], dtype=torch.int32), torch.tensor([CONTEXT + len(rows)]).int()
+        plan = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=1,
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_SIZE,
+            seq_lens=lens,
+            dtype=torch.float32,
+            query_start_loc=starts,
+            causal=True,
+            sliding_window_size=-1,
+            isa=ISA,
+            enable_kv_split=False,
+        )
+        key_cache, value_cache = cache.view(6, KV_HEADS, 2 * BLOCK, HEAD_SIZE).chunk(2, dim=2)
+        output = torch.empty(len(rows), HEADS, HEAD_SIZE)
+        ops.cpu_attention_with_kv_cache(
+            query=self.query[0, rows].contiguous(),
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=output,
+            query_start_loc=starts,
+            seq_lens=lens,
+            scale=SCALE,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=self.blocks.int(),
+            softcap=0,
+            scheduler_metadata=plan,
+            s_aux=None,
+        )
+        return output
+
+
+def test_a_causal_mask_is_vllms_own_kernel() -> None:
+    rows = Rows()
+    chain = HostTree.chain(TREE.tokens)
+    torch.testing.assert_close(
+        rows.attend(chain.ancestor_masks()), rows.attend_causally(list(range(7))), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_each_node_attends_as_if_its_ancestors_were_the_text() -> None:
+    rows = Rows()
+    attended = rows.attend(TREE.ancestor_masks())
+    for node, mask in enumerate(TREE.ancestor_masks()):
+        path = [other for other in range(7) if mask >> other & 1]
+        torch.testing.assert_close(attended[node], rows.attend_causally(path)[-1], rtol=1e-5, atol=1e-5)
+
+
+def test_hiding_one_ancestor_changes_that_node_and_no_other() -> None:
+    rows = Rows()
+    masks = TREE.ancestor_masks()
+    full = rows.attend(masks)
+    for ancestor in (0, 1, 3):
+        hidden = rows.attend([*masks[:6], masks[6] & ~(1 << ancestor)])
+        torch.testing.assert_close(hidden[:6], full[:6])
+        assert (hidden[6] - full[6]).abs().max() > 1e-3
+
+
+def test_moving_slots_reads_everything_before_it_writes() -> None:
+    caches = [Rows().cache, Rows().cache * 2]
+    before = [cache.clone() for cache in caches]
+    sources, targets = torch.tensor([129, 130, 133, 32]), torch.tensor([128, 129, 130, 133])
+    move_slots(caches, sources, targets)
+    for cache, old in zip(caches, before):
+        for source, target in zip(sources.tolist(), targets.tolist()):
+            for now, then, is_key in zip(split_cache(cache), split_cache(old), (True, False)):
+                index = (target // BLOCK, target % BLOCK), (source // BLOCK, source % BLOCK)
+                (tb, to), (sb, so) = index
+                got = now[tb, :, :, to] if is_key else now[tb, :, to]
+                want = then[sb, :, :, so] if is_key else then[sb, :, so]
+                assert torch.equal(got, want)
+
+
+def test_logits_of_every_node_equal_a_plain_run_over_its_ancestors(
+    pair, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the real engine, for every node of every tree, accepted or not, after several accepted steps."""
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    with engine(pair, {}) as llm:
+        llm.collective_rpc(record_trees)
+        generate(llm, prompts[:6], SamplingParams(temperature=0, max_tokens=12))
+        [recorded] = llm.collective_rpc(recorded_trees)
+    target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32).eval()
+    branching = [each for each in recorded if not each.tree.is_chain]
+    assert len(branching) > 10
+    for each in branching[::4]:
+        for node, mask in enumerate(each.tree.ancestor_masks()):
+            path = [each.tree.tokens[other - 1] for other in range(1, node + 1) if mask >> other & 1]
+            with torch.inference_mode():
+                expected = target(torch.tensor([[*each.text, *path]])).logits[0, -1]
+            torch.testing.assert_close(each.logits[node], expected, rtol=1e-3, atol=1e-3)
