@@ -1,0 +1,29 @@
+"""CTC drafting and exact acceptance in plain torch: frames -> emissions -> token tree -> accepted path.
+
+Read in this order: ctc.py (the mathematics, one request, log space), emissions.py, prefix_tree.py, token_tree.py,
+walk.py; template_tree.py is the paper's tree, for comparison. Nothing here knows vLLM or transformers.
+"""
+
+from .ctc import ConditionedPrefix, IndependentPrefix, collapse
+from .emissions import ConditionedEmissions, IndependentEmissions, conditioned_emissions, independent_emissions
+from .prefix_tree import build_chains, build_prefix_trees
+from .template_tree import build_template_trees
+from .token_tree import TokenTrees
+from .walk import AcceptedPaths, accept_greedy, child_of
+
+__all__ = [
+    "AcceptedPaths",
+    "ConditionedEmissions",
+    "ConditionedPrefix",
+    "IndependentEmissions",
+    "IndependentPrefix",
+    "TokenTrees",
+    "accept_greedy",
+    "build_chains",
+    "build_prefix_trees",
+    "build_template_trees",
+    "child_of",
+    "collapse",
+    "conditioned_emissions",
+    "independent_emissions",
+]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -31,11 +32,15 @@ class TokenTrees:
     """[R] int64, how many draft nodes are real."""
 
     def ancestor_masks(self) -> Tensor:
-        """[R, N + 1] int64: bit j of row i is set iff node j is node i or one of its ancestors."""
-        num_requests, num_columns = self.tokens.shape
-        masks = torch.zeros(num_requests, num_columns + 1, dtype=torch.int64, device=self.tokens.device)
-        masks[:, 0] = 1
-        for node in range(1, num_columns + 1):
-            above = masks.gather(1, self.parents[:, node - 1 : node])
-            masks[:, node] = above[:, 0] | (1 << node)
+        """[R, N + 1] int64: bit j of row i is set iff node j is node i or one of its ancestors.
+
+        Padding columns count as children of the anchor. The mask has 64 bits, hence N <= 63.
+        """
+        num_columns = self.tokens.shape[1]
+        above = F.pad(self.parents, (1, 0))
+        masks = torch.ones_like(above) << torch.arange(num_columns + 1, device=above.device)
+        # Each round doubles how far up a row sees: pointer jumping, a few operations however deep the tree.
+        for _ in range(num_columns.bit_length()):
+            masks = masks | masks.gather(1, above)
+            above = above.gather(1, above)
         return masks

@@ -1,0 +1,163 @@
+"""Laws of the batched tree builder, against all alignments and all trees."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_ctc_spec.algorithm import (
+    TokenTrees,
+    build_chains,
+    build_prefix_trees,
+    conditioned_emissions,
+    independent_emissions,
+)
+
+from .brute_force import Case, Prefix, cases, node_prefixes, prefix_probabilities
+
+_settings = settings(max_examples=60, deadline=None)
+
+
+def _best_connected_sum(psi: dict[Prefix, float], num_nodes: int) -> float:
+    """The largest sum of psi over all connected trees of at most `num_nodes` nodes, by growing every one."""
+    trees = {frozenset[Prefix]()}
+    for _ in range(min(num_nodes, len(psi))):
+        trees = {
+            tree | {prefix}
+            for tree in trees
+            for prefix in psi
+            if prefix not in tree and (len(prefix) == 1 or prefix[:-1] in tree)
+        }
+    return max(sum(psi[prefix] for prefix in tree) for tree in trees)
+
+
+@_settings
+@given(cases(), st.integers(1, 63))
+def test_node_probabilities_equal_the_sum_over_alignments_and_are_the_largest(case: Case, num_nodes: int) -> None:
+    psi = prefix_probabilities(case.outcomes())
+    trees = build_prefix_trees(case.emissions(), num_nodes)
+    prefixes = node_prefixes(trees)
+    believed = trees.prefix_logp[0, : len(prefixes)].exp().tolist()
+    assert len(set(prefixes)) == len(prefixes) == min(num_nodes, len(psi))
+    assert believed == pytest.approx([psi[prefix] for prefix in prefixes], rel=1e-5)
+    assert believed == pytest.approx(sorted(psi.values(), reverse=True)[:num_nodes], rel=1e-5)
+
+
+@_settings
+@given(cases(max_frames=3, max_tokens=2), st.integers(1, 4))
+def test_no_connected_tree_has_a_larger_sum_of_prefix_probabilities(case: Case, num_nodes: int) -> None:
+    best = _best_connected_sum(prefix_probabilities(case.outcomes()), num_nodes)
+    trees = build_prefix_trees(case.emissions(), num_nodes)
+    assert trees.prefix_logp.exp().sum().item() == pytest.approx(best, rel=1e-5)
+
+
+@_settings
+@given(cases(), st.integers(1, 20))
+def test_sum_of_prefix_probabilities_is_the_expected_accepted_length(case: Case, num_nodes: int) -> None:
+    trees = build_prefix_trees(case.emissions(), num_nodes)
+    nodes = set(node_prefixes(trees))
+    expected = 0.0
+    for output, chance in case.outcomes().items():
+        length = 0
+        while length < len(output) and output[: length + 1] in nodes:
+            length += 1
+        expected += chance * length
+    assert trees.prefix_logp.exp().sum().item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+@_settings
+@given(cases(), st.integers(1, 63))
+def test_every_leading_slice_is_a_tree_in_descending_probability(case: Case, num_nodes: int) -> None:
+    trees = build_prefix_trees(case.emissions(), num_nodes)
+    num_real = int(trees.num_nodes[0])
+    parents, depths, logp = trees.parents[0].tolist(), trees.depths[0].tolist(), trees.prefix_logp[0].tolist()
+    assert all(parents[column] <= column for column in range(num_real))
+    assert logp[:num_real] == sorted(logp[:num_real], reverse=True)
+    assert depths[:num_real] == [len(prefix) for prefix in node_prefixes(trees)]
+    padding = slice(num_real, None)
+    assert not any(trees.tokens[0, padding]) and not any(parents[padding]) and not any(depths[padding])
+    assert all(value == -math.inf for value in logp[padding]) and len(logp) == num_nodes
+
+
+@_settings
+@given(cases(), st.integers(1, 20), st.floats(0.0, 0.9))
+def test_min_prefix_probability_cuts_the_tail_of_the_same_tree(case: Case, num_nodes: int, least: float) -> None:
+    whole = build_prefix_trees(case.emissions(), num_nodes)
+    cut = build_prefix_trees(case.emissions(), num_nodes, least)
+    believed = whole.prefix_logp[0].exp()
+    # The logarithm moves a value by an ulp, so nodes at the very threshold may fall on either side.
+    assert (believed > least * (1 + 1e-6)).sum() <= cut.num_nodes[0] <= (believed >= least * (1 - 1e-6)).sum()
+    assert node_prefixes(cut) == node_prefixes(whole)[: int(cut.num_nodes[0])]
+
+
+@_settings
+@given(cases(), st.integers(1, 6))
+def test_a_chain_steps_to_the_most_probable_child_each_time(case: Case, num_nodes: int) -> None:
+    psi = prefix_probabilities(case.outcomes())
+    trees = build_chains(case.emissions(), num_nodes)
+    prefixes = node_prefixes(trees)
+    assert [len(prefix) for prefix in prefixes] == list(range(1, len(prefixes) + 1))
+    for prefix in prefixes:
+        siblings = [value for other, value in psi.items() if other[:-1] == prefix[:-1] and len(other) == len(prefix)]
+        assert psi[prefix] == pytest.approx(max(siblings), rel=1e-5)
+    last = prefixes[-1] if prefixes else ()
+    assert len(prefixes) == num_nodes or not any(other[:-1] == last for other in psi)
+
+
+@pytest.mark.parametrize("build", [build_prefix_trees, build_chains])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_a_batch_gives_the_trees_of_its_requests(build, conditioned: bool) -> None:
+    torch.manual_seed(0)
+    logits, anchors = 2 * torch.randn(5, 6, 41), torch.randint(40, (5,))
+    tables = torch.randn(40, 4), torch.randn(41, 4)
+
+    def trees(rows: slice) -> TokenTrees:
+        if conditioned:
+            return build(conditioned_emissions(logits[rows], anchors[rows], *tables, 12), 32)
+        return build(independent_emissions(logits[rows], 12), 32)
+
+    batch = trees(slice(None))
+    for request in range(5):
+        single = trees(slice(request, request + 1))
+        for field in fields(TokenTrees):
+            got, expected = getattr(batch, field.name)[request], getattr(single, field.name)[0]
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_blank_and_bias_a_prefix_has_the_product_of_its_positions() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1, 5, 9)
+    logits[..., -1] = -torch.inf
+    zeros = torch.zeros(8, 2), torch.zeros(9, 2)
+    trees = build_prefix_trees(conditioned_emissions(logits, torch.tensor([0]), *zeros, 8), 32)
+    logp = logits[0].log_softmax(-1)
+    for prefix, believed in zip(node_prefixes(trees), trees.prefix_logp[0].tolist(), strict=True):
+        assert believed == pytest.approx(sum(logp[frame, token].item() for frame, token in enumerate(prefix)), abs=1e-5)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 16, 63])
+def test_parents_come_first_even_when_every_step_is_all_but_certain(num_nodes: int) -> None:
+    torch.manual_seed(0)
+    anchors = torch.zeros(64, dtype=torch.int64)
+    logits = torch.randn(64, 16, 8)
+    logits[:, torch.arange(16), torch.arange(16) % 3] += 18.0
+    hesitant = 2 + torch.randn(64, 16, 8)
+    hesitant[..., 1:-1] -= 30.0
+    for emissions in (
+        independent_emissions(logits, 7),
+        conditioned_emissions(logits, anchors, torch.randn(7, 3), torch.randn(8, 3), 7),
+        conditioned_emissions(hesitant, anchors, torch.zeros(7, 3), torch.zeros(8, 3), 7),
+    ):
+        trees = build_prefix_trees(emissions, num_nodes)
+        assert (trees.parents <= torch.arange(num_nodes)).all()
+        assert (trees.prefix_logp.diff(dim=1) <= 0).all() and trees.num_nodes.eq(num_nodes).all()
+
+
+def test_a_node_budget_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_nodes=0"):
+        build_prefix_trees(independent_emissions(torch.zeros(1, 2, 3), 2), 0)

@@ -1,0 +1,123 @@
+"""End to end: `vllm serve` as a process, the openai client, several requests at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from vllm_ctc_spec.demo.build import DemoPaths
+
+START_TIMEOUT = 300
+BINARIES = Path(sys.executable).parent
+
+
+@contextmanager
+def server(pair: DemoPaths, log: Path, *arguments: str) -> Iterator[str]:
+    """Base URL of a running server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(BINARIES / "vllm"), "serve", str(pair.target), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--served-model-name", "demo"]
+    command += ["--kv-cache-memory-bytes", str(1 << 27), *arguments]
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_LOG_STATS_INTERVAL": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+        try:
+            _wait_until_healthy(process, f"http://127.0.0.1:{port}", log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait_until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            if httpx.get(f"{url}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
+
+
+PROMPTS = ["import os\n\n\ndef ", "class Reader:\n    def __init__(self", "for line in ", "try:\n    import "]
+
+
+async def ask_everything(url: str) -> dict[str, list[str]]:
+    """Each way of asking -> the answers, all requests of a kind in flight at once."""
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
+
+    async def whole(prompt: str, **options: float) -> str:
+        answer = await client.completions.create(model="demo", prompt=prompt, max_tokens=40, **options)
+        assert answer.choices[0].finish_reason in ("stop", "length")
+        return answer.choices[0].text
+
+    async def streamed(prompt: str) -> str:
+        pieces = []
+        stream = await client.completions.create(model="demo", prompt=prompt, max_tokens=40, temperature=0, stream=True)
+        async for chunk in stream:
+            pieces.append(chunk.choices[0].text)
+        return "".join(pieces)
+
+    async def chat(prompt: str) -> str:
+        messages = [{"role": "user", "content": prompt}]
+        answer = await client.chat.completions.create(model="demo", messages=messages, max_tokens=40, temperature=0)
+        return answer.choices[0].message.content or ""
+
+    return {
+        "whole": list(await asyncio.gather(*(whole(prompt, temperature=0) for prompt in PROMPTS))),
+        "streamed": list(await asyncio.gather(*(streamed(prompt) for prompt in PROMPTS))),
+        "seeded": list(await asyncio.gather(*(whole(prompt, temperature=0.8, seed=5) for prompt in PROMPTS))),
+        "chat": list(await asyncio.gather(*(chat(prompt) for prompt in PROMPTS))),
+    }
+
+
+def test_a_server_answers_as_plain_vllm_does_and_reports_its_trees(pair: DemoPaths, tmp_path: Path) -> None:
+    with server(pair, tmp_path / "plain.log") as url:
+        expected = asyncio.run(ask_everything(url))
+    shorthand = ["--spec-model", str(pair.drafter), "--spec-tokens", "16"]
+    with server(pair, tmp_path / "ctc.log", *shorthand) as url:
+        assert asyncio.run(ask_everything(url)) == expected
+        time.sleep(3)
+        metrics = httpx.get(f"{url}/metrics").text
+    assert expected["whole"] == expected["streamed"]
+
+    def counter(name: str) -> float:
+        return float(re.search(rf"^vllm:spec_decode_num_{name}_total{{.*}} (\S+)$", metrics, re.MULTILINE)[1])
+
+    assert counter("accepted_tokens") > 0
+    assert counter("draft_tokens") <= 16 * counter("drafts")
+    assert re.search(r'^ctc_spec:nodes_per_step{engine="0"} [1-9]', metrics, re.MULTILINE)
+    assert re.search(r'^ctc_spec:acceptance_by_depth{depth="1",engine="0"} 0\.\d', metrics, re.MULTILINE)
+    log = (tmp_path / "ctc.log").read_text()
+    assert re.search(r"Mean acceptance length: [1-9]", log)
+    assert re.search(r"CTC trees: acceptance length [1-9]", log)
+
+
+def test_a_bad_drafter_stops_the_server_with_one_clear_error(pair: DemoPaths) -> None:
+    spec = '{"method": "ctc", "model": "no/such/drafter", "num_speculative_tokens": 8}'
+    done = subprocess.run(
+        [str(BINARIES / "vllm"), "serve", str(pair.target), "-sc", spec], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "drafter 'no/such/drafter' is not a folder" in done.stderr + done.stdout

@@ -1,0 +1,62 @@
+"""The exact verification walk: from the anchor on to the child that carries the token which the target emits.
+
+The tree is a deterministic function of the past, so following the target's own choice changes nothing about its
+distribution, greedy or sampled (DESIGN.md section 3).
+
+Letters: R requests, N nodes, D largest possible depth. Node 0 is the anchor, node i is column i - 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .token_tree import TokenTrees
+
+
+@dataclass(frozen=True)
+class AcceptedPaths:
+    """The accepted draft nodes of each request; the target's own next token comes on top of them."""
+
+    nodes: Tensor
+    """[R, D] int64, node indices from the anchor's child downwards, padded with -1."""
+    num_accepted: Tensor
+    """[R] int64, length of the path."""
+
+
+def child_of(trees: TokenTrees, nodes: Tensor, tokens: Tensor) -> Tensor:
+    """[R] int64: the child of `nodes` [R] that carries `tokens` [R], 0 where there is none."""
+    columns = torch.arange(trees.tokens.shape[1], device=nodes.device)
+    real = columns < trees.num_nodes[:, None]
+    match = real & (trees.parents == nodes[:, None]) & (trees.tokens == tokens[:, None])
+    # Siblings carry distinct tokens, so at most one column matches and the sum is its node index.
+    return (match * (columns + 1)).sum(1)
+
+
+def accept_greedy(trees: TokenTrees, choices: Tensor, max_depth: int | None = None) -> AcceptedPaths:
+    """Walk each tree along `choices` [R, N + 1], the token that the target emits after each node (0: the anchor).
+
+    D is max_depth, which no tree may exceed, or N if it is None. Padding columns are ignored. No host sync.
+    Raises ValueError if `choices` does not have one column per node and one for the anchor.
+    """
+    num_requests, num_nodes = trees.tokens.shape
+    if choices.shape != (num_requests, num_nodes + 1):
+        raise ValueError(
+            f"choices of shape {tuple(choices.shape)} for {num_requests} trees of {num_nodes} nodes: needs "
+            f"{(num_requests, num_nodes + 1)}, one token after the anchor and one after each node."
+        )
+    index = torch.arange(num_nodes + 1, device=choices.device)
+    followed = (index[1:] <= trees.num_nodes[:, None]) & (trees.tokens == choices.gather(1, trees.parents))
+    followed_bits = (F.pad(followed.long(), (1, 0), value=1) << index).sum(1, keepdim=True)
+    # A node is accepted iff the target went into it and into each of its ancestors.
+    accepted = (trees.ancestor_masks() & ~followed_bits)[:, 1:] == 0
+
+    depth = num_nodes if max_depth is None else max_depth
+    # Accepted nodes have distinct depths; all others share one more column, which is cut off.
+    position = (trees.depths - 1).where(accepted, depth)
+    nodes = torch.full((num_requests, depth + 1), -1, dtype=torch.int64, device=choices.device)
+    nodes.scatter_(1, position, index[1:].expand_as(position))
+    return AcceptedPaths(nodes[:, :depth], accepted.sum(1))
