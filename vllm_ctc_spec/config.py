@@ -117,6 +117,7 @@ def check_node_budget(num_nodes: Any) -> int:
     """`num_speculative_tokens` is the node budget N."""
     if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or not 1 <= num_nodes <= MAX_NODES:
         raise ValueError(
-            f"num_speculative_tokens={num_nodes!r}: the node budget of a token tree is an integer from 1 to {MAX_NODES}."
+            f"num_speculative_tokens={num_nodes!r}: the node budget of a token tree is an integer "
+            f"from 1 to {MAX_NODES}."
         )
     return num_nodes

@@ -75,9 +75,9 @@ def to_terminal(drawn: DrawnTree) -> Tree:
     branches: list[Tree] = []
     for node, parent in enumerate(drawn.parents):
         style = "bold green" if node in drawn.accepted else "dim"
-        label = Text.assemble((repr(drawn.labels[node]), style), f"  {drawn.probabilities[node]:.3f}")
+        role = "anchor" if node == 0 else f"{drawn.probabilities[node]:.3f}"
+        label = Text.assemble((repr(drawn.labels[node]), style), f"  {role}")
         branches.append(Tree(label) if node == 0 else branches[parent].add(label))
-    branches[0].label = Text.assemble(branches[0].label, "  (anchor)")
     return branches[0]
 
 

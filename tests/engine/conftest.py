@@ -89,9 +89,7 @@ def complete(llm: LLM, prompts: list[list[int]], params: SamplingParams | list[S
     return [_completion(output) for output in generate(llm, prompts, params)]
 
 
-def generate(
-    llm: LLM, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]
-) -> list[RequestOutput]:
+def generate(llm: LLM, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[RequestOutput]:
     return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
 
 

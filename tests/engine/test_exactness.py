@@ -105,9 +105,7 @@ def test_stop_strings_cut_inside_a_path(same: SameCheck, plain: LLM, prompts: li
     free = complete(plain, prompts, SamplingParams(temperature=0, max_tokens=30))
     stops = [answer.text[20:24] for answer in free[:6] if len(answer.text) > 24]
     for kept in (False, True):
-        answers = same(
-            SamplingParams(temperature=0, max_tokens=80, stop=stops, include_stop_str_in_output=kept)
-        )
+        answers = same(SamplingParams(temperature=0, max_tokens=80, stop=stops, include_stop_str_in_output=kept))
         assert any(answer.finish_reason == "stop" and answer.stop_reason in stops for answer in answers)
 
 
@@ -135,11 +133,15 @@ def test_max_model_len_inside_a_path_gives_the_same_length(
     assert [len(answer.tokens) for answer in expected] == list(range(1, 20))
 
 
-@pytest.mark.parametrize("tree", ["chain", "template"])
-def test_every_kind_of_tree_is_exact(pair, plain: LLM, prompts: list[list[int]], tree: str) -> None:
+@pytest.mark.parametrize(
+    "spec",
+    [{"tree": "chain"}, {"tree": "template"}, {"num_speculative_tokens": 1}, {"num_speculative_tokens": 63}],
+    ids=lambda spec: "-".join(map(str, *spec.items())),
+)
+def test_every_kind_and_size_of_tree_is_exact(pair, plain: LLM, prompts: list[list[int]], spec: dict) -> None:
     greedy = SamplingParams(temperature=0, max_tokens=40)
     sampled = seeded(NUM_PROMPTS, temperature=0.8, max_tokens=40)
-    with engine(pair, {"tree": tree}) as other:
+    with engine(pair, spec) as other:
         for params in (greedy, sampled):
             assert complete(other, prompts, params) == complete(plain, prompts, params)
 

@@ -43,7 +43,7 @@ class Rows:
         """[Q, H, D]"""
         context = PagedContext(self.blocks[:, : -(-CONTEXT // BLOCK)], torch.tensor([CONTEXT]))
         allowed = unpack_ancestor_masks(torch.tensor([masks]), len(masks))
-        bias = tail_bias(context.lens, context.max_len(BLOCK), allowed, torch.float32)
+        bias = tail_bias(context.lens, context.max_len(BLOCK), allowed, HEADS // KV_HEADS, torch.float32)
         return attend_paged(self.query, self.cache, context, self.key, self.value, bias, SCALE)[0]
 
     def attend_causally(self, rows: list[int]) -> torch.Tensor:

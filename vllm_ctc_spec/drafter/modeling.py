@@ -11,7 +11,7 @@ positions n + 1 ... n + 1 + T: the anchor, then T frames, all conditioned on h_n
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -93,7 +93,6 @@ class CTCDrafter(PreTrainedModel):
 
     config_class = CTCDrafterConfig
     base_model_prefix = ""
-    _no_split_modules = ["DrafterLayer"]
 
     def __init__(self, config: CTCDrafterConfig) -> None:
         super().__init__(config)
@@ -129,7 +128,7 @@ class CTCDrafter(PreTrainedModel):
 
         hidden: [..., H], the target's last hidden states (after its final norm); positions: [...] int64.
         """
-        return [layer.context(hidden, positions) for layer in self.layers]
+        return [cast(DrafterLayer, layer).context(hidden, positions) for layer in self.layers]
 
     def forward(self, anchor_embedding: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Frames [..., T, H], to be fed to the target's LM head and to `blank_logits`.

@@ -9,6 +9,7 @@ d - 1; nodes per step = draft tokens / drafts.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ class TreeMetrics:
         if num_drafts == 0:
             return None
         reached = [num_drafts, *accepted_by_depth]
-        rates = tuple(accepted / above for above, accepted in zip(reached, reached[1:]) if above)
+        rates = tuple(accepted / above for above, accepted in itertools.pairwise(reached) if above)
         return cls(1 + sum(accepted_by_depth) / num_drafts, num_nodes / num_drafts, rates)
 
     def __str__(self) -> str:

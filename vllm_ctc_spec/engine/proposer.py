@@ -102,10 +102,10 @@ class CTCProposer:
 
     def _frames(self, hidden: Tensor, requests: DraftRequests) -> Tensor:
         """[R, T, H]"""
-        num_rows = self.drafter.config.num_frames + 1
-        context = requests.context
+        config, context = self.drafter.config, requests.context
         block_size = self.cache_layers[0].kv_cache.shape[2]
-        bias = frame_bias(context, block_size, num_rows, hidden.dtype)
+        group = config.num_attention_heads // config.num_key_value_heads
+        bias = frame_bias(context, block_size, config.num_frames + 1, group, hidden.dtype)
 
         def attend(layer: int, query: Tensor, own: KeyValue) -> Tensor:
             cache = self.cache_layers[layer].kv_cache

@@ -67,6 +67,7 @@ class TreeCPUModelRunner(CPUModelRunner):
                 f"{len(self.kv_cache_config.kv_cache_groups)} groups. Serve it without speculative_config."
             )
         layers = get_layers_from_vllm_config(self.vllm_config, Attention).values()
+        self.group = next(layer.num_heads // layer.num_kv_heads for layer in layers)
         # Layers that share a cache must have their slots moved once.
         self.target_caches = list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers}.values())
 
@@ -116,8 +117,9 @@ class TreeCPUModelRunner(CPUModelRunner):
             masks[row, :count] = torch.tensor(step.trees[index].ancestor_masks())
         context = self._paged_context(branching, [step.num_computed[index] for index in branching], metadata)
         max_context = context.max_len(self.cache_config.block_size)
-        bias = tail_bias(context.lens, max_context, unpack_ancestor_masks(masks, num_rows), self.dtype)
-        return TreeRows(rows, is_real, context, bias, covers_batch=len(branching) == len(step.trees))
+        bias = tail_bias(context.lens, max_context, unpack_ancestor_masks(masks, num_rows), self.group, self.dtype)
+        is_batch = len(branching) == len(step.trees) and bool(is_real.all())
+        return TreeRows(rows, is_real, context, bias, is_batch)
 
     def _paged_context(self, indices: list[int], lens: list[int], metadata: Any) -> PagedContext:
         num_blocks = -(-max(lens) // self.cache_config.block_size)
@@ -176,7 +178,10 @@ class TreeCPUModelRunner(CPUModelRunner):
     ) -> list[list[int]]:
         step, self.step = self.step, None
         assert step is not None
-        rows, positions, slot_rows, lasts = [], [], [], []
+        rows: list[int] = []
+        positions: list[int] = []
+        slot_rows: list[int] = []
+        lasts: list[int] = []
         for index, (start, computed) in enumerate(zip(step.starts, step.num_computed)):
             verified = step.verified_rows(index)
             rows.extend(verified)

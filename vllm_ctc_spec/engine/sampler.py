@@ -46,11 +46,11 @@ class HostTree:
         return {(parent, token): node for node, (parent, token) in enumerate(zip(self.parents, self.tokens), 1)}
 
     def ancestor_masks(self) -> list[int]:
-        """N + 1 bitmasks, see TokenTrees.ancestor_masks."""
+        """N + 1 bitmasks in int64, see TokenTrees.ancestor_masks; bit 63 is the sign."""
         masks = [1]
         for node, parent in enumerate(self.parents, 1):
             masks.append(masks[parent] | (1 << node))
-        return masks
+        return [mask - (1 << 64) if mask >> 63 else mask for mask in masks]
 
 
 EMPTY_TREE = HostTree([], [], [])
@@ -107,8 +107,9 @@ class TreeWalker:
         for tree, discarded in zip(trees, is_discarded):
             walks.append(Walk(tree.children(), row, active=not discarded))
             row += len(tree.tokens) + 1
+        logprobs = None
         if _is_plain_greedy(metadata):
-            logprobs = self._walk_greedy(logits, walks)
+            self._walk_greedy(logits, walks)
         else:
             logprobs = self._walk_sampled(logits, walks, metadata, histories)
         return WalkOutput(
@@ -179,15 +180,12 @@ def _may_change_argmax(processor: object) -> bool:
 
 def _pad(paths: list[list[int]]) -> Tensor:
     width = max(1, *(len(path) for path in paths))
-    return torch.tensor(
-        [path + [PLACEHOLDER_TOKEN_ID] * (width - len(path)) for path in paths], dtype=torch.int32
-    )
+    return torch.tensor([path + [PLACEHOLDER_TOKEN_ID] * (width - len(path)) for path in paths], dtype=torch.int32)
 
 
 def _stack_logprobs(levels: list[LogprobsTensors | None]) -> LogprobsTensors | None:
-    """Per-level rows [R, ...] -> rows in vLLM's order [R * levels, ...], request-major."""
-    if levels[0] is None:
+    """Per-level rows [R, ...] -> rows in vLLM's order [R * levels, ...], request-major: on all levels or none."""
+    present = [level for level in levels if level is not None]
+    if not present:
         return None
-    return LogprobsTensors(
-        *(torch.stack([level[part] for level in levels], dim=1).flatten(0, 1) for part in range(3))
-    )
+    return LogprobsTensors(*(torch.stack([level[part] for level in present], 1).flatten(0, 1) for part in range(3)))

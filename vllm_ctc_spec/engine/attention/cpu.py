@@ -11,6 +11,7 @@ Letters: R tree requests, Q rows per request (padded), K key-value heads, D head
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,9 +53,22 @@ class TreeRows:
     """[R, Q] bool"""
     context: PagedContext
     bias: Tensor
-    """[R, Q, L + Q], see ops.reference.tail_bias"""
-    covers_batch: bool
-    """No row of the step is left for vLLM's own kernel."""
+    """See ops.reference.tail_bias."""
+    is_batch: bool
+    """The rows are the whole batch, in order and without padding: no row is left for vLLM's own kernel."""
+
+    def take(self, values: Tensor) -> Tensor:
+        """[tokens, ...] -> [R, Q, ...]"""
+        if self.is_batch:
+            return values[: self.rows.numel()].unflatten(0, self.rows.shape)
+        return values[self.rows]
+
+    def put(self, output: Tensor, values: Tensor) -> None:
+        """Write values [R, Q, ...] to their rows of output [tokens, ...]."""
+        if self.is_batch:
+            output[: self.rows.numel()] = values.flatten(0, 1)
+        else:
+            output[self.rows[self.is_real]] = values[self.is_real]
 
 
 @dataclass
@@ -80,7 +94,7 @@ def register() -> None:
 
 
 class TreeCPUMetadataBuilder(CPUAttentionMetadataBuilder):
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.isa = ISA
         self._set_isa_to_layers(self.layer_names)
@@ -93,7 +107,7 @@ class TreeCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for name, present in (
             ("attention logit soft-capping", bool(self.logits_soft_cap)),
@@ -120,15 +134,12 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         trees = None if attn_metadata is None else attn_metadata.tree_rows
-        if trees is None or not trees.covers_batch:
-            super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
+        if trees is None or not trees.is_batch:
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if trees is not None:
-            attended = attend_paged(
-                query[trees.rows], kv_cache, trees.context, key[trees.rows], value[trees.rows], trees.bias, self.scale
-            )
-            output[trees.rows[trees.is_real]] = attended[trees.is_real]
+            own = trees.take(key), trees.take(value)
+            attended = attend_paged(trees.take(query), kv_cache, trees.context, *own, trees.bias, self.scale)
+            trees.put(output, attended)
         return output
 
 
@@ -136,22 +147,16 @@ def attend_paged(
     query: Tensor, kv_cache: Tensor, context: PagedContext, key: Tensor, value: Tensor, bias: Tensor, scale: float
 ) -> Tensor:
     """Query rows [R, Q, H, D] attend to their paged context and to own keys and values [R, Q, K, D]."""
-    keys, values = split_cache(kv_cache)
-    return attend_with_bias(
-        query,
-        _gather_context(keys.transpose(-1, -2), context.block_table),
-        _gather_context(values, context.block_table),
-        key,
-        value,
-        bias,
-        scale,
-    )
+    key_blocks, value_blocks = split_cache(kv_cache)
+    keys = _join(key_blocks.transpose(-1, -2), context.block_table, key)
+    values = _join(value_blocks, context.block_table, value)
+    return attend_with_bias(query, keys, values, bias, scale)
 
 
-def frame_bias(context: PagedContext, block_size: int, num_rows: int, dtype: torch.dtype) -> Tensor:
+def frame_bias(context: PagedContext, block_size: int, num_rows: int, group: int, dtype: torch.dtype) -> Tensor:
     """Every one of the drafter's rows sees every other."""
     everything = torch.ones(context.lens.shape[0], num_rows, num_rows, dtype=torch.bool)
-    return tail_bias(context.lens, context.max_len(block_size), everything, dtype)
+    return tail_bias(context.lens, context.max_len(block_size), everything, group, dtype)
 
 
 def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,12 +168,19 @@ def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def _gather_context(cache: Tensor, block_table: Tensor) -> Tensor:
-    """[blocks, K, B, D] and [R, n] block numbers -> [R, K, n * B, D]."""
+def _join(blocks: Tensor, block_table: Tensor, own: Tensor) -> Tensor:
+    """Context of `blocks` [blocks, K, B, D] in the order of block_table [R, n], then own [R, Q, K, D].
+
+    Returns [R, K, n * B + Q, D].
+    """
     num_requests, num_blocks = block_table.shape
-    _, num_kv_heads, block_size, head_size = cache.shape
-    gathered = cache[block_table].transpose(1, 2)
-    return gathered.reshape(num_requests, num_kv_heads, num_blocks * block_size, head_size)
+    _, num_kv_heads, block_size, head_size = blocks.shape
+    length = num_blocks * block_size
+    joined = own.new_empty(num_requests, num_kv_heads, length + own.shape[1], head_size)
+    paged = joined[:, :, :length].unflatten(2, (num_blocks, block_size))
+    paged.copy_(blocks[block_table].transpose(1, 2))
+    joined[:, :, length:] = own.transpose(1, 2)
+    return joined
 
 
 def write_cache(kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
@@ -202,9 +214,9 @@ def check_layout(block_size: int, head_size: int, dtype: torch.dtype) -> None:
     key, value = torch.randn(2, num_tokens, 2, head_size, generator=torch.Generator().manual_seed(0)).to(dtype)
     write_cache(cache, torch.arange(num_tokens), key, value)
     keys, values = split_cache(cache)
-    blocks = torch.arange(2)[None]
-    read_key = _gather_context(keys.transpose(-1, -2), blocks)[0].transpose(0, 1)
-    read_value = _gather_context(values, blocks)[0].transpose(0, 1)
+    blocks, nothing = torch.arange(2)[None], key[None, :0]
+    read_key = _join(keys.transpose(-1, -2), blocks, nothing)[0].transpose(0, 1)
+    read_value = _join(values, blocks, nothing)[0].transpose(0, 1)
     if not (torch.equal(read_key, key) and torch.equal(read_value, value)):
         raise RuntimeError(
             f"vLLM's CPU cache (block size {block_size}, head size {head_size}, {dtype}) is not laid out as "
