@@ -28,6 +28,14 @@ def test_preempted_requests_resume_exactly(pair, plain: LLM, prompts: list[list[
         assert sum(preemptions) > 0
 
 
+def test_one_token_prompts_join_a_running_batch(pair, plain: LLM, prompts: list[list[int]]) -> None:
+    """The scheduler pads such a request with placeholder drafts."""
+    short = [prompt[:1] for prompt in prompts]
+    params = [SamplingParams(temperature=0, max_tokens=5 + index, ignore_eos=True) for index in range(NUM_PROMPTS)]
+    with engine(pair, {}, max_num_seqs=4) as narrow:
+        assert complete(narrow, short, params) == complete(plain, short, params)
+
+
 def test_a_cached_prefix_changes_nothing(trees: LLM, plain: LLM, prompts: list[list[int]]) -> None:
     long_prompt = [token for prompt in prompts for token in prompt][:400]
     params = SamplingParams(temperature=0, max_tokens=40)

@@ -53,7 +53,10 @@ class TreeMetrics:
 
 
 def read_tree_metrics(llm: LLM) -> TreeMetrics | None:
-    """Since the engine started. Needs `LLM(..., disable_log_stats=False)`; raises ValueError without."""
+    """Since the engine started. Needs `LLM(..., disable_log_stats=False)`; raises ValueError without.
+
+    vLLM keeps one registry per process, which a new engine clears: ask the engine that was made last.
+    """
     if not llm.llm_engine.log_stats:
         raise ValueError("metrics are off: build the engine with disable_log_stats=False.")
     counts: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}

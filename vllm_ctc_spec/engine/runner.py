@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_ctc_spec.engine.attention.cpu import PagedContext, TreeAttentionMetadata, TreeRows, move_slots
@@ -80,6 +81,8 @@ class TreeCPUModelRunner(CPUModelRunner):
             num_scheduled_tokens.tolist(),
             self.input_batch.num_computed_tokens_cpu[:num_requests].tolist(),
         )
+        # Padding must be a token that the embedding has; nothing can accept it, whatever it is.
+        self.input_ids.gpu[: scheduler_output.total_num_scheduled_tokens].clamp_(min=0)
         for tree, start, computed in zip(self.step.trees, self.step.starts, self.step.num_computed):
             if not tree.is_chain:
                 # Rotary positions follow depth; cache slots stay sequential, vLLM has already assigned them.
@@ -91,6 +94,9 @@ class TreeCPUModelRunner(CPUModelRunner):
         tokens = scheduler_output.scheduled_spec_decode_tokens.get(request)
         if not tokens:
             return EMPTY_TREE
+        if tokens[0] == PLACEHOLDER_TOKEN_ID:
+            # A request that joins a running batch is padded to the node budget (vllm/v1/core/sched/scheduler.py).
+            return HostTree.chain(tokens)
         drafted = self.trees[request].cut(len(tokens))
         assert drafted.tokens == tokens, (request, drafted.tokens, tokens)
         return drafted
