@@ -1,0 +1,68 @@
+"""The wiring of the many-anchor training pass."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.training.tiny_models import VOCAB, tiny_drafter, tiny_target
+from vllm_ctc_spec.drafter import KeyValue
+from vllm_ctc_spec.training.objective import DraftObjective, target_hidden
+
+ANCHORS = torch.tensor([[1, 5, 19], [7, 2, 8]])
+
+
+def one_anchor_frames(objective: DraftObjective, input_ids: Tensor, anchor: int) -> Tensor:
+    """[T, H] as a serving step computes it: the text up to the anchor is all there is."""
+    hidden = target_hidden(objective.target, input_ids[None, :anchor])[0]
+    context = objective.drafter.context(hidden, torch.arange(anchor))
+
+    def attend(layer: int, query: Tensor, own: KeyValue) -> Tensor:
+        keys, values = (torch.cat(pair).transpose(0, 1) for pair in zip(context[layer], own))
+        out = F.scaled_dot_product_attention(query.transpose(0, 1)[None], keys[None], values[None], enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    embedding = objective.target.get_input_embeddings()(input_ids[anchor])
+    return objective.drafter(embedding, hidden[-1], torch.tensor(anchor), attend)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@torch.no_grad()
+def test_many_anchors_in_one_pass_equal_one_step_each(num_layers):
+    target = tiny_target()
+    objective = DraftObjective(tiny_drafter(target, num_hidden_layers=num_layers), target, chunk_size=8)
+    input_ids = torch.randint(VOCAB, (2, 20))
+    frames = objective.frames(input_ids, target_hidden(target, input_ids), ANCHORS)
+    for row, anchors in enumerate(ANCHORS.tolist()):
+        for column, anchor in enumerate(anchors):
+            alone = one_anchor_frames(objective, input_ids[row], anchor)
+            torch.testing.assert_close(frames[row, column], alone, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_nothing_at_or_after_the_anchor_but_the_anchor_reaches_its_frames():
+    target = tiny_target()
+    objective = DraftObjective(tiny_drafter(target), target, chunk_size=8)
+    input_ids = torch.randint(VOCAB, (1, 20))
+    anchors = torch.tensor([[9]])
+    frames = objective.frames(input_ids, target_hidden(target, input_ids), anchors)
+    for position, same in ((8, False), (9, False), (10, True), (19, True)):
+        changed = input_ids.clone()
+        changed[0, position] = (changed[0, position] + 1) % VOCAB
+        others = objective.frames(changed, target_hidden(target, changed), anchors)
+        assert torch.allclose(frames, others, atol=1e-6) == same
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("emission", ["conditioned", "independent"])
+def test_the_loss_reaches_every_drafter_weight_and_no_target_weight(tied, emission):
+    target = tiny_target(tied)
+    drafter = tiny_drafter(target, emission=emission)
+    objective = DraftObjective(drafter, target, chunk_size=4).train()
+    input_ids = torch.randint(VOCAB, (2, 20))
+    valid = torch.tensor([[True, True, False], [True, True, True]])
+    labels = torch.randint(VOCAB, (2, 3, 3))
+    objective(input_ids, ANCHORS, valid, labels).mean.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in drafter.parameters())
+    assert all(p.grad is None for p in target.parameters())
+    assert not target.training

@@ -1,0 +1,77 @@
+"""One training pass: the frozen target's hidden states, many anchors per row, the alignment-sum loss.
+
+Letters: B rows, L tokens, M anchors per row, Q = T + 1 queries (anchor and frames), K kv heads, G query heads per
+kv head, D head size, H hidden size, U labels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vllm_ctc_spec.drafter import CTCDrafter, KeyValue
+from vllm_ctc_spec.training.loss import AlignmentLoss, alignment_loss
+
+
+class DraftObjective(nn.Module):
+    """Holds the drafter, which learns, and the target, which is frozen and only read."""
+
+    def __init__(self, drafter: CTCDrafter, target: PreTrainedModel, chunk_size: int) -> None:
+        super().__init__()
+        self.drafter = drafter
+        self.target = target.requires_grad_(False).eval()
+        self.chunk_size = chunk_size
+
+    def train(self, mode: bool = True) -> DraftObjective:
+        super().train(mode)
+        self.target.eval()
+        return self
+
+    def forward(self, input_ids: Tensor, anchors: Tensor, valid: Tensor, labels: Tensor) -> AlignmentLoss:
+        """input_ids: [B, L]; anchors: [B, M] positions; valid: [B, M] bool; labels: [B, M, U]."""
+        hidden = target_hidden(self.target, input_ids)
+        frames = self.frames(input_ids, hidden, anchors)
+        anchor_ids = input_ids.gather(1, anchors)
+        lm_head = self.target.get_output_embeddings().weight
+        return alignment_loss(
+            self.drafter, frames[valid], lm_head, anchor_ids[valid], labels[valid], chunk_size=self.chunk_size
+        )
+
+    def frames(self, input_ids: Tensor, hidden: Tensor, anchors: Tensor) -> Tensor:
+        """[B, M, T, H], of every anchor in one pass; hidden: [B, L, H] from `target_hidden`."""
+        context = self.drafter.context(hidden, torch.arange(input_ids.shape[1], device=input_ids.device))
+        embedding = self.target.get_input_embeddings()(input_ids.gather(1, anchors))
+        last_hidden = hidden.gather(1, (anchors - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
+
+        def attend(layer: int, query: Tensor, own: KeyValue) -> Tensor:
+            return attend_before_anchor(query, own, context[layer], anchors)
+
+        return self.drafter(embedding, last_hidden, anchors, attend)
+
+
+@torch.no_grad()
+def target_hidden(target: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """[B, L, H], what the target feeds to its LM head.
+
+    Rows are padded on the right: behind a causal mask padding changes no other position, so it needs no mask.
+    """
+    return target.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def attend_before_anchor(query: Tensor, own: KeyValue, context: KeyValue, anchors: Tensor) -> Tensor:
+    """Attention of each anchor's queries to the context before the anchor and to one another.
+
+    The two blocks of scores share one softmax; a block-diagonal mask over all M x Q own keys would cost M times
+    their work. query: [B, M, Q, heads, D]; own: [B, M, Q, K, D]; context: [B, L, K, D]; anchors: [B, M].
+    """
+    grouped = query.unflatten(3, (own.key.shape[3], -1)) * query.shape[-1] ** -0.5
+    length = context.key.shape[1]
+    visible = torch.arange(length, device=anchors.device) < anchors[..., None]
+    before = torch.einsum("bmqkgd,blkd->bmkgql", grouped, context.key)
+    before = before.masked_fill(~visible[:, :, None, None, None, :], float("-inf"))
+    among = torch.einsum("bmqkgd,bmpkd->bmkgqp", grouped, own.key)
+    weights = torch.cat((before, among), dim=-1).softmax(-1, dtype=torch.float32).to(own.value.dtype)
+    mixed = torch.einsum("bmkgql,blkd->bmqkgd", weights[..., :length], context.value)
+    mixed = mixed + torch.einsum("bmkgqp,bmpkd->bmqkgd", weights[..., length:], own.value)
+    return mixed.flatten(3, 4)

@@ -1,0 +1,86 @@
+"""The target's own continuations as training rows, written as they come and resumed without loss."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class RegenerateSettings:
+    temperatures: tuple[float, ...] = (0.8,)
+    """Prompt i is continued at temperature i modulo their number."""
+    max_tokens: int = 256
+    chunk_size: int = 512
+    """Rows that are generated together, and lost together when the process is killed."""
+    seed: int = 0
+
+
+def regenerate(
+    target_path: str,
+    prompts: Sequence[list[int]],
+    output: Path,
+    settings: RegenerateSettings | None = None,
+    **engine_options: Any,
+) -> None:
+    """Continue `prompts` (token ids) with plain vLLM and write `prompt_token_ids`, `token_ids` lines to `output`.
+
+    Line i belongs to prompt i; lines that `output` already holds are kept. `engine_options` go to `vllm.LLM`.
+    """
+    settings = settings or RegenerateSettings()
+    num_done = resume_rows(output, prompts)
+    if num_done == len(prompts):
+        return
+    # Training must be importable without vLLM's start-up time and plugins.
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(target_path, seed=settings.seed, **engine_options)
+    for start in range(num_done, len(prompts), settings.chunk_size):
+        chunk = range(start, min(start + settings.chunk_size, len(prompts)))
+        temperatures = [settings.temperatures[i % len(settings.temperatures)] for i in chunk]
+        parameters = [SamplingParams(temperature=t, max_tokens=settings.max_tokens) for t in temperatures]
+        outputs = llm.generate([{"prompt_token_ids": prompts[i]} for i in chunk], parameters)
+        rows = [
+            {"prompt_token_ids": list(prompts[i]), "token_ids": list(done.outputs[0].token_ids)}
+            for i, done in zip(chunk, outputs, strict=True)
+        ]
+        append_rows(output, rows)
+    # Left alone, the engine's processes would keep their memory until this process ends.
+    llm.llm_engine.engine_core.shutdown()
+
+
+def resume_rows(path: Path, prompts: Sequence[list[int]]) -> int:
+    """Count the whole lines of `path`, cutting off a last line that a kill left incomplete.
+
+    Raises ValueError if a line belongs to another prompt than its number says: the file is another run's.
+    """
+    if not path.exists():
+        return 0
+    whole = num_bytes = 0
+    with path.open("rb+") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            if whole >= len(prompts) or json.loads(line)["prompt_token_ids"] != list(prompts[whole]):
+                raise ValueError(
+                    f"{path}, line {whole + 1} continues another prompt than number {whole + 1} of this run. "
+                    "Write to a new file, or use the prompts that it was started with."
+                )
+            whole += 1
+            num_bytes += len(line)
+        file.truncate(num_bytes)
+    return whole
+
+
+def append_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Append one line per row; on return they are on disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
