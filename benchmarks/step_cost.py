@@ -50,6 +50,8 @@ class StepCost:
     ratio: float
     """Median over rounds of tree / plain."""
     parts: dict[str, float]
+    floor: float
+    """The target's matrix products for all rows of the tree / for one row per request: the processor's own limit."""
 
 
 def build_models(shape: str, folder: Path) -> tuple[Path, Path]:
@@ -120,10 +122,29 @@ def _forced_path(tree: Any) -> list[int]:
     return best
 
 
+def count_walks(worker: Any) -> int:
+    """Steps since the last call, the prefill included."""
+    runner = worker.model_runner
+    runner.num_counted, before = len(runner.clock["walk"]), getattr(runner, "num_counted", 0)
+    return runner.num_counted - before
+
+
 def read_clock(worker: Any) -> dict[str, float]:
-    """Median milliseconds of each stage since the last call."""
-    clock, worker.model_runner.clock = worker.model_runner.clock, {}
-    return {stage: 1e3 * statistics.median(times) for stage, times in clock.items()}
+    """Median milliseconds of each stage."""
+    return {stage: 1e3 * statistics.median(times) for stage, times in worker.model_runner.clock.items()}
+
+
+def gemm_floor(worker: Any, num_rows: int) -> float:
+    """Milliseconds of the target's matrix products alone, with vLLM's own kernel, at `num_rows` rows."""
+    layers = [module for module in worker.model_runner.model.modules() if hasattr(module, "cpu_linear")]
+    inputs = {size: torch.randn(num_rows, size).bfloat16() for size in {layer.input_size for layer in layers}}
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        for layer in layers:
+            layer.cpu_linear(inputs[layer.input_size], layer.weight, None)
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times)
 
 
 @contextmanager
@@ -153,7 +174,10 @@ def engine(target: Path, drafter: Path | None, num_nodes: int, context: int, bat
 
 
 def step_ms(llm: Any, context: int, batch: int, num_tokens: int) -> float:
-    """Milliseconds of a decode step: the time between the first token and the last, over the steps between."""
+    """Milliseconds of a decode step: the time between the first token and the last, over the steps between.
+
+    A tree step is counted by the clock in its worker, because short trees cut the forced path short.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
@@ -161,8 +185,11 @@ def step_ms(llm: Any, context: int, batch: int, num_tokens: int) -> float:
     outputs = llm.generate(prompts, params, use_tqdm=False)
     first = max(output.metrics.first_token_ts for output in outputs)
     last = max(output.metrics.last_token_ts for output in outputs)
-    per_step = 1 if llm.llm_engine.vllm_config.speculative_config is None else FORCED_PATH + 1
-    return 1e3 * (last - first) / ((num_tokens - 1) / per_step)
+    num_steps = num_tokens - 1
+    if llm.llm_engine.vllm_config.speculative_config is not None:
+        [num_walks] = llm.collective_rpc(count_walks)
+        num_steps = num_walks - 1
+    return 1e3 * (last - first) / num_steps
 
 
 def measure(shape: str, num_nodes: int, context: int, batch: int, rounds: int, tree: str) -> StepCost:
@@ -173,18 +200,21 @@ def measure(shape: str, num_nodes: int, context: int, batch: int, rounds: int, t
         trees.collective_rpc(force_acceptance_and_time)
         for llm in (plain, trees):
             step_ms(llm, context, batch, 17)
-        trees.collective_rpc(read_clock)
         pairs = [
             (step_ms(plain, context, batch, 25), step_ms(trees, context, batch, 24 * (FORCED_PATH + 1) + 1))
             for _ in range(rounds)
         ]
         [parts] = trees.collective_rpc(read_clock)
+        [one_row], [all_rows] = (
+            plain.collective_rpc(gemm_floor, args=(rows,)) for rows in (batch, batch * (num_nodes + 1))
+        )
     parts["draft"] = parts.pop("draft and build") - parts["build"]
     return StepCost(
         plain=statistics.median(pair[0] for pair in pairs),
         tree=statistics.median(pair[1] for pair in pairs),
         ratio=statistics.median(with_tree / without for without, with_tree in pairs),
         parts=parts,
+        floor=all_rows / one_row,
     )
 
 
@@ -207,6 +237,7 @@ def main() -> None:
         table.add_row(f"  {part}", f"{cost.parts[part]:.2f}")
     Console().print(table)
     print(f"tree step / plain step: {cost.ratio:.2f}")
+    print(f"of which this processor's matrix products alone, {options.nodes + 1} rows against 1: {cost.floor:.2f}")
     if options.json is not None:
         options.json.write_text(json.dumps(vars(cost), indent=2) + "\n")
 

@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="build a small target and drafter here, serve both, compare")
     demo.add_argument("--json", type=Path, metavar="PATH", help="also write the comparison as JSON")
     demo.add_argument("--print-paths", action="store_true", help="print only the two model folders")
-    demo.add_argument("--nodes", type=int, default=32, help="node budget, 1 to 63 (default %(default)s)")
+    demo.add_argument("--nodes", type=int, default=12, help="node budget, 1 to 63 (default %(default)s)")
     demo.set_defaults(run=_demo)
 
     inspect = commands.add_parser("inspect", help="draw the token tree of one prompt")
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--prompt", required=True)
     inspect.add_argument("--nodes", type=int, default=32, help="node budget, 1 to 63 (default %(default)s)")
     inspect.add_argument("--tree", default="prefix", help="prefix, template or chain (default %(default)s)")
-    inspect.add_argument("--candidates", type=int, default=8, help="candidates per frame (default %(default)s)")
+    inspect.add_argument("--candidates", type=int, default=4, help="candidates per frame (default %(default)s)")
     inspect.add_argument("--skip", type=int, default=0, help="decoding steps before the tree (default %(default)s)")
     inspect.add_argument("--png", type=Path, metavar="PATH", help="also draw it into this file")
     inspect.set_defaults(run=_inspect)

@@ -85,7 +85,7 @@ class SpecOptions:
     """
 
     tree: Literal["prefix", "template", "chain"] = "prefix"
-    candidates: int = 8
+    candidates: int = 4
     min_prefix_probability: float = 0.0
 
     def __post_init__(self) -> None:

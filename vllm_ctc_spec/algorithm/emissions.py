@@ -26,7 +26,7 @@ EXACT_NORMALISER_MAX_VOCABULARY = 16384
 
 NORMALISER_SUPPORT = 2048
 
-CANDIDATE_POOL = 256
+CANDIDATE_POOL = 128
 """Tokens among which the conditioned family looks for its candidates by their probability given each other."""
 
 # Bias values held at once: about one request in a CPU's cache, about 256 MB on a GPU.

@@ -23,9 +23,9 @@ from vllm_ctc_spec.inspection import draw, summary, to_terminal
 if TYPE_CHECKING:
     from vllm import LLM
 
-NUM_PROMPTS = 16
-NUM_NEW_TOKENS = 128
-NUM_ROUNDS = 3
+NUM_PROMPTS = 12
+NUM_NEW_TOKENS = 96
+NUM_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _read_prompts(paths: DemoPaths) -> list[str]:
 
 
 def _show(console: Console, result: Comparison, paths: DemoPaths, prompts: list[str], num_nodes: int) -> None:
-    drawn = draw(str(paths.target), str(paths.drafter), prompts[0], min(num_nodes, 24), SpecOptions(), skip=2)
+    drawn = draw(str(paths.target), str(paths.drafter), prompts[0], num_nodes, SpecOptions(), skip=2)
     console.print("\n[bold]One step's token tree[/] (prefix probabilities; green: what the target took)")
     console.print(to_terminal(drawn))
     console.print(summary(drawn))

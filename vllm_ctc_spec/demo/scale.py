@@ -37,16 +37,16 @@ class DemoScale:
             vocab_size=2048,
             hidden_size=256,
             intermediate_size=768,
-            num_layers=4,
+            num_layers=8,
             num_kv_heads=2,
             target_context=256,
             target_batch=8,
             target_rate=1.2e-2,
-            target_budget=Budget(max_steps=550, max_seconds=200),
-            num_prompts=2048,
+            target_budget=Budget(max_steps=550, max_seconds=180),
+            num_prompts=1536,
             num_heldout_prompts=128,
             num_new_tokens=128,
-            drafter_budget=Budget(max_steps=450, max_seconds=150),
+            drafter_budget=Budget(max_steps=450, max_seconds=120),
         )
 
     @classmethod

@@ -41,7 +41,7 @@ def evaluate(
     rows: Path,
     budgets: tuple[int, ...] = NODE_BUDGETS,
     anchors_per_row: int = 8,
-    candidates: int = 8,
+    candidates: int = SpecOptions.candidates,
     batch_size: int = 16,
     max_length: int = 1024,
     seed: int = 0,
