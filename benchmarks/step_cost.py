@@ -10,13 +10,12 @@ turns, so that the machine's moods hit both; the figure that counts is their rat
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,14 +146,13 @@ def gemm_floor(worker: Any, num_rows: int) -> float:
     return 1e3 * statistics.median(times)
 
 
-@contextmanager
 def engine(target: Path, drafter: Path | None, num_nodes: int, context: int, batch: int, tree: str) -> Any:
-    from vllm import LLM
+    from vllm_ctc_spec.engine.lifetime import started
 
     spec = None
     if drafter is not None:
         spec = {"method": "ctc", "model": str(drafter), "num_speculative_tokens": num_nodes, "tree": tree}
-    llm = LLM(
+    return started(
         str(target),
         skip_tokenizer_init=True,
         dtype="bfloat16",
@@ -165,12 +163,6 @@ def engine(target: Path, drafter: Path | None, num_nodes: int, context: int, bat
         disable_log_stats=False,
         speculative_config=spec,
     )
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
 
 
 def step_ms(llm: Any, context: int, batch: int, num_tokens: int) -> float:

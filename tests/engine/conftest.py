@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 
 from vllm_ctc_spec.demo.build import DemoPaths, build_demo
 from vllm_ctc_spec.demo.scale import DemoScale
+from vllm_ctc_spec.engine.lifetime import started
 
 NUM_PROMPTS = 32
 NUM_NODES = 32
@@ -30,9 +30,8 @@ def pair(request: pytest.FixtureRequest) -> DemoPaths:
     return build_demo(request.config.cache.mkdir("ctc-tiny-pair"), DemoScale.tiny())
 
 
-@contextmanager
-def engine(pair: DemoPaths, spec: dict[str, Any] | None, **options: Any) -> Iterator[LLM]:
-    """An engine that is gone when the block ends. spec: our options beside method and model; None is plain vLLM."""
+def engine(pair: DemoPaths, spec: dict[str, Any] | None, **options: Any) -> AbstractContextManager[LLM]:
+    """spec: our options beside method and model; None is plain vLLM."""
     settings: dict[str, Any] = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -43,13 +42,7 @@ def engine(pair: DemoPaths, spec: dict[str, Any] | None, **options: Any) -> Iter
     }
     if spec is not None:
         spec = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": NUM_NODES, **spec}
-    llm = LLM(str(pair.target), speculative_config=spec, **{**settings, **options})
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
+    return started(str(pair.target), speculative_config=spec, **{**settings, **options})
 
 
 @pytest.fixture(scope="session")

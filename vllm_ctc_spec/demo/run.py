@@ -6,8 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,15 +78,14 @@ def compare(paths: DemoPaths, prompts: list[str], num_nodes: int) -> Comparison:
     )
 
 
-@contextmanager
-def _engine(paths: DemoPaths, num_nodes: int | None) -> Iterator[LLM]:
+def _engine(paths: DemoPaths, num_nodes: int | None) -> AbstractContextManager[LLM]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM
+    from vllm_ctc_spec.engine.lifetime import started
 
     spec = None
     if num_nodes is not None:
         spec = {"method": "ctc", "model": str(paths.drafter), "num_speculative_tokens": num_nodes}
-    llm = LLM(
+    return started(
         str(paths.target),
         dtype="float32",
         max_num_seqs=16,
@@ -96,10 +94,6 @@ def _engine(paths: DemoPaths, num_nodes: int | None) -> Iterator[LLM]:
         disable_log_stats=False,
         speculative_config=spec,
     )
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
 
 
 def _answers(llm: LLM, prompts: list[str]) -> list[list[int]]:

@@ -38,21 +38,21 @@ def regenerate(
     if num_done == len(prompts):
         return
     # Training must be importable without vLLM's start-up time and plugins.
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    llm = LLM(target_path, seed=settings.seed, **engine_options)
-    for start in range(num_done, len(prompts), settings.chunk_size):
-        chunk = range(start, min(start + settings.chunk_size, len(prompts)))
-        temperatures = [settings.temperatures[i % len(settings.temperatures)] for i in chunk]
-        parameters = [SamplingParams(temperature=t, max_tokens=settings.max_tokens) for t in temperatures]
-        outputs = llm.generate([{"prompt_token_ids": prompts[i]} for i in chunk], parameters)
-        rows = [
-            {"prompt_token_ids": list(prompts[i]), "token_ids": list(done.outputs[0].token_ids)}
-            for i, done in zip(chunk, outputs, strict=True)
-        ]
-        append_rows(output, rows)
-    # Left alone, the engine's processes would keep their memory until this process ends.
-    llm.llm_engine.engine_core.shutdown()
+    from vllm_ctc_spec.engine.lifetime import started
+
+    with started(target_path, seed=settings.seed, **engine_options) as llm:
+        for start in range(num_done, len(prompts), settings.chunk_size):
+            chunk = range(start, min(start + settings.chunk_size, len(prompts)))
+            temperatures = [settings.temperatures[i % len(settings.temperatures)] for i in chunk]
+            parameters = [SamplingParams(temperature=t, max_tokens=settings.max_tokens) for t in temperatures]
+            outputs = llm.generate([{"prompt_token_ids": prompts[i]} for i in chunk], parameters)
+            rows = [
+                {"prompt_token_ids": list(prompts[i]), "token_ids": list(done.outputs[0].token_ids)}
+                for i, done in zip(chunk, outputs, strict=True)
+            ]
+            append_rows(output, rows)
 
 
 def resume_rows(path: Path, prompts: Sequence[list[int]]) -> int:
