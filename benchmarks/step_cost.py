@@ -15,7 +15,6 @@ import os
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,23 +145,20 @@ def gemm_floor(worker: Any, num_rows: int) -> float:
     return 1e3 * statistics.median(times)
 
 
-def engine(target: Path, drafter: Path | None, num_nodes: int, context: int, batch: int, tree: str) -> Any:
-    from vllm_ctc_spec.engine.lifetime import started
-
+def engine_options(drafter: Path | None, num_nodes: int, context: int, batch: int, tree: str) -> dict[str, Any]:
     spec = None
     if drafter is not None:
         spec = {"method": "ctc", "model": str(drafter), "num_speculative_tokens": num_nodes, "tree": tree}
-    return started(
-        str(target),
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        max_model_len=context + 512,
-        max_num_seqs=batch,
-        kv_cache_memory_bytes=1 << 30,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-        speculative_config=spec,
-    )
+    return {
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "max_model_len": context + 512,
+        "max_num_seqs": batch,
+        "kv_cache_memory_bytes": 1 << 30,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "speculative_config": spec,
+    }
 
 
 def step_ms(llm: Any, context: int, batch: int, num_tokens: int) -> float:
@@ -185,20 +181,24 @@ def step_ms(llm: Any, context: int, batch: int, num_tokens: int) -> float:
 
 
 def measure(shape: str, num_nodes: int, context: int, batch: int, rounds: int, tree: str) -> StepCost:
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    from vllm_ctc_spec.engine.lifetime import TakingTurns
+
+    with tempfile.TemporaryDirectory() as folder, TakingTurns() as engines:
         target, drafter = build_models(shape, Path(folder))
-        plain = stack.enter_context(engine(target, None, num_nodes, context, batch, tree))
-        trees = stack.enter_context(engine(target, drafter, num_nodes, context, batch, tree))
+        plain = engines.start(str(target), **engine_options(None, num_nodes, context, batch, tree))
+        trees = engines.start(str(target), **engine_options(drafter, num_nodes, context, batch, tree))
         trees.collective_rpc(force_acceptance_and_time)
+
+        def step(llm: Any) -> float:
+            return engines.turn(llm, lambda llm: step_ms(llm, context, batch, 33))
+
         for llm in (plain, trees):
-            step_ms(llm, context, batch, 17)
-        pairs = [
-            (step_ms(plain, context, batch, 25), step_ms(trees, context, batch, 24 * (FORCED_PATH + 1) + 1))
-            for _ in range(rounds)
-        ]
+            step(llm)
+        pairs = [(step(plain), step(trees)) for _ in range(rounds)]
         [parts] = trees.collective_rpc(read_clock)
-        [one_row], [all_rows] = (
-            plain.collective_rpc(gemm_floor, args=(rows,)) for rows in (batch, batch * (num_nodes + 1))
+        one_row, all_rows = (
+            engines.turn(plain, lambda llm, rows=rows: llm.collective_rpc(gemm_floor, args=(rows,))[0])
+            for rows in (batch, batch * (num_nodes + 1))
         )
     parts["draft"] = parts.pop("draft and build") - parts["build"]
     return StepCost(

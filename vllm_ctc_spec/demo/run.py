@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import time
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,13 +60,18 @@ def run_demo(num_nodes: int, json_path: Path | None) -> int:
 
 def compare(paths: DemoPaths, prompts: list[str], num_nodes: int) -> Comparison:
     """Start both engines and let them take turns, so that the machine's moods hit both."""
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    from vllm_ctc_spec.engine.lifetime import TakingTurns
     from vllm_ctc_spec.engine.metrics import read_tree_metrics
 
-    with ExitStack() as stack:
-        plain = stack.enter_context(_engine(paths, None))
-        ctc = stack.enter_context(_engine(paths, num_nodes))
-        answers = [_answers(llm, prompts) for llm in (plain, ctc)]
-        rounds = [(_tokens_per_second(plain, prompts), _tokens_per_second(ctc, prompts)) for _ in range(NUM_ROUNDS)]
+    with TakingTurns() as engines:
+        plain = engines.start(str(paths.target), **_engine_options(paths, None))
+        ctc = engines.start(str(paths.target), **_engine_options(paths, num_nodes))
+        answers = [engines.turn(llm, lambda llm: _answers(llm, prompts)) for llm in (plain, ctc)]
+        rounds = [
+            [engines.turn(llm, lambda llm: _tokens_per_second(llm, prompts)) for llm in (plain, ctc)]
+            for _ in range(NUM_ROUNDS)
+        ]
         metrics = read_tree_metrics(ctc)
     assert metrics is not None
     return Comparison(
@@ -78,22 +82,18 @@ def compare(paths: DemoPaths, prompts: list[str], num_nodes: int) -> Comparison:
     )
 
 
-def _engine(paths: DemoPaths, num_nodes: int | None) -> AbstractContextManager[LLM]:
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm_ctc_spec.engine.lifetime import started
-
+def _engine_options(paths: DemoPaths, num_nodes: int | None) -> dict[str, Any]:
     spec = None
     if num_nodes is not None:
         spec = {"method": "ctc", "model": str(paths.drafter), "num_speculative_tokens": num_nodes}
-    return started(
-        str(paths.target),
-        dtype="float32",
-        max_num_seqs=16,
-        kv_cache_memory_bytes=1 << 28,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-        speculative_config=spec,
-    )
+    return {
+        "dtype": "float32",
+        "max_num_seqs": 16,
+        "kv_cache_memory_bytes": 1 << 28,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "speculative_config": spec,
+    }
 
 
 def _answers(llm: LLM, prompts: list[str]) -> list[list[int]]:

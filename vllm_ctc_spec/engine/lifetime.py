@@ -1,13 +1,16 @@
-"""An engine whose processes are gone when the block ends."""
+"""Engines that end when their block ends, and that take turns on one machine."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
+import psutil
 from vllm import LLM
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -20,3 +23,49 @@ def started(model: str, **options: Any) -> Iterator[LLM]:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+
+
+class TakingTurns:
+    """Several engines of which one runs at a time.
+
+    An idle engine polls for work and would take processor time from the one that is measured, and more from one
+    that makes more steps; so all but that one are stopped meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._processes: list[set[psutil.Process]] = []
+        self._engines: list[LLM] = []
+
+    def __enter__(self) -> TakingTurns:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def start(self, model: str, **options: Any) -> LLM:
+        before = _children()
+        self._engines.append(self._stack.enter_context(started(model, **options)))
+        self._processes.append(_children() - before)
+        return self._engines[-1]
+
+    def turn(self, llm: LLM, work: Callable[[LLM], Result]) -> Result:
+        """`work(llm)` while the other engines stand still."""
+        waiting = [
+            process
+            for engine, processes in zip(self._engines, self._processes)
+            if engine is not llm
+            for process in processes
+            if process.is_running()
+        ]
+        try:
+            for process in waiting:
+                process.suspend()
+            return work(llm)
+        finally:
+            for process in waiting:
+                process.resume()
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
