@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NUM_PROMPTS = 12
 NUM_NEW_TOKENS = 96
-NUM_ROUNDS = 5
+NUM_ROUNDS = 3
 
 
 @dataclass(frozen=True)
