@@ -23,7 +23,7 @@ class CTCDrafterConfig(PretrainedConfig):
 
     `hidden_size`, `vocab_size`, `num_key_value_heads` and `head_dim` are the target's, because the drafter
     shares its embedding and LM head and keeps its keys and values in the same paged cache.
-    `emission` names the family of DESIGN.md: "independent" (CTC, repeats merge) or "conditioned"
+    `emission` names the family (see algorithm/ctc.py): "independent" (CTC, repeats merge) or "conditioned"
     (one label per frame, each emission conditioned on the last emitted token through a table of
     rank `condition_rank`).
     """

@@ -3,7 +3,7 @@
 The oracle of the batched code in prefix_tree.py. Two families of emission over V tokens and a blank:
 
 * independent (Graves et al. 2006, section 3.2): repeats merge, blanks drop;
-* conditioned (DESIGN.md section 5): one label per frame, the rest blank, nothing merges, and the frame's
+* conditioned: one label per frame, the rest blank, nothing merges, and the frame's
   distribution depends on the last emitted token.
 
 Both are a frozen record with a method `extend` from a prefix h to h.c, a `prefix_logp` = log psi(h), the log

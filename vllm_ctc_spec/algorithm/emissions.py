@@ -4,7 +4,7 @@ Two families of emission, both over V tokens and a blank, which is column V of t
 
 * independent: p_t(c), plain CTC (Graves et al. 2006, section 3.1): repeats merge, blanks drop;
 * conditioned: p_t(c | u) = softmax_c(frame_t[c] + A[u] . B[c]), u the last emitted token, at the root the
-  anchor (DESIGN.md section 5): one label per frame, the rest blank, nothing merges. A drafter trained with
+  anchor: one label per frame, the rest blank, nothing merges. A drafter trained with
   cross-entropy per position is the case where blank has probability zero (logit -inf), and independent
   positions are the case where A is zero as well, so neither needs a tree builder of its own.
 

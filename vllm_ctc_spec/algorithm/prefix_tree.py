@@ -14,7 +14,7 @@ section 3.2, whose gamma_n + gamma_b at t-1 it sums to); if c repeats u, at leas
 The sums over s are the forward variables of the paper, unrolled.
 
 psi never grows along a path, so the N largest form a connected tree, and it is the N-node tree with the largest
-expected accepted length (DESIGN.md section 2). Each level therefore keeps its best N, and the best N of all
+expected accepted length. Each level therefore keeps its best N, and the best N of all
 levels are the tree.
 
 The work is done on float32 probabilities, not logarithms: it only adds and multiplies non-negative numbers, so

@@ -1,7 +1,7 @@
 """The exact verification walk: from the anchor on to the child that carries the token which the target emits.
 
 The tree is a deterministic function of the past, so following the target's own choice changes nothing about its
-distribution, greedy or sampled (DESIGN.md section 3).
+distribution, greedy or sampled.
 
 Letters: R requests, N nodes, D largest possible depth. Node 0 is the anchor, node i is column i - 1.
 """

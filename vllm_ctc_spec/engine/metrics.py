@@ -75,14 +75,14 @@ class TreeStatLogger(StatLoggerBase):
         self.engine = str(engine_index)
         self.enabled = is_ctc(vllm_config.speculative_config)
         if self.enabled:
-            self.accepted_by_depth = [0] * vllm_config.speculative_config.num_speculative_tokens
+            self.max_depth = vllm_config.speculative_config.num_speculative_tokens
             self.gauges = _gauges()
         self._reset()
 
     def _reset(self) -> None:
         self.num_drafts = self.num_nodes = 0
         if self.enabled:
-            self.accepted_by_depth = [0] * len(self.accepted_by_depth)
+            self.accepted_by_depth = [0] * self.max_depth
 
     def record(
         self,
@@ -100,6 +100,8 @@ class TreeStatLogger(StatLoggerBase):
             self.accepted_by_depth[depth] += accepted
 
     def log(self) -> None:
+        if not self.enabled:
+            return
         metrics = TreeMetrics.from_counts(self.num_drafts, self.num_nodes, self.accepted_by_depth)
         if metrics is None:
             return

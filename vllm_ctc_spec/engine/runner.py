@@ -121,15 +121,17 @@ class TreeCPUModelRunner(CPUModelRunner):
             rows[row, :count] += torch.arange(count)
             is_real[row, :count] = True
             masks[row, :count] = torch.tensor(step.trees[index].ancestor_masks())
-        context = self._paged_context(branching, [step.num_computed[index] for index in branching], metadata)
+        context = self._paged_context(
+            branching, [step.num_computed[index] for index in branching], metadata.block_table
+        )
         max_context = context.max_len(self.cache_config.block_size)
         bias = tail_bias(context.lens, max_context, unpack_ancestor_masks(masks, num_rows), self.group, self.dtype)
         is_batch = len(branching) == len(step.trees) and bool(is_real.all())
         return TreeRows(rows, is_real, context, bias, is_batch)
 
-    def _paged_context(self, indices: list[int], lens: list[int], metadata: Any) -> PagedContext:
+    def _paged_context(self, indices: list[int], lens: list[int], block_table: Tensor) -> PagedContext:
         num_blocks = -(-max(lens) // self.cache_config.block_size)
-        return PagedContext(metadata.block_table[indices, :num_blocks].long(), torch.tensor(lens))
+        return PagedContext(block_table[indices, :num_blocks].long(), torch.tensor(lens))
 
     def _sample(self, logits: Tensor | None, spec_decode_metadata: Any) -> SamplerOutput:
         step = self.step
@@ -213,11 +215,10 @@ class TreeCPUModelRunner(CPUModelRunner):
         if not drafting:
             return None
         lens = [positions[lasts[index]] + 1 for index in drafting]
-        num_blocks = -(-max(lens) // self.cache_config.block_size)
         return DraftRequests(
             torch.tensor([sampled[index][-1] for index in drafting]),
             torch.tensor([lasts[index] for index in drafting]),
-            PagedContext(common.block_table_tensor[drafting, :num_blocks].long(), torch.tensor(lens)),
+            self._paged_context(drafting, lens, common.block_table_tensor),
             [self._sampling_params(index).structured_outputs is not None for index in drafting],
         )
 
