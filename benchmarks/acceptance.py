@@ -25,9 +25,10 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from vllm_ctc_spec.algorithm import emissions
+from vllm_ctc_spec.config import MAX_FRAMES, SpecOptions
 from vllm_ctc_spec.demo.build import DemoPaths, build_demo
 from vllm_ctc_spec.training.data import read_prompts
-from vllm_ctc_spec.training.evaluate import evaluate
+from vllm_ctc_spec.training.evaluate import TreeChoice, evaluate
 from vllm_ctc_spec.training.regenerate import RegenerateSettings, regenerate
 
 BUDGETS = (4, 8, 12, 16, 32, 63)
@@ -61,6 +62,11 @@ def normaliser(restricted: bool) -> Iterator[None]:
         emissions.EXACT_NORMALISER_MAX_VOCABULARY, emissions.NORMALISER_SUPPORT = before
 
 
+def trees(candidates: int) -> list[TreeChoice]:
+    chain = SpecOptions(tree="chain", candidates=candidates)
+    return [(chain, MAX_FRAMES), *((SpecOptions(candidates=candidates), num_nodes) for num_nodes in BUDGETS)]
+
+
 def held_out_rows(paths: DemoPaths, folder: Path) -> dict[float, Path]:
     prompts = read_prompts(paths.prompts, AutoTokenizer.from_pretrained(paths.target))
     files = {}
@@ -84,9 +90,7 @@ def main() -> None:
             table = Table("", "chain", *map(str, BUDGETS), title=f"acceptance length, temperature {temperature}")
             for setting in SETTINGS:
                 with normaliser(setting.restricted):
-                    measured = evaluate(
-                        str(paths.target), str(paths.drafter), rows, BUDGETS, candidates=setting.candidates
-                    )
+                    measured = evaluate(str(paths.target), str(paths.drafter), rows, trees(setting.candidates)).trees
                 table.add_row(setting.name, *(f"{each.length:.2f}" for each in measured))
                 results += [
                     {"temperature": temperature, "setting": setting.name, **dataclasses.asdict(each)}

@@ -28,7 +28,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_ctc_spec.drafter import CTCDrafter
-from vllm_ctc_spec.training.trainer import drafter_config
+from vllm_ctc_spec.training.target import drafter_config
 
 FORCED_PATH = 3
 """Accepted nodes of a step; acceptance length 4."""

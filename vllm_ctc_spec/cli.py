@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec`: the demo, and a look at one tree. Each command imports what it needs when it runs."""
+"""`vllm-ctc-spec`: demo, train, inspect. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from vllm_ctc_spec import __version__
+from vllm_ctc_spec.training.command import add_train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the next run goes on from the last finished stage.", file=sys.stderr)
+        print(f"{parser.prog}: interrupted; the next run goes on from where this one stopped.", file=sys.stderr)
         return 130
 
 
@@ -32,6 +33,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--print-paths", action="store_true", help="print only the two model folders")
     demo.add_argument("--nodes", type=int, default=12, help="node budget, 1 to 63 (default %(default)s)")
     demo.set_defaults(run=_demo)
+
+    add_train(commands)
 
     inspect = commands.add_parser("inspect", help="draw the token tree of one prompt")
     inspect.add_argument("target", help="folder or hub name of the target")
@@ -76,3 +79,7 @@ def _inspect(options: argparse.Namespace) -> int:
         to_png(drawn, options.png)
         console.print(f"drawn into {options.png}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

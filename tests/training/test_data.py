@@ -4,13 +4,21 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from vllm_ctc_spec.training.data import AnchorCollator, RowDataset, TrainingRow, read_prompts, read_rows
+from vllm_ctc_spec.training.data import (
+    AnchorCollator,
+    AnchorDataset,
+    TrainingRow,
+    read_prompts,
+    read_rows,
+    with_anchors,
+)
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}|{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception(m.role) }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}|{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
@@ -40,10 +48,51 @@ MESSAGES = [
     {"role": "assistant", "content": "no"},
 ]
 
+SHAREGPT = [
+    {"from": "human", "value": "hi"},
+    {"from": "gpt", "value": "yes"},
+    {"from": "user", "value": "so"},
+    {"from": "bard", "value": "no"},
+]
+
 
 def test_only_assistant_turns_are_trained(tokenizer, tmp_path):
     (row,) = read_rows(write(tmp_path / "a.jsonl", {"messages": MESSAGES}), tokenizer, 100)
     assert spelled(row) == ("<user>hi<assistant>yes|<user>so<assistant>no|", "yes|no|")
+
+
+def test_sharegpt_conversations_are_their_messages(tokenizer, tmp_path):
+    system = {"role": "system", "content": "be"}, {"from": "system", "value": "be"}
+    path = write(
+        tmp_path / "a.jsonl", {"messages": [system[0], *MESSAGES]}, {"conversations": [system[1], *SHAREGPT], "id": "7"}
+    )
+    plain, sharegpt = read_rows(path, tokenizer, 100)
+    assert spelled(plain) == spelled(sharegpt) and spelled(plain)[1] == "yes|no|"
+    prompt, same = read_prompts(path, tokenizer)
+    assert prompt == same
+
+
+def test_rows_do_not_depend_on_the_kind_of_source(tokenizer, tmp_path):
+    layouts = [{"messages": MESSAGES}, {"conversations": SHAREGPT}, {"prompt_token_ids": [65], "token_ids": [66]}]
+    lines = write(tmp_path / "a.jsonl", *layouts)
+    array = write(tmp_path / "a.json", layouts)
+    columns = {key: [layout.get(key) for layout in layouts] for layout in layouts for key in layout}
+    pytest.importorskip("datasets").Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
+    expected = [spelled(row) for row in read_rows(lines, tokenizer, 100)]
+    assert len(expected) == 3
+    for source in (array, tmp_path / "saved", f"{tmp_path}/saved:train"):
+        assert [spelled(row) for row in read_rows(source, tokenizer, 100)] == expected
+        assert read_prompts(source, tokenizer) == read_prompts(lines, tokenizer)
+
+
+def test_special_tokens_are_added_to_text_but_not_to_what_the_template_wrote(tokenizer, tmp_path):
+    letters = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    letters.post_processor = processors.TemplateProcessing(single="^ $A", special_tokens=[("^", ord("^"))])
+    adding = PreTrainedTokenizerFast(tokenizer_object=letters, chat_template=TEMPLATE)
+    path = write(tmp_path / "a.jsonl", {"text": "ab"}, {"messages": MESSAGES})
+    assert [spelled(row)[0][0] for row in read_rows(path, adding, 100)] == ["^", "<"]
+    path = write(tmp_path / "b.jsonl", {"prompt": "ab"}, {"messages": MESSAGES})
+    assert [chr(prompt[0]) for prompt in read_prompts(path, adding)] == ["^", "<"]
 
 
 def test_text_is_trained_whole_and_cut_into_windows(tokenizer, tmp_path):
@@ -67,21 +116,78 @@ def test_prompts_of_every_kind(tokenizer, tmp_path):
     [
         ("{", "is not JSON"),
         ("[1]", "is list, not a JSON object"),
-        ({"txt": "a"}, r"needs 'messages', 'text', or .* has \['txt'\]"),
+        ({"txt": "a"}, r"needs 'messages', 'conversations', 'text', or .* has \['txt'\]"),
         ({"text": 3}, "'text' must be a string, is int"),
         ({"token_ids": [1]}, "'prompt_token_ids' must be a list of token ids"),
         ({"messages": [{"content": "a"}]}, "'messages' must be a list of objects with 'role' and 'content'"),
+        ({"messages": [{"role": "user", "content": None}]}, "'messages' must be a list of objects"),
+        ({"messages": []}, "'messages' is empty"),
+        ({"messages": [{"role": "nobody", "content": "a"}]}, r"the tokenizer's chat template refuses .*\(nobody\)"),
+        ({"conversations": [{"from": "cat", "value": "a"}]}, r"'conversations' has 'from' 'cat', must be one of"),
+        ({"conversations": [{"role": "user", "content": "a"}]}, "'conversations' must be a list of .* 'from' and"),
+        ({"text": ""}, "'text' is empty"),
+        ('{"text": "\\ud800"}', "has text that is not Unicode"),
+        ({"prompt_token_ids": [], "token_ids": []}, "has no tokens"),
+        ({"prompt_token_ids": [1], "token_ids": [-1]}, "has token id -1, must be from 0"),
+        ({"prompt_token_ids": [127], "token_ids": [1]}, "has token id 127, must be from 0 to 126"),
+        ({"prompt_token_ids": [True], "token_ids": [1]}, "'prompt_token_ids' must be a list of token ids"),
     ],
 )
 def test_a_bad_line_is_named_with_file_and_number(tokenizer, tmp_path, line, problem):
     path = write(tmp_path / "bad.jsonl", {"text": "good"}, line)
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2: {problem}"):
-        read_rows(path, tokenizer, 100)
+        read_rows(path, tokenizer, 100, vocab_size=127)
 
 
-def test_a_missing_file_is_named(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"none\.jsonl' cannot be read"):
-        read_rows(tmp_path / "none.jsonl", tokenizer, 100)
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ({"prompt": ""}, "'prompt' is empty"),
+        ({"prompt_token_ids": []}, "has no tokens"),
+        ({"prompt_token_ids": [-2]}, "has token id -2"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "has no message before the last assistant turn"),
+        ({"text": "a"}, r"needs .* has \['text'\]"),
+    ],
+)
+def test_a_bad_prompt_is_named_with_file_and_number(tokenizer, tmp_path, line, problem):
+    path = write(tmp_path / "bad.jsonl", {"prompt": "good"}, "", line)
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: {problem}"):
+        read_prompts(path, tokenizer)
+
+
+def test_skipping_leaves_out_the_bad_lines_and_no_others(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", "{", {"text": "ab"}, "", {"txt": "a"}, {"text": "cd"}, {"text": ""})
+    skipped: list[str] = []
+    assert [spelled(row)[0] for row in read_rows(path, tokenizer, 100, skipped)] == ["ab", "cd"]
+    assert [message.split(":")[0] for message in skipped] == [f"{path}, line {number}" for number in (1, 4, 6)]
+
+    prompts: list[str] = []
+    path = write(tmp_path / "b.jsonl", {"prompt": ""}, {"prompt": "x"}, "[")
+    assert read_prompts(path, tokenizer, prompts) == [[ord("x")]]
+    assert [message.split(":")[0] for message in prompts] == [f"{path}, line {number}" for number in (1, 3)]
+
+
+@pytest.mark.parametrize("read", [read_prompts, lambda *arguments: read_rows(*arguments[:2], 100, arguments[2])])
+@pytest.mark.parametrize("chat_template", [None, {"tool_use": TEMPLATE}])
+@pytest.mark.parametrize("layout", [{"messages": MESSAGES}, {"conversations": SHAREGPT}])
+def test_a_missing_chat_template_is_no_fault_of_a_line(tokenizer, tmp_path, read, chat_template, layout):
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=chat_template)
+    skipped: list[str] = []
+    with pytest.raises(ValueError, match=r"no default chat template.*chat_template\.jinja.*'text'"):
+        read(write(tmp_path / "a.jsonl", layout), bare, skipped)
+    assert skipped == []
+    assert len(read_rows(write(tmp_path / "b.jsonl", {"text": "ab"}), bare, 100)) == 1
+
+
+def test_fields_that_are_none_are_as_good_as_absent(tokenizer, tmp_path):
+    """Data sets fill the fields that only other rows have."""
+    strict = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        chat_template="{% for m in messages %}{% if 'tool_calls' in m %}!{% endif %}{% endfor %}" + TEMPLATE,
+    )
+    filled = [message | {"tool_calls": None} for message in MESSAGES]
+    plain, same = read_rows(write(tmp_path / "a.jsonl", {"messages": MESSAGES}, {"messages": filled}), strict, 100)
+    assert spelled(plain) == spelled(same)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, tmp_path):
@@ -98,15 +204,48 @@ def test_anchors_are_usable_iff_they_and_their_labels_are_trained():
     row = TrainingRow(torch.arange(9), trained)
     assert row.usable_anchors(2).tolist() == [1, 5, 6]
     assert row.usable_anchors(8).tolist() == []
-    assert len(RowDataset([row, row], label_length=4)) == 0
+    assert with_anchors([row, row], label_length=4) == []
+    assert len(with_anchors([row, row], label_length=2)) == 2
+
+
+def counting_rows(*lengths: int) -> list[TrainingRow]:
+    return [TrainingRow(torch.arange(10, 10 + n), torch.ones(n, dtype=torch.bool)) for n in lengths]
 
 
 def test_batches_carry_the_tokens_that_follow_each_anchor():
-    rows = [TrainingRow(torch.arange(10, 10 + n), torch.ones(n, dtype=torch.bool)) for n in (12, 5)]
-    batch = AnchorCollator(anchors_per_row=4, label_length=3)(rows)
+    dataset = AnchorDataset(counting_rows(12, 5), label_length=3, anchors_per_row=4)
+    batch = AnchorCollator(label_length=3)([dataset[0], dataset[1]])
     assert batch["input_ids"].shape == (2, 12)
     assert batch["valid"].sum(1).tolist() == [4, 1]
     for row, column in batch["valid"].nonzero().tolist():
         anchor = int(batch["anchors"][row, column])
         assert batch["labels"][row, column].tolist() == [10 + anchor + offset for offset in (1, 2, 3)]
     assert len(set(batch["anchors"][0].tolist())) == 4
+
+
+def test_each_epoch_draws_other_anchors_and_the_same_epoch_the_same():
+    def drawn(epoch: int, seed: int = 0) -> list[list[int]]:
+        dataset = AnchorDataset(counting_rows(60, 60), label_length=3, anchors_per_row=8, seed=seed)
+        dataset.epoch = epoch
+        return [dataset[index].anchors.tolist() for index in range(2)]
+
+    assert drawn(0) == drawn(0)
+    assert drawn(0)[0] != drawn(0)[1]
+    assert drawn(0) != drawn(1)
+    assert drawn(0) != drawn(0, seed=1)
+
+
+def test_cached_hidden_states_reach_the_batch():
+    hidden = [torch.randn(12, 4), torch.randn(7, 4)]
+    dataset = AnchorDataset(counting_rows(12, 7), label_length=3, anchors_per_row=4, hidden=hidden.__getitem__)
+    batch = AnchorCollator(label_length=3)([dataset[0], dataset[1]])
+    assert torch.equal(batch["hidden"][0], hidden[0])
+    assert torch.equal(batch["hidden"][1, :7], hidden[1])
+
+
+def test_a_look_at_the_first_lines_reads_no_more(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "hello"}) + "\n{broken\n")
+    assert len(read_rows(path, tokenizer, 100, max_lines=1)) == 1
+    with pytest.raises(ValueError, match="line 2"):
+        read_rows(path, tokenizer, 100)

@@ -92,20 +92,49 @@ def test_extreme_logits_keep_loss_and_gradient_finite():
     assert all(x.grad.isfinite().all() for x in inputs)
 
 
-@pytest.mark.parametrize("emission", ["conditioned", "independent"])
-def test_chunks_change_neither_loss_nor_gradient(emission):
+def small_drafter(**fields: object) -> CTCDrafter:
     torch.manual_seed(0)
-    config = CTCDrafterConfig(hidden_size=8, vocab_size=11, num_frames=4, label_length=3, emission=emission)
-    drafter = CTCDrafter(config)
-    frames, lm_head = torch.randn(10, 4, 8), torch.randn(11, 8)
+    return CTCDrafter(CTCDrafterConfig(hidden_size=8, vocab_size=11, label_length=3, **fields))
+
+
+def losses_and_gradients(drafter: CTCDrafter) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    frames, lm_head = torch.randn(10, drafter.config.num_frames, 8).requires_grad_(), torch.randn(11, 8)
     anchors, labels = torch.randint(11, (10,)), torch.randint(11, (10, 3))
     labels[0] = 5
-    results = []
-    for chunk_size in (10, 3):
-        drafter.zero_grad()
-        leaf = frames.clone().requires_grad_()
-        loss = alignment_loss(drafter, leaf, lm_head, anchors, labels, chunk_size)
-        loss.mean.backward()
-        assert int(loss.num_impossible) == (emission == "independent") * int((~has_alignment(labels, 4)).sum())
-        results.append((loss.mean.detach(), leaf.grad, drafter.blank.grad.clone()))
-    torch.testing.assert_close(results[0], results[1])
+    drafter.zero_grad()
+    loss = alignment_loss(drafter, frames, lm_head, anchors, labels)
+    (3 * loss.mean).backward()
+    independent = drafter.config.emission == "independent"
+    assert int(loss.num_impossible) == independent * int((~has_alignment(labels, drafter.config.num_frames)).sum())
+    gradients = {name: weight.grad for name, weight in drafter.named_parameters() if weight.grad is not None}
+    return {"loss": loss.mean.detach(), "frames": frames.grad} | gradients
+
+
+@pytest.mark.parametrize("fields", [
+    {"num_frames": 4, "emission": "independent"},
+    {"num_frames": 4, "condition_rank": 5},
+    {"num_frames": 3, "condition_rank": 5},
+    {"num_frames": 3, "condition_rank": 0},
+])  # fmt: skip
+def test_chunks_change_neither_loss_nor_gradient(fields, monkeypatch):
+    drafter = small_drafter(**fields)
+    whole = losses_and_gradients(drafter)
+    assert "blank" in whole
+    monkeypatch.setattr("vllm_ctc_spec.training.loss.LOGITS_PER_CHUNK", 11 * 4 * 3)
+    monkeypatch.setattr("vllm_ctc_spec.training.fused.LOGITS_PER_CHUNK", 11 * 4)
+    torch.testing.assert_close(losses_and_gradients(drafter), whole)
+
+
+@pytest.mark.parametrize("rank", [5, 0])
+def test_the_fused_loss_and_its_gradients_are_those_of_the_sum_over_alignments(rank, monkeypatch):
+    drafter = small_drafter(num_frames=3, condition_rank=rank)
+    fused = losses_and_gradients(drafter)
+
+    def summed(drafter: CTCDrafter, frames: Tensor, lm_head: Tensor, anchors: Tensor, labels: Tensor) -> Tensor:
+        logits = torch.cat((frames @ lm_head.T, drafter.blank_logits(frames)[..., None]), dim=-1)
+        tables = drafter.condition_last.weight, drafter.condition_next.weight
+        return conditioned_loss(logits, anchors, labels, *tables).sum()
+
+    monkeypatch.setattr("vllm_ctc_spec.training.loss._without_slack", summed)
+    torch.testing.assert_close(losses_and_gradients(drafter), fused)

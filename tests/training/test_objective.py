@@ -30,7 +30,7 @@ def one_anchor_frames(objective: DraftObjective, input_ids: Tensor, anchor: int)
 @torch.no_grad()
 def test_many_anchors_in_one_pass_equal_one_step_each(num_layers):
     target = tiny_target()
-    objective = DraftObjective(tiny_drafter(target, num_hidden_layers=num_layers), target, chunk_size=8)
+    objective = DraftObjective(tiny_drafter(target, num_hidden_layers=num_layers), target)
     input_ids = torch.randint(VOCAB, (2, 20))
     frames = objective.frames(input_ids, target_hidden(target, input_ids), ANCHORS)
     for row, anchors in enumerate(ANCHORS.tolist()):
@@ -42,7 +42,7 @@ def test_many_anchors_in_one_pass_equal_one_step_each(num_layers):
 @torch.no_grad()
 def test_nothing_at_or_after_the_anchor_but_the_anchor_reaches_its_frames():
     target = tiny_target()
-    objective = DraftObjective(tiny_drafter(target), target, chunk_size=8)
+    objective = DraftObjective(tiny_drafter(target), target)
     input_ids = torch.randint(VOCAB, (1, 20))
     anchors = torch.tensor([[9]])
     frames = objective.frames(input_ids, target_hidden(target, input_ids), anchors)
@@ -58,7 +58,7 @@ def test_nothing_at_or_after_the_anchor_but_the_anchor_reaches_its_frames():
 def test_the_loss_reaches_every_drafter_weight_and_no_target_weight(tied, emission):
     target = tiny_target(tied)
     drafter = tiny_drafter(target, emission=emission)
-    objective = DraftObjective(drafter, target, chunk_size=4).train()
+    objective = DraftObjective(drafter, target).train()
     input_ids = torch.randint(VOCAB, (2, 20))
     valid = torch.tensor([[True, True, False], [True, True, True]])
     labels = torch.randint(VOCAB, (2, 3, 3))

@@ -11,7 +11,7 @@ ROWS = [{"prompt_token_ids": prompt, "token_ids": [9, i]} for i, prompt in enume
 
 
 def test_a_new_file_starts_at_the_first_prompt(tmp_path):
-    assert resume_rows(tmp_path / "rows.jsonl", PROMPTS) == 0
+    assert resume_rows(tmp_path / "rows.jsonl", PROMPTS, 3) == 0
 
 
 def test_every_cut_resumes_to_the_same_file(tmp_path):
@@ -20,7 +20,7 @@ def test_every_cut_resumes_to_the_same_file(tmp_path):
     whole = path.read_bytes()
     for num_bytes in range(len(whole) + 1):
         path.write_bytes(whole[:num_bytes])
-        done = resume_rows(path, PROMPTS)
+        done = resume_rows(path, PROMPTS, 3)
         assert done == whole[:num_bytes].count(b"\n")
         append_rows(path, ROWS[done:])
         assert path.read_bytes() == whole
@@ -31,6 +31,6 @@ def test_rows_of_other_prompts_are_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     append_rows(path, ROWS)
     with pytest.raises(ValueError, match="line 2 continues another prompt"):
-        resume_rows(path, [[1, 2], [8], [4, 5, 6]])
+        resume_rows(path, [[1, 2], [8], [4, 5, 6]], 3)
     with pytest.raises(ValueError, match="line 3 continues another prompt"):
-        resume_rows(path, PROMPTS[:2])
+        resume_rows(path, PROMPTS[:2], 2)

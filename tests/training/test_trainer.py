@@ -1,6 +1,13 @@
-"""`fit` from JSONL to a drafter folder, and the drafter's shape from the target's config."""
+"""`fit` from JSONL to a drafter folder, killed, resumed, on two processes, and refused."""
 
+import errno
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +15,13 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 from tests.training.tiny_models import VOCAB, tiny_target
+from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
 from vllm_ctc_spec.training import trainer as trainer_module
 from vllm_ctc_spec.training.budget import Budget
 from vllm_ctc_spec.training.evaluate import evaluate
-from vllm_ctc_spec.training.trainer import FitSettings, drafter_config, fit
+from vllm_ctc_spec.training.resume import last_whole_checkpoint
+from vllm_ctc_spec.training.trainer import FitSettings, dry_run, fit
 
 PERIOD = 10
 
@@ -36,56 +45,147 @@ def rows_path(tmp_path_factory):
 
 
 def settings(steps: int, **options: object) -> FitSettings:
-    fields = {"num_frames": 4, "label_length": 4, "condition_rank": 8}
-    return FitSettings(budget=Budget(steps), learning_rate=1e-2, drafter=fields, batch_size=4, **options)
+    defaults = {
+        "budget": Budget(steps),
+        "learning_rate": 1e-2,
+        "batch_size": 4,
+        "drafter": {"num_frames": 4, "label_length": 4, "condition_rank": 8},
+    }
+    return FitSettings(**defaults | options)
 
 
-def test_fit_learns_and_the_saved_drafter_drafts(target_path, rows_path, tmp_path):
-    folder = fit(target_path, rows_path, tmp_path / "drafter", settings(80))
-    assert [path.name for path in tmp_path.iterdir()] == ["drafter"]
-    assert check_drafter(str(folder)).num_frames == 4
-    results = evaluate(target_path, str(folder), rows_path, budgets=(4, 16))
-    assert [(result.tree, result.num_nodes) for result in results] == [("chain", 4), ("prefix", 4), ("prefix", 16)]
-    assert all(4.5 < result.length <= 5 for result in results)
-    assert all(result.expected <= 5 + 1e-4 for result in results)
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModel.from_pretrained(folder).state_dict()
 
 
-def test_a_killed_run_goes_on_to_the_same_drafter(target_path, rows_path, tmp_path, monkeypatch):
-    whole = fit(target_path, rows_path, tmp_path / "whole", settings(6, save_steps=3))
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "training.json").read_text())
 
-    class Killed(Exception):
-        pass
 
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     compute_loss = trainer_module._DrafterTrainer.compute_loss
 
-    def until_step_four(self, *args, **kwargs):
-        if self.state.global_step == 4:
+    def until(self, *args, **kwargs):
+        if self.state.global_step == step:
             raise Killed
         return compute_loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(trainer_module._DrafterTrainer, "compute_loss", until_step_four)
-    with pytest.raises(Killed):
-        fit(target_path, rows_path, tmp_path / "resumed", settings(6, save_steps=3))
+    monkeypatch.setattr(trainer_module._DrafterTrainer, "compute_loss", until)
+
+
+def test_fit_learns_and_the_saved_drafter_drafts(target_path, rows_path, tmp_path):
+    folder = fit(target_path, rows_path, tmp_path / "drafter", settings(80, log_steps=20))
+    assert [path.name for path in tmp_path.iterdir()] == ["drafter"]
+    assert check_drafter(str(folder)).num_frames == 4
+    losses = report(folder)["losses"]
+    assert len(losses) == 4
+    assert losses[-1] < 0.5 * losses[0]
+    assert sum(report(folder)["time_shares"].values()) == pytest.approx(1)
+    prefix = SpecOptions()
+    results = evaluate(target_path, str(folder), rows_path, trees=((SpecOptions(tree="chain"), 4), (prefix, 16))).trees
+    assert [(result.tree, result.num_nodes) for result in results] == [("chain", 4), ("prefix", 16)]
+    assert all(4.5 < result.length <= 5 for result in results)
+
+
+@pytest.mark.parametrize("killed_at", [2, 4, 5])
+def test_a_killed_run_goes_on_to_the_same_losses_and_weights(target_path, rows_path, tmp_path, killed_at):
+    """In the middle of an epoch (which has three steps) too, and over several epochs."""
+    every_step = {"save_steps": 1, "log_steps": 1}
+    whole = fit(target_path, rows_path, tmp_path / "whole", settings(8, **every_step))
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Killed):
+        kill_at(monkeypatch, killed_at)
+        fit(target_path, rows_path, tmp_path / "resumed", settings(8, **every_step))
     assert not (tmp_path / "resumed").exists()
-    monkeypatch.setattr(trainer_module._DrafterTrainer, "compute_loss", compute_loss)
-    resumed = fit(target_path, rows_path, tmp_path / "resumed", settings(6, save_steps=3))
-    expected = AutoModel.from_pretrained(whole).state_dict()
-    for name, weight in AutoModel.from_pretrained(resumed).state_dict().items():
-        torch.testing.assert_close(weight, expected[name])
+    resumed = fit(target_path, rows_path, tmp_path / "resumed", settings(8, **every_step))
+    assert report(resumed)["losses"] == report(whole)["losses"]
+    for name, weight in weights(resumed).items():
+        assert torch.equal(weight, weights(whole)[name]), name
 
 
-def test_data_without_a_usable_anchor_is_refused(target_path, tmp_path):
+def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(target_path, rows_path, tmp_path, monkeypatch):
+    whole = fit(target_path, rows_path, tmp_path / "whole", settings(6, save_steps=2))
+    save_optimizer = trainer_module.Trainer._save_optimizer_and_scheduler
+
+    def full_at_step_four(self, output_dir):
+        if self.state.global_step == 4:
+            (Path(output_dir) / "optimizer.pt").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_optimizer(self, output_dir)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_save_optimizer_and_scheduler", full_at_step_four)
+    with pytest.raises(OSError, match="No space left"):
+        fit(target_path, rows_path, tmp_path / "resumed", settings(6, save_steps=2))
+    monkeypatch.undo()
+    checkpoints = tmp_path / "resumed.checkpoints"
+    assert last_whole_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
+    resumed = fit(target_path, rows_path, tmp_path / "resumed", settings(6, save_steps=2))
+    assert all(torch.equal(weight, weights(whole)[name]) for name, weight in weights(resumed).items())
+
+
+def test_a_run_is_not_resumed_with_other_settings(target_path, rows_path, tmp_path):
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Killed):
+        kill_at(monkeypatch, 1)
+        fit(target_path, rows_path, tmp_path / "drafter", settings(4))
+    with pytest.raises(ValueError, match=r"drafter.checkpoints.* learning_rate=0.01; this one has 0.02"):
+        fit(target_path, rows_path, tmp_path / "drafter", settings(4, learning_rate=2e-2))
+    fit(target_path, rows_path, tmp_path / "drafter", settings(4, save_steps=3))
+
+
+def test_cached_hidden_states_train_the_same_drafter(target_path, rows_path, tmp_path):
+    computed = fit(target_path, rows_path, tmp_path / "computed", settings(5))
+    cached = fit(target_path, rows_path, tmp_path / "cached", settings(5, cache=tmp_path / "cache"))
+    for name, weight in weights(cached).items():
+        torch.testing.assert_close(weight, weights(computed)[name], atol=1e-4, rtol=1e-3)
+
+
+def test_accumulated_small_batches_equal_a_large_one(target_path, rows_path, tmp_path):
+    large = fit(target_path, rows_path, tmp_path / "large", settings(2, batch_size=4, log_steps=1))
+    accumulated = {"gradient_accumulation_steps": 2}
+    small = fit(target_path, rows_path, tmp_path / "small", settings(2, batch_size=2, log_steps=1, trainer=accumulated))
+    assert report(small)["losses"] == pytest.approx(report(large)["losses"], rel=2e-2)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_drafter(target_path, rows_path, tmp_path):
+    """gloo on CPU, as `torchrun` starts it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += ["-m", "vllm_ctc_spec.cli", "train", "fit", target_path, str(rows_path), str(tmp_path / "drafter")]
+    command += ["--steps=60", "--learning-rate=0.01", "--batch-size=2", "--frames=4", "--label-length=4", "--rank=8"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drafter"]
+    assert report(tmp_path / "drafter")["steps"] == 60
+    trees = ((SpecOptions(), 16),)
+    assert evaluate(target_path, str(tmp_path / "drafter"), rows_path, trees).trees[0].length > 4
+
+
+def test_a_dry_run_checks_and_writes_a_drafter_without_training(target_path, rows_path, tmp_path):
+    folder = dry_run(target_path, rows_path, tmp_path / "drafter", settings(10))
+    assert [path.name for path in tmp_path.iterdir()] == ["drafter.dry-run"]
+    assert check_drafter(str(folder)).num_frames == 4
+
+
+@pytest.mark.parametrize("run", [fit, dry_run])
+def test_data_without_a_usable_anchor_is_refused(target_path, tmp_path, run):
     (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2 w3"}\n')
     with pytest.raises(ValueError, match=r"no row with 5 trained tokens .* label_length=4"):
-        fit(target_path, tmp_path / "rows.jsonl", tmp_path / "drafter", settings(1))
+        run(target_path, tmp_path / "rows.jsonl", tmp_path / "drafter", settings(1))
 
 
-def test_the_drafter_has_the_targets_shapes():
-    config = drafter_config(tiny_target().config, num_frames=9)
-    assert (config.hidden_size, config.vocab_size, config.num_key_value_heads, config.head_dim) == (32, VOCAB, 2, 16)
-    assert (config.rope_theta, config.max_position_embeddings, config.num_frames) == (5000.0, 128, 9)
+@pytest.mark.parametrize("run", [fit, dry_run])
+def test_an_unknown_trainer_setting_is_refused_by_name(target_path, rows_path, tmp_path, run):
+    with pytest.raises(ValueError, match=r"unknown trainer setting 'gradient_acumulation_steps'\. Did you mean"):
+        run(target_path, rows_path, tmp_path / "drafter", settings(1, trainer={"gradient_acumulation_steps": 2}))
 
 
-def test_an_unknown_drafter_setting_is_refused_by_name():
-    with pytest.raises(ValueError, match="unknown drafter setting 'frames'"):
-        drafter_config(tiny_target().config, frames=5)
+def test_too_small_a_disk_is_refused_before_training(target_path, rows_path, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("vllm_ctc_spec.training.trainer.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match=r"need .* GB of disk, 0.0 GB are free"):
+        fit(target_path, rows_path, tmp_path / "drafter", settings(1))

@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_ctc_spec.drafter import CTCDrafter
-from vllm_ctc_spec.training.trainer import drafter_config
+from vllm_ctc_spec.training.target import drafter_config
 
 VOCAB = 64
 

@@ -1,11 +1,13 @@
 """CTC drafting and exact acceptance in plain torch: frames -> emissions -> token tree -> accepted path.
 
 Read in this order: ctc.py (the mathematics, one request, log space), emissions.py, prefix_tree.py, token_tree.py,
-walk.py; template_tree.py is the paper's tree, for comparison. Nothing here knows vLLM or transformers.
+walk.py; template_tree.py is the paper's tree, for comparison, and next_token.py serves evaluation. Nothing here
+knows vLLM or transformers.
 """
 
 from .ctc import ConditionedPrefix, IndependentPrefix, collapse
 from .emissions import ConditionedEmissions, IndependentEmissions, conditioned_emissions, independent_emissions
+from .next_token import conditioned_next_tokens, independent_next_tokens
 from .prefix_tree import build_chains, build_prefix_trees
 from .template_tree import build_template_trees
 from .token_tree import TokenTrees
@@ -25,5 +27,7 @@ __all__ = [
     "child_of",
     "collapse",
     "conditioned_emissions",
+    "conditioned_next_tokens",
     "independent_emissions",
+    "independent_next_tokens",
 ]

@@ -96,7 +96,7 @@ class _Blocks(Dataset[dict[str, Tensor]]):
 def _fit(model: LlamaForCausalLM, blocks: _Blocks, checkpoints: Path, scale: DemoScale) -> None:
     clock = BudgetCallback(scale.target_budget)
     optimizer = MuonAdamW(model, scale.target_rate)
-    arguments = loop_arguments(checkpoints, scale.target_budget, scale.target_batch, save_steps=200)
+    arguments = loop_arguments(checkpoints, scale.target_budget, scale.target_batch, save_steps=200, logging_steps=100)
     trainer = Trainer(
         model, arguments, train_dataset=blocks, optimizers=(optimizer, clock.schedule(optimizer)), callbacks=[clock]
     )

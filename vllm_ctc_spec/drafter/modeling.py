@@ -116,7 +116,7 @@ class CTCDrafter(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, nn.Embedding):
             # The first product of the two tables must be small but its gradient must not vanish.
-            nn.init.normal_(module.weight, std=self.config.condition_rank**-0.5)
+            nn.init.normal_(module.weight, std=max(self.config.condition_rank, 1) ** -0.5)
             if module.num_embeddings == self.config.vocab_size + 1:
                 nn.init.normal_(module.weight, std=std)
         elif isinstance(module, CTCDrafter):

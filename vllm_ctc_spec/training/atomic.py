@@ -1,4 +1,4 @@
-"""Folders that exist whole or not at all, whenever the process is killed."""
+"""Files and folders that exist whole or not at all, whenever the process is killed."""
 
 from __future__ import annotations
 
@@ -28,3 +28,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def write_atomically(path: Path, contents: bytes) -> None:
+    """On return `contents` are on disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
@@ -64,7 +65,17 @@ class BudgetCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.monotonic()
-        self.elapsed += now - self._tick
+        self.elapsed = _latest(self.elapsed + now - self._tick)
         self._tick = now
         if self.progress(state.global_step) >= 1:
             control.should_training_stop = True
+
+
+def _latest(elapsed: float) -> float:
+    """Processes that train together must agree on when the budget ends, or the others wait for ever."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return elapsed
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    latest = torch.tensor(elapsed, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(latest, torch.distributed.ReduceOp.MAX)
+    return float(latest)

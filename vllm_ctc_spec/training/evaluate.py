@@ -1,11 +1,14 @@
-"""Acceptance length without an engine: trees for random anchors, walked along the text that the target wrote.
+"""A drafter judged without an engine: trees for random anchors, walked along the text that the target wrote.
 
-Letters: S anchors, T frames, N nodes, H hidden size.
+Letters: S anchors, T frames, N nodes, K trees judged, V vocabulary without blank.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -13,83 +16,276 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from vllm_ctc_spec.algorithm import TokenTrees, accept_greedy
-from vllm_ctc_spec.config import SpecOptions
-from vllm_ctc_spec.drafter.checkpoint import load_drafter
+from vllm_ctc_spec.algorithm import (
+    AcceptedPaths,
+    TokenTrees,
+    accept_greedy,
+    conditioned_next_tokens,
+    independent_next_tokens,
+)
+from vllm_ctc_spec.config import MAX_FRAMES, MAX_NODES, SpecOptions, check_node_budget
+from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.checkpoint import check_drafter, load_drafter
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
-from vllm_ctc_spec.training.data import AnchorCollator, RowDataset, read_rows
+from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, read_rows, with_anchors
 from vllm_ctc_spec.training.objective import DraftObjective, target_hidden
-from vllm_ctc_spec.training.trainer import load_target
+from vllm_ctc_spec.training.target import load_target
 
-NODE_BUDGETS = (4, 8, 16, 32, 63)
+TreeChoice = tuple[SpecOptions, int]
+"""How a tree is built, and its node budget."""
+
+NODE_BUDGETS = (4, 8, 16, 32, MAX_NODES)
+CHAIN: TreeChoice = (SpecOptions(tree="chain"), MAX_FRAMES)
+PAPER_TREE: TreeChoice = (SpecOptions(tree="template"), MAX_NODES)
+CALIBRATION_TREE: TreeChoice = (SpecOptions(), MAX_NODES)
+TREES: tuple[TreeChoice, ...] = (CHAIN, *((SpecOptions(), num_nodes) for num_nodes in NODE_BUDGETS))
+
+# Most nodes of a large tree are improbable, so bins of equal width would put nearly all of them into the first.
+PSI_EDGES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True)
-class Acceptance:
-    tree: str
+class Rate:
+    share: float | None
+    """None where there was nothing to count."""
+    count: int
+
+
+@dataclass(frozen=True)
+class TreeAcceptance:
+    options: SpecOptions
     num_nodes: int
     length: float
-    """Mean tokens per target step, the target's own token included."""
-    expected: float
-    """What the drafter itself believes: 1 + the sum of psi over its nodes."""
+    """Beta: mean tokens per target step, the target's own token included."""
+    standard_error: float | None
+    """Of `length`, over rows, because anchors of one row resemble each other; None for a single row."""
+    expected: float | None
+    """What the drafter itself believes: 1 + the sum of psi over its nodes; None for the template, which has no psi."""
+    depth_shares: tuple[float, ...]
+    """[T]: the share of anchors whose accepted path reaches depth 1 .. T."""
+
+    @property
+    def tree(self) -> str:
+        return self.options.tree
+
+    @property
+    def conditional_shares(self) -> tuple[float | None, ...]:
+        """[T]: of the anchors whose path reaches depth d - 1, the share that reaches depth d."""
+        above = (1.0, *self.depth_shares[:-1])
+        return tuple(share / reached if reached else None for share, reached in zip(self.depth_shares, above))
+
+    @property
+    def belief(self) -> float | None:
+        """Drafts believed to be accepted per draft that was."""
+        return None if self.expected is None or self.length == 1 else (self.expected - 1) / (self.length - 1)
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Nodes whose psi lies in (lower, upper]."""
+
+    lower: float
+    upper: float
+    mean_psi: float
+    accepted: Rate
+    """The share of these nodes that lie on the target's path."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    trees: tuple[TreeAcceptance, ...]
+    reliability: tuple[ReliabilityBin, ...]
+    """Of CALIBRATION_TREE; bins without a node are left out."""
+    after_first_choice: Rate
+    """How often the most probable next token is right after an accepted node that is the best of its siblings."""
+    after_sibling: Rate
+    """The same after an accepted node that is not; both along CALIBRATION_TREE."""
     num_anchors: int
+    num_rows: int
+    num_rows_left_out: int
+    """Rows in which no T + 1 tokens in sequence are to be predicted."""
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What each anchor showed."""
+
+    rows: Tensor
+    """[S] int64, the row that the anchor is of."""
+    num_accepted: Tensor
+    """[S, K] int64"""
+    believed: Tensor
+    """[S, K], the sum of psi over each tree's nodes."""
+    psi: Tensor
+    """[S, N] of CALIBRATION_TREE, 0 for padding."""
+    on_path: Tensor
+    """[S, N] bool, its accepted nodes."""
+    accepted: Tensor
+    """[S, T - 1] bool, whether it has an accepted node at depth 1 .. T - 1."""
+    first_choice: Tensor
+    """[S, T - 1] bool, whether that node is the best of its siblings."""
+    right_next: Tensor
+    """[S, T - 1] bool, whether the drafter's most probable token after that prefix of the text is the text's."""
 
 
 def evaluate(
     target_path: str,
     drafter_path: str,
-    rows: Path,
-    budgets: tuple[int, ...] = NODE_BUDGETS,
+    rows: str | Path,
+    trees: Sequence[TreeChoice] = TREES,
     anchors_per_row: int = 8,
-    candidates: int = SpecOptions.candidates,
     batch_size: int = 16,
     max_length: int = 1024,
     seed: int = 0,
-) -> list[Acceptance]:
-    """Acceptance of the chain and of the best tree per node budget, in that order.
+    skipped: list[str] | None = None,
+) -> Evaluation:
+    """Judge `trees`, and the drafter's calibration and next tokens, on random anchors.
 
-    rows: JSONL as for training. Greedy decoding is judged by rows that the target wrote at temperature 0.
+    rows, skipped: those of `read_rows`. Greedy decoding is judged by rows that the target wrote at temperature 0.
     """
-    torch.manual_seed(seed)
-    target = load_target(target_path)
-    drafter = load_drafter(drafter_path, target.dtype)
-    objective = DraftObjective(drafter, target, chunk_size=0).eval()
-    num_frames = drafter.config.num_frames
-    dataset = RowDataset(read_rows(rows, AutoTokenizer.from_pretrained(target_path), max_length), num_frames)
-    if not len(dataset):
+    num_frames = check_drafter(drafter_path).num_frames
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = load_target(target_path).to(device)
+    drafter = load_drafter(drafter_path, target.dtype).to(device)
+    all_rows = read_rows(rows, AutoTokenizer.from_pretrained(target_path), max_length, skipped)
+    usable = with_anchors(all_rows, num_frames)
+    if not usable:
         raise ValueError(f"{str(rows)!r} has no row with {num_frames + 1} tokens to predict in sequence.")
-    loader = DataLoader(dataset, batch_size, collate_fn=AnchorCollator(anchors_per_row, num_frames))
-    trees = [(SpecOptions(tree="chain", candidates=candidates), num_frames)]
-    trees += [(SpecOptions(candidates=candidates), num_nodes) for num_nodes in budgets]
-    sums = torch.zeros(len(trees), 2)
-    num_anchors = 0
+    dataset = AnchorDataset(usable, num_frames, anchors_per_row, seed)
+    loader = DataLoader(dataset, batch_size, collate_fn=AnchorCollator(num_frames))
+    objective = DraftObjective(drafter, target).eval()
+    parts, num_rows = [], 0
     for batch in loader:
-        valid, labels = batch["valid"], batch["labels"][batch["valid"]]
-        logits = _logits(objective, batch)
-        anchor_ids = batch["input_ids"].gather(1, batch["anchors"])[valid]
-        for index, (options, num_nodes) in enumerate(trees):
-            built = draft_trees(drafter, logits, anchor_ids, num_nodes, options)
-            sums[index, 0] += accepted_length(built, labels).sum()
-            sums[index, 1] += (1 + built.prefix_logp.exp().sum(1)).sum()
-        num_anchors += int(valid.sum())
-    return [
-        Acceptance(options.tree, num_nodes, float(accepted), float(expected), num_anchors)
-        for (options, num_nodes), (accepted, expected) in zip(trees, sums / num_anchors, strict=True)
-    ]
+        parts.append(_observe_batch(objective, {name: values.to(device) for name, values in batch.items()}, trees))
+        parts[-1] = dataclasses.replace(parts[-1], rows=parts[-1].rows + num_rows)
+        num_rows += len(batch["valid"])
+    return summarise(_concatenate(parts), trees, num_rows_left_out=len(all_rows) - len(usable))
 
 
-def accepted_length(trees: TokenTrees, labels: Tensor) -> Tensor:
-    """[S] tokens that a step emits when the target goes on with `labels` [S, T]."""
+@torch.no_grad()
+def _observe_batch(objective: DraftObjective, batch: dict[str, Tensor], trees: Sequence[TreeChoice]) -> Observations:
+    """Of the valid anchors; rows are counted within the batch."""
+    input_ids, anchors, valid = batch["input_ids"], batch["anchors"], batch["valid"]
+    frames = objective.frames(input_ids, target_hidden(objective.target, input_ids), anchors)[valid]
+    logits = emission_logits(objective.drafter, frames, objective.target.get_output_embeddings())
+    anchor_ids, rows = input_ids.gather(1, anchors)[valid], valid.nonzero()[:, 0]
+    return observe(objective.drafter, logits, anchor_ids, batch["labels"][valid], rows, trees)
+
+
+def observe(
+    drafter: CTCDrafter, logits: Tensor, anchors: Tensor, labels: Tensor, rows: Tensor, trees: Sequence[TreeChoice]
+) -> Observations:
+    """logits: [S, T, V + 1], blank last; anchors, rows: [S]; labels: [S, T], the text after the anchor."""
+    largest: dict[SpecOptions, int] = {}
+    for options, num_nodes in (*trees, CALIBRATION_TREE):
+        largest[options] = max(largest.get(options, 0), check_node_budget(num_nodes))
+    built = {options: draft_trees(drafter, logits, anchors, largest[options], options) for options in largest}
+    judged = [_first_nodes(built[options], num_nodes) for options, num_nodes in trees]
+
+    tree = built[CALIBRATION_TREE[0]]
+    path = _walk(tree, labels)
+    # Column 0 collects the padding of the paths, column 1 is the anchor.
+    on_path = path.nodes.new_zeros(len(labels), tree.tokens.shape[1] + 2).scatter_(1, path.nodes + 1, 1)[:, 2:] > 0
+    with_next = path.nodes[:, :-1]
+    observed = Observations(
+        rows=rows,
+        num_accepted=torch.stack([_walk(each, labels).num_accepted for each in judged], dim=1),
+        believed=torch.stack([each.prefix_logp.exp().sum(1) for each in judged], dim=1),
+        psi=tree.prefix_logp.exp(),
+        on_path=on_path,
+        accepted=with_next > 0,
+        first_choice=_best_of_siblings(tree).gather(1, (with_next - 1).clamp(min=0)),
+        right_next=(_next_tokens(drafter, logits, anchors, labels) == labels)[:, 1:],
+    )
+    return Observations(*(getattr(observed, field.name).cpu() for field in dataclasses.fields(observed)))
+
+
+def summarise(observed: Observations, trees: Sequence[TreeChoice], num_rows_left_out: int) -> Evaluation:
+    return Evaluation(
+        trees=tuple(_acceptance(observed, index, choice) for index, choice in enumerate(trees)),
+        reliability=_reliability(observed.psi, observed.on_path),
+        after_first_choice=_rate(observed.right_next, observed.accepted & observed.first_choice),
+        after_sibling=_rate(observed.right_next, observed.accepted & ~observed.first_choice),
+        num_anchors=len(observed.rows),
+        num_rows=len(observed.rows.unique()),
+        num_rows_left_out=num_rows_left_out,
+    )
+
+
+def standard_error(values: Tensor, clusters: Tensor) -> float | None:
+    """Of the mean of values [S] that are independent only between clusters [S]; None for a single cluster."""
+    names, index = clusters.unique(return_inverse=True)
+    if len(names) == 1:
+        return None
+    deviations = torch.zeros(len(names), dtype=torch.float64).index_add(0, index, (values - values.mean()).double())
+    return float((deviations.square().sum() * len(names) / (len(names) - 1)).sqrt() / len(values))
+
+
+def _acceptance(observed: Observations, index: int, choice: TreeChoice) -> TreeAcceptance:
+    options, num_nodes = choice
+    accepted = observed.num_accepted[:, index]
+    num_frames = observed.accepted.shape[1] + 1
+    reached = accepted[:, None] >= torch.arange(1, num_frames + 1)
+    return TreeAcceptance(
+        options=options,
+        num_nodes=min(num_nodes, num_frames) if options.tree == "chain" else num_nodes,
+        length=1 + float(accepted.double().mean()),
+        standard_error=standard_error(accepted.double(), observed.rows),
+        expected=None if options.tree == "template" else 1 + float(observed.believed[:, index].double().mean()),
+        depth_shares=tuple(reached.double().mean(0).tolist()),
+    )
+
+
+def _reliability(psi: Tensor, on_path: Tensor) -> tuple[ReliabilityBin, ...]:
+    bins = []
+    for lower, upper in pairwise(PSI_EDGES):
+        inside = (psi > lower) & (psi <= upper)
+        accepted = _rate(on_path, inside)
+        if accepted.count:
+            bins.append(ReliabilityBin(lower, upper, float(psi[inside].double().mean()), accepted))
+    return tuple(bins)
+
+
+def _rate(hits: Tensor, among: Tensor) -> Rate:
+    count = int(among.sum())
+    return Rate(int((hits & among).sum()) / count if count else None, count)
+
+
+def _first_nodes(trees: TokenTrees, num_nodes: int) -> TokenTrees:
+    """The trees that the smaller node budget would have given."""
+    return TokenTrees(
+        tokens=trees.tokens[:, :num_nodes],
+        parents=trees.parents[:, :num_nodes],
+        depths=trees.depths[:, :num_nodes],
+        prefix_logp=trees.prefix_logp[:, :num_nodes],
+        num_nodes=trees.num_nodes.clamp(max=num_nodes),
+    )
+
+
+def _walk(trees: TokenTrees, labels: Tensor) -> AcceptedPaths:
+    """What is accepted when the target goes on with `labels` [S, T]."""
     # After a node of depth d on the right path the target emits label d; off that path any choice will do.
     beyond = labels.new_full((len(labels), 1), -1)
     after_depth = torch.cat((labels, beyond), dim=1)
     depths = torch.cat((torch.zeros_like(beyond), trees.depths), dim=1)
-    return 1 + accept_greedy(trees, after_depth.gather(1, depths)).num_accepted
+    return accept_greedy(trees, after_depth.gather(1, depths), max_depth=labels.shape[1])
 
 
-@torch.no_grad()
-def _logits(objective: DraftObjective, batch: dict[str, Tensor]) -> Tensor:
-    """[S, T, V + 1] of the valid anchors."""
-    hidden = target_hidden(objective.target, batch["input_ids"])
-    frames = objective.frames(batch["input_ids"], hidden, batch["anchors"])[batch["valid"]]
-    return emission_logits(objective.drafter, frames, objective.target.get_output_embeddings())
+def _best_of_siblings(trees: TokenTrees) -> Tensor:
+    """[S, N] bool: no node before it, where psi is larger, has the same parent."""
+    siblings = trees.parents[:, :, None] == trees.parents[:, None]
+    return ~siblings.tril(-1).any(-1)
+
+
+def _next_tokens(drafter: CTCDrafter, logits: Tensor, anchors: Tensor, labels: Tensor) -> Tensor:
+    """[S, T]: the drafter's most probable token after 0 .. T - 1 tokens of `labels`."""
+    if drafter.config.emission == "independent":
+        return independent_next_tokens(logits, labels)
+    return conditioned_next_tokens(
+        logits, anchors, labels, drafter.condition_last.weight, drafter.condition_next.weight
+    )
+
+
+def _concatenate(parts: Sequence[Observations]) -> Observations:
+    names = [field.name for field in dataclasses.fields(Observations)]
+    return Observations(*(torch.cat([getattr(part, name) for part in parts]) for name in names))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_ctc_spec.training.budget import Budget
+from vllm_ctc_spec.training.resume import MarkWhole, last_whole_checkpoint
 
 
 def bf16_is_fast() -> bool:
@@ -20,29 +24,43 @@ def bf16_is_fast() -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
 
 
-def loop_arguments(
-    checkpoints: Path, budget: Budget, batch_size: int, save_steps: int = 500, log_steps: int = 100, seed: int = 0
-) -> TrainingArguments:
+def processes() -> PartialState:
+    """The processes that train together, or this one alone."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def loop_arguments(checkpoints: Path, budget: Budget, batch_size: int, **options: Any) -> TrainingArguments:
+    """`options` are fields of TrainingArguments; an unknown one is refused by name."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(
+                f"unknown trainer setting {name!r}.{f' Did you mean {near[0]!r}?' if near else ''} Settings are the "
+                "fields of transformers.TrainingArguments."
+            )
+    defaults = {
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": bf16_is_fast(),
+        "save_total_limit": 2,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
     return TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=batch_size,
         max_steps=budget.max_steps,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=bf16_is_fast(),
-        save_steps=save_steps,
-        save_total_limit=2,
-        logging_steps=log_steps,
-        report_to="none",
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        seed=seed,
+        **defaults | options,
     )
 
 
 def train_or_resume(trainer: Trainer) -> None:
-    """Go on from the last checkpoint, if a killed run left one."""
-    folder = trainer.args.output_dir
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).exists() else None)
+    """Go on from the last whole checkpoint, if a killed run left one."""
+    trainer.add_callback(MarkWhole())
+    with processes().main_process_first():
+        checkpoint = last_whole_checkpoint(Path(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 def drop_checkpoints(folder: Path) -> None:

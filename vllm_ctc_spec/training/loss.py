@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.training.fused import LOGITS_PER_CHUNK, ConditionedCrossEntropy
 
 IMPOSSIBLE = -1e30
 """Stands for log 0: with -inf, the gradient of logaddexp(-inf, -inf) is not a number."""
@@ -28,13 +29,16 @@ class AlignmentLoss:
 
 
 def alignment_loss(
-    drafter: CTCDrafter, frames: Tensor, lm_head: Tensor, anchors: Tensor, labels: Tensor, chunk_size: int
+    drafter: CTCDrafter, frames: Tensor, lm_head: Tensor, anchors: Tensor, labels: Tensor
 ) -> AlignmentLoss:
     """Loss of `frames` [S, T, H] for `labels` [S, U] that follow `anchors` [S], with the target's `lm_head` [V, H].
 
-    Logits of a chunk of anchors at a time exist in float32; with more than one chunk they are recomputed in the
-    backward pass, so that memory does not grow with S.
+    LOGITS_PER_CHUNK of the logits exist at a time, so that memory grows neither with S nor with V.
     """
+    num_impossible = torch.zeros((), dtype=torch.int64, device=frames.device)
+    if drafter.config.emission == "conditioned" and frames.shape[1] == labels.shape[1]:
+        total = _without_slack(drafter, frames, lm_head, anchors, labels)
+        return AlignmentLoss(total / max(len(labels), 1), num_impossible)
 
     def chunk_loss(frames: Tensor, anchors: Tensor, labels: Tensor) -> Tensor:
         logits = torch.cat((frames @ lm_head.T, drafter.blank_logits(frames)[..., None]), dim=-1)
@@ -42,15 +46,26 @@ def alignment_loss(
             return independent_loss(logits, labels)
         return conditioned_loss(logits, anchors, labels, drafter.condition_last.weight, drafter.condition_next.weight)
 
-    chunks = list(zip(*(x.split(chunk_size) for x in (frames, anchors, labels)), strict=True))
-    if len(chunks) == 1:
-        losses = chunk_loss(*chunks[0])
-    else:
-        losses = torch.cat([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks])
-    num_impossible = torch.zeros((), dtype=torch.int64, device=losses.device)
+    num_anchors = max(1, LOGITS_PER_CHUNK // (frames.shape[1] * len(lm_head)))
+    chunks = zip(*(x.split(num_anchors) for x in (frames, anchors, labels)), strict=True)
+    losses = torch.cat([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks])
     if drafter.config.emission == "independent":
         num_impossible = (~has_alignment(labels, frames.shape[1])).sum()
     return AlignmentLoss(losses.sum() / (len(losses) - num_impossible).clamp_min(1), num_impossible)
+
+
+def _without_slack(drafter: CTCDrafter, frames: Tensor, lm_head: Tensor, anchors: Tensor, labels: Tensor) -> Tensor:
+    """[] float32, the sum of `conditioned_loss` where T = U, so that label t can only stand at frame t."""
+    last = drafter.condition_last(torch.cat((anchors[:, None], labels[:, :-1]), dim=1))
+    total: Tensor = ConditionedCrossEntropy.apply(
+        frames.flatten(0, 1),
+        lm_head,
+        last.flatten(0, 1),
+        drafter.condition_next.weight,
+        drafter.blank_logits(frames).flatten(),
+        labels.flatten(),
+    )
+    return total
 
 
 def conditioned_loss(

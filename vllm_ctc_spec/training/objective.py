@@ -17,26 +17,27 @@ from vllm_ctc_spec.training.loss import AlignmentLoss, alignment_loss
 class DraftObjective(nn.Module):
     """Holds the drafter, which learns, and the target, which is frozen and only read."""
 
-    def __init__(self, drafter: CTCDrafter, target: PreTrainedModel, chunk_size: int) -> None:
+    def __init__(self, drafter: CTCDrafter, target: PreTrainedModel) -> None:
         super().__init__()
         self.drafter = drafter
         self.target = target.requires_grad_(False).eval()
-        self.chunk_size = chunk_size
 
     def train(self, mode: bool = True) -> DraftObjective:
         super().train(mode)
         self.target.eval()
         return self
 
-    def forward(self, input_ids: Tensor, anchors: Tensor, valid: Tensor, labels: Tensor) -> AlignmentLoss:
-        """input_ids: [B, L]; anchors: [B, M] positions; valid: [B, M] bool; labels: [B, M, U]."""
-        hidden = target_hidden(self.target, input_ids)
+    def forward(
+        self, input_ids: Tensor, anchors: Tensor, valid: Tensor, labels: Tensor, hidden: Tensor | None = None
+    ) -> AlignmentLoss:
+        """input_ids: [B, L]; anchors: [B, M] positions; valid: [B, M] bool; labels: [B, M, U]; hidden: [B, L, H] of
+        `target_hidden`, computed if not given."""
+        if hidden is None:
+            hidden = target_hidden(self.target, input_ids)
         frames = self.frames(input_ids, hidden, anchors)
         anchor_ids = input_ids.gather(1, anchors)
         lm_head = self.target.get_output_embeddings().weight
-        return alignment_loss(
-            self.drafter, frames[valid], lm_head, anchor_ids[valid], labels[valid], chunk_size=self.chunk_size
-        )
+        return alignment_loss(self.drafter, frames[valid], lm_head, anchor_ids[valid], labels[valid])
 
     def frames(self, input_ids: Tensor, hidden: Tensor, anchors: Tensor) -> Tensor:
         """[B, M, T, H], of every anchor in one pass; hidden: [B, L, H] from `target_hidden`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,12 @@ Row = dict[str, list[int]]
 @dataclass(frozen=True)
 class RegenerateSettings:
     temperatures: tuple[float, ...] = (0.8,)
-    """Prompt i is continued at temperature i modulo their number."""
+    """Prompt i is continued at temperature i modulo their number; for the drafter, those that will be served."""
+    samples: int = 1
+    """Continuations of each prompt."""
+    explore: float | None = None
+    """Temperature at which all but a prompt's first continuation begin, up to a random token that only then is
+    continued at the temperature to be served: a greedy target has one answer to a prompt, and many from within one."""
     max_tokens: int = 256
     chunk_size: int = 512
     """Rows that are generated together, and lost together when the process is killed."""
@@ -31,31 +37,53 @@ def regenerate(
 ) -> None:
     """Continue `prompts` (token ids) with plain vLLM and write `prompt_token_ids`, `token_ids` lines to `output`.
 
-    Line i belongs to prompt i; lines that `output` already holds are kept. `engine_options` go to `vllm.LLM`.
+    Line i belongs to prompt i modulo their number; lines that `output` already holds are kept. `engine_options` go
+    to `vllm.LLM`.
     """
     settings = settings or RegenerateSettings()
-    num_done = resume_rows(output, prompts)
-    if num_done == len(prompts):
+    prompts = [list(prompt) for prompt in prompts]
+    num_rows = len(prompts) * settings.samples
+    num_done = resume_rows(output, prompts, num_rows)
+    if num_done == num_rows:
         return
     # Training must be importable without vLLM's start-up time and plugins.
-    from vllm import SamplingParams
-
     from vllm_ctc_spec.engine.lifetime import started
 
-    with started(target_path, seed=settings.seed, **engine_options) as llm:
-        for start in range(num_done, len(prompts), settings.chunk_size):
-            chunk = range(start, min(start + settings.chunk_size, len(prompts)))
+    # A resumed engine must not draw again what the killed one drew for other copies of the same prompts.
+    with started(target_path, seed=settings.seed + num_done, **engine_options) as llm:
+        for start in range(num_done, num_rows, settings.chunk_size):
+            chunk = range(start, min(start + settings.chunk_size, num_rows))
+            begun = [prompts[i % len(prompts)] for i in chunk]
+            if settings.explore is not None:
+                copies = [k for k, i in enumerate(chunk) if i >= len(prompts)]
+                temperatures = [settings.explore] * len(copies)
+                explored = _continue(llm, [begun[k] for k in copies], temperatures, settings.max_tokens)
+                for k, tokens in zip(copies, explored, strict=True):
+                    begun[k] = begun[k] + tokens[: _cut(chunk[k], len(tokens), settings)]
             temperatures = [settings.temperatures[i % len(settings.temperatures)] for i in chunk]
-            parameters = [SamplingParams(temperature=t, max_tokens=settings.max_tokens) for t in temperatures]
-            outputs = llm.generate([{"prompt_token_ids": prompts[i]} for i in chunk], parameters)
-            rows = [
-                {"prompt_token_ids": list(prompts[i]), "token_ids": list(done.outputs[0].token_ids)}
-                for i, done in zip(chunk, outputs, strict=True)
-            ]
-            append_rows(output, rows)
+            continued = _continue(llm, begun, temperatures, settings.max_tokens)
+            append_rows(
+                output,
+                [
+                    {"prompt_token_ids": prompt, "token_ids": tokens}
+                    for prompt, tokens in zip(begun, continued, strict=True)
+                ],
+            )
 
 
-def resume_rows(path: Path, prompts: Sequence[list[int]]) -> int:
+def _cut(row: int, num_explored: int, settings: RegenerateSettings) -> int:
+    return random.Random(f"{settings.seed} {row}").randrange(max(num_explored, 1))
+
+
+def _continue(llm: Any, prompts: list[list[int]], temperatures: list[float], max_tokens: int) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    parameters = [SamplingParams(temperature=temperature, max_tokens=max_tokens) for temperature in temperatures]
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def resume_rows(path: Path, prompts: Sequence[list[int]], num_rows: int) -> int:
     """Count the whole lines of `path`, cutting off a last line that a kill left incomplete.
 
     Raises ValueError if a line belongs to another prompt than its number says: the file is another run's.
@@ -67,7 +95,8 @@ def resume_rows(path: Path, prompts: Sequence[list[int]]) -> int:
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            if whole >= len(prompts) or json.loads(line)["prompt_token_ids"] != list(prompts[whole]):
+            prompt = prompts[whole % len(prompts)]
+            if whole >= num_rows or json.loads(line)["prompt_token_ids"][: len(prompt)] != prompt:
                 raise ValueError(
                     f"{path}, line {whole + 1} continues another prompt than number {whole + 1} of this run. "
                     "Write to a new file, or use the prompts that it was started with."

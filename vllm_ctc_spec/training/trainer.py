@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,102 +13,179 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, Trainer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
-from vllm_ctc_spec.training.atomic import atomic_folder
+from vllm_ctc_spec.training.atomic import atomic_folder, write_atomically
 from vllm_ctc_spec.training.budget import Budget, BudgetCallback
-from vllm_ctc_spec.training.data import AnchorCollator, RowDataset, read_rows
-from vllm_ctc_spec.training.loop import bf16_is_fast, drop_checkpoints, loop_arguments, train_or_resume
+from vllm_ctc_spec.training.cache import HiddenCache, write_cache
+from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, TrainingRow, read_rows, with_anchors
+from vllm_ctc_spec.training.loop import drop_checkpoints, loop_arguments, processes, train_or_resume
 from vllm_ctc_spec.training.objective import DraftObjective
 from vllm_ctc_spec.training.optimizer import MuonAdamW
+from vllm_ctc_spec.training.resume import claim
+from vllm_ctc_spec.training.target import drafter_config, load_target, target_dtype
+from vllm_ctc_spec.training.timing import StepTimes
+
+DRY_RUN_LINES = 1000
+NOT_RESUMED = ("save_steps", "log_steps")
+"""Settings that a resumed run may change."""
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    budget: Budget = field(default_factory=lambda: Budget(max_steps=2000))
+    budget: Budget = field(default_factory=lambda: Budget(max_steps=4000))
     learning_rate: float = 5e-3
     weight_decay: float = 0.01
     batch_size: int = 8
-    anchors_per_row: int = 16
+    """Rows per device and step."""
+    anchors_per_row: int = 32
     max_length: int = 512
-    chunk_size: int = 256
-    """Anchors whose logits exist at the same time."""
+    """Tokens; longer rows are cut."""
     save_steps: int = 500
     log_steps: int = 100
     seed: int = 0
+    cache: Path | None = None
+    """Folder for the target's hidden states: worth its disk where rows are seen more than once."""
     drafter: dict[str, Any] = field(default_factory=dict)
     """Fields of CTCDrafterConfig that differ from `drafter_config`'s choice."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Fields of transformers.TrainingArguments, such as gradient_accumulation_steps or report_to."""
 
 
-def fit(target_path: str, data: Path, output_dir: Path, settings: FitSettings | None = None) -> Path:
-    """Train on the JSONL file `data` and write the drafter to `output_dir`, whole or not at all.
+def fit(
+    target_path: str,
+    data: str | Path,
+    output_dir: Path,
+    settings: FitSettings | None = None,
+    skipped: list[str] | None = None,
+) -> Path:
+    """Train on the rows of `data` and write the drafter to `output_dir`, whole or not at all.
 
-    Checkpoints live in `<output_dir>.checkpoints`; a run that was killed goes on from the last one.
+    Checkpoints live in `<output_dir>.checkpoints`; a run that was killed goes on from the last whole one. `data` and
+    `skipped` are those of `read_rows`. Started by torchrun or accelerate, all processes share the work.
     """
     settings = settings or FitSettings()
+    config = drafter_config(AutoConfig.from_pretrained(target_path), **settings.drafter)
+    rows = _usable_rows(target_path, data, config, settings, skipped)
+    checkpoints = output_dir.with_name(f"{output_dir.name}.checkpoints")
+    with processes().main_process_first():
+        claim(checkpoints, _resumable(target_path, data, settings))
     torch.manual_seed(settings.seed)
+    drafter = CTCDrafter(config)
+    _check_disk(output_dir, drafter)
     target = load_target(target_path)
-    config = drafter_config(target.config, **settings.drafter)
-    rows = read_rows(data, AutoTokenizer.from_pretrained(target_path), settings.max_length)
-    dataset = RowDataset(rows, config.label_length)
-    if not len(dataset):
+    hidden = _cached_hidden(settings.cache, target, target_path, rows)
+    dataset = AnchorDataset(rows, config.label_length, settings.anchors_per_row, settings.seed, hidden)
+    try:
+        report = _train(DraftObjective(drafter, target), dataset, checkpoints, settings)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ValueError(
+            f"the GPU's memory is full ({error}). Lower batch_size={settings.batch_size}, "
+            f"anchors_per_row={settings.anchors_per_row} or max_length={settings.max_length}; "
+            "gradient_accumulation_steps makes up for a smaller batch."
+        ) from error
+    if processes().is_main_process:
+        with atomic_folder(output_dir) as partial:
+            drafter.to("cpu", target.dtype).save_pretrained(partial)
+            write_atomically(partial / "training.json", json.dumps(report, indent=2).encode())
+        drop_checkpoints(checkpoints)
+    processes().wait_for_everyone()
+    return output_dir
+
+
+def dry_run(
+    target_path: str,
+    data: str | Path | None,
+    output_dir: Path,
+    settings: FitSettings | None = None,
+    skipped: list[str] | None = None,
+) -> Path:
+    """Check what `fit` would need and write an untrained drafter, which serves, to `<output_dir>.dry-run`.
+
+    Reads the first DRY_RUN_LINES lines of `data` only, if there is any yet, and does not load the target's weights.
+    """
+    settings = settings or FitSettings()
+    config = drafter_config(AutoConfig.from_pretrained(target_path), **settings.drafter)
+    if data is not None:
+        _usable_rows(target_path, data, config, settings, skipped, DRY_RUN_LINES)
+    drafter = CTCDrafter(config)
+    _check_disk(output_dir, drafter)
+    loop_arguments(output_dir, settings.budget, settings.batch_size, **settings.trainer)
+    untrained = output_dir.with_name(f"{output_dir.name}.dry-run")
+    with atomic_folder(untrained) as partial:
+        drafter.to(target_dtype()).save_pretrained(partial)
+    return untrained
+
+
+def _usable_rows(
+    target_path: str,
+    data: str | Path,
+    config: CTCDrafterConfig,
+    settings: FitSettings,
+    skipped: list[str] | None,
+    max_lines: int | None = None,
+) -> list[TrainingRow]:
+    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    rows = read_rows(data, tokenizer, settings.max_length, skipped, vocab_size=config.vocab_size, max_lines=max_lines)
+    usable = with_anchors(rows, config.label_length)
+    if not usable:
         raise ValueError(
             f"{str(data)!r} has no row with {config.label_length + 1} trained tokens in sequence, as label_length="
             f"{config.label_length} needs. Use longer rows or a smaller label_length."
         )
-    checkpoints = output_dir.with_name(f"{output_dir.name}.checkpoints")
-    drafter = CTCDrafter(config)
-    _train(DraftObjective(drafter, target, settings.chunk_size), dataset, checkpoints, settings)
-    with atomic_folder(output_dir) as partial:
-        drafter.to(target.dtype).save_pretrained(partial)
-    drop_checkpoints(checkpoints)
-    return output_dir
+    return usable
 
 
-def load_target(path: str) -> PreTrainedModel:
-    dtype = torch.bfloat16 if bf16_is_fast() else torch.float32
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+def _resumable(target_path: str, data: str | Path, settings: FitSettings) -> dict[str, Any]:
+    """What must not change between a killed run and the one that goes on, as JSON values."""
+    fields = {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_RESUMED}
+    flat = {"target": str(target_path), "data": str(data), **fields}
+    return json.loads(json.dumps(flat, default=str).replace("Infinity", "null"))
 
 
-def drafter_config(target: PretrainedConfig, **overrides: Any) -> CTCDrafterConfig:
-    """The drafter that shares the target's embedding, LM head, K/V shape and rotary base.
-
-    `overrides` are fields of CTCDrafterConfig; an unknown one is refused by name.
-    """
-    text = target.get_text_config()
-    heads = text.num_attention_heads
-    fields = {
-        "hidden_size": text.hidden_size,
-        "vocab_size": text.vocab_size,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
-        "intermediate_size": text.intermediate_size,
-        "rope_theta": _rope_theta(text),
-        "max_position_embeddings": text.max_position_embeddings,
-    }
-    known = CTCDrafterConfig().to_dict()
-    for name in overrides:
-        if name not in known:
-            raise ValueError(f"unknown drafter setting {name!r}. Settings: {', '.join(sorted(known))}.")
-    return CTCDrafterConfig(**fields | overrides)
+def _check_disk(output_dir: Path, drafter: CTCDrafter) -> None:
+    # Weights and two moments in float32, in two whole checkpoints and the one that is being written.
+    needed = 3 * 3 * 4 * sum(weight.numel() for weight in drafter.parameters())
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output_dir.parent).free
+    if free < needed:
+        raise ValueError(
+            f"checkpoints in {str(output_dir.parent)!r} need {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are "
+            "free. Make room or choose another output folder."
+        )
 
 
-def _rope_theta(text: PretrainedConfig) -> float:
-    parameters = getattr(text, "rope_parameters", None) or {}
-    return float(parameters.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0)
+def _cached_hidden(
+    cache: Path | None, target: PreTrainedModel, target_path: str, rows: Sequence[TrainingRow]
+) -> Callable[[int], Tensor] | None:
+    if cache is None:
+        return None
+    if processes().is_main_process:
+        target.to(processes().device)
+        write_cache(cache, target, target_path, rows)
+    processes().wait_for_everyone()
+    return HiddenCache(cache, target_path, rows, target.dtype).__getitem__
 
 
 class _DrafterTrainer(Trainer):
     """transformers' Trainer whose model is a DraftObjective and whose checkpoints hold the drafter alone."""
 
     model: DraftObjective
+    num_impossible = 0
+    """Anchors whose labels no alignment fits, since the last log."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor:
-        return model(**inputs).mean
+        loss = model(**inputs)
+        self.num_impossible = self.num_impossible + loss.num_impossible
+        return loss.mean
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.model.drafter.config.emission == "independent":
+            logs["impossible_anchors"], self.num_impossible = int(self.num_impossible), 0
+        super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self.model.drafter.save_pretrained(output_dir or self.args.output_dir)
@@ -113,18 +194,35 @@ class _DrafterTrainer(Trainer):
         self.model.drafter.load_state_dict(load_file(Path(resume_from_checkpoint) / "model.safetensors"))
 
 
-def _train(objective: DraftObjective, dataset: RowDataset, checkpoints: Path, settings: FitSettings) -> None:
-    clock = BudgetCallback(settings.budget)
+class _TellEpoch(TrainerCallback):
+    """Trainer tells its sampler the epoch, not the data set, which draws other anchors in each."""
+
+    def __init__(self, dataset: AnchorDataset) -> None:
+        self._dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._dataset.epoch = int(state.epoch)
+
+
+def _train(
+    objective: DraftObjective, dataset: AnchorDataset, checkpoints: Path, settings: FitSettings
+) -> dict[str, Any]:
+    """Returns what is worth knowing of the run beside its drafter, as JSON values."""
+    clock, times = BudgetCallback(settings.budget), StepTimes()
     optimizer = MuonAdamW(objective.drafter, settings.learning_rate, settings.weight_decay)
-    arguments = loop_arguments(
-        checkpoints, settings.budget, settings.batch_size, settings.save_steps, settings.log_steps, settings.seed
-    )
+    options = {"save_steps": settings.save_steps, "logging_steps": settings.log_steps, "seed": settings.seed}
     trainer = _DrafterTrainer(
         objective,
-        arguments,
+        loop_arguments(checkpoints, settings.budget, settings.batch_size, **options | settings.trainer),
         train_dataset=dataset,
-        data_collator=AnchorCollator(settings.anchors_per_row, objective.drafter.config.label_length),
+        data_collator=AnchorCollator(objective.drafter.config.label_length),
         optimizers=(optimizer, clock.schedule(optimizer)),
-        callbacks=[clock],
+        callbacks=[clock, times, _TellEpoch(dataset)],
     )
     train_or_resume(trainer)
+    return {
+        "steps": trainer.state.global_step,
+        "seconds": clock.elapsed,
+        "time_shares": times.shares(),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }

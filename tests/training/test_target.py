@@ -1,0 +1,25 @@
+"""The drafter's shape from the target's config, and targets that cannot have one."""
+
+import pytest
+from transformers import PhiConfig, PhiForCausalLM
+
+from tests.training.tiny_models import VOCAB, tiny_target
+from vllm_ctc_spec.training.target import drafter_config, load_target
+
+
+def test_the_drafter_has_the_targets_shapes():
+    config = drafter_config(tiny_target().config, num_frames=9)
+    assert (config.hidden_size, config.vocab_size, config.num_key_value_heads, config.head_dim) == (32, VOCAB, 2, 16)
+    assert (config.rope_theta, config.max_position_embeddings, config.num_frames) == (5000.0, 128, 9)
+
+
+def test_an_unknown_drafter_setting_is_refused_by_name():
+    with pytest.raises(ValueError, match="unknown drafter setting 'frames'"):
+        drafter_config(tiny_target().config, frames=5)
+
+
+def test_a_target_whose_head_has_a_bias_is_refused(tmp_path):
+    config = PhiConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    PhiForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="LM head with a bias"):
+        load_target(str(tmp_path))

@@ -1,0 +1,92 @@
+"""The drafter's most probable next token along a given text, exact over the whole vocabulary: for evaluation.
+
+A tree holds the few children that made it into its node budget; here every token c competes with
+psi(h.c) = sum_t phi_{t-1}(h) p_t(c | h), from the forward variables phi of ctc.py, batched and in log space.
+
+Letters: R requests, T frames, U tokens of text, V vocabulary without blank, r rank of the tables.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def independent_next_tokens(logits: Tensor, path: Tensor) -> Tensor:
+    """[R, U]: argmax_c psi(path[:d].c) for d = 0 .. U - 1, where repeats merge; -1 where all are 0.
+
+    logits: [R, T, V + 1], blank last. path: [R, U] int64, U <= T.
+    """
+    logp = logits.float().log_softmax(-1)
+    probability, blank = logp.exp(), logp[..., -1]
+    blank_logp = _forward(_certain_start(blank), blank)
+    token_logp = torch.full_like(blank_logp, -torch.inf)
+    # At the root nothing but blanks stands before, so that a repeat of any token is as good as another one.
+    last = torch.cat((path[:, :1], path[:, :-1]), dim=1)
+    best = []
+    for previous, token in zip(last.T, path.T, strict=True):
+        either_logp = torch.logaddexp(token_logp, blank_logp)
+        psi = _children(either_logp, either_logp, probability[..., :-1])
+        repeated = _children(blank_logp, either_logp, _column(probability, previous)[..., None])
+        best.append(_most_probable(psi.scatter(1, previous[:, None], repeated)))
+        emission = _column(logp, token)
+        before_logp = blank_logp.where((previous == token)[:, None], either_logp)
+        token_logp = _forward(_arrival(before_logp, emission), emission)
+        blank_logp = _forward(_arrival(token_logp, blank), blank)
+    return torch.stack(best, dim=1)
+
+
+def conditioned_next_tokens(
+    logits: Tensor, anchors: Tensor, path: Tensor, condition_last: Tensor, condition_next: Tensor
+) -> Tensor:
+    """[R, U]: argmax_c psi(path[:d].c) for d = 0 .. U - 1, each frame given the last token; -1 where all are 0.
+
+    logits: [R, T, V + 1], blank last. anchors: [R] int64. path: [R, U] int64, U <= T.
+    condition_last: [V, r]. condition_next: [V + 1, r].
+    """
+    frames = logits.float()
+    arrival_logp = _certain_start(frames[..., -1])
+    best = []
+    for last, token in zip(torch.cat((anchors[:, None], path[:, :-1]), dim=1).T, path.T, strict=True):
+        bias = (condition_last[last] @ condition_next.T).float()
+        logp = (frames + bias[:, None]).log_softmax(-1)
+        forward_logp = _forward(arrival_logp, logp[..., -1])
+        best.append(_most_probable(_children(forward_logp, forward_logp, logp[..., :-1].exp())))
+        arrival_logp = _arrival(forward_logp, _column(logp, token))
+    return torch.stack(best, dim=1)
+
+
+def _certain_start(frames: Tensor) -> Tensor:
+    """[R, T + 1] log probability of arriving at the empty prefix in frame 0 .. T, from any [R, T]."""
+    return F.pad(torch.full_like(frames, -torch.inf), (1, 0), value=0.0)
+
+
+def _forward(arrival_logp: Tensor, stay_logp: Tensor) -> Tensor:
+    """[R, T + 1] log probability of being in a state after frames 1 .. t: arrived [R, T + 1] and stayed [R, T]."""
+    at = [arrival_logp[:, 0]]
+    for arrived, stayed in zip(arrival_logp[:, 1:].T, stay_logp.T, strict=True):
+        at.append(torch.logaddexp(at[-1] + stayed, arrived))
+    return torch.stack(at, dim=1)
+
+
+def _arrival(before_logp: Tensor, emission: Tensor) -> Tensor:
+    """[R, T + 1]: in the state before [R, T + 1] until frame t - 1, then the label emitted [R, T] at t."""
+    return F.pad(before_logp[:, :-1] + emission, (1, 0), value=-torch.inf)
+
+
+def _children(before_logp: Tensor, scale_logp: Tensor, probability: Tensor) -> Tensor:
+    """[R, C]: sum over t of before_{t-1} p_t(c), [R, T + 1] and [R, T, C], relative to the largest scale_{t-1}."""
+    peak = scale_logp[:, :-1].amax(-1, keepdim=True).clamp(min=torch.finfo(scale_logp.dtype).min)
+    return ((before_logp[:, :-1] - peak).exp()[:, None] @ probability)[:, 0]
+
+
+def _most_probable(psi: Tensor) -> Tensor:
+    """[R] from [R, V]: a prefix that fills all frames has no next token, not token 0."""
+    best = psi.max(-1)
+    return best.indices.where(best.values > 0, -1)
+
+
+def _column(values: Tensor, token: Tensor) -> Tensor:
+    """[R, T]: the column `token` [R] of values [R, T, V + 1]."""
+    return values.gather(2, token[:, None, None].expand(-1, values.shape[1], 1))[..., 0]

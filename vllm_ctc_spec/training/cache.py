@@ -1,0 +1,203 @@
+"""The frozen target's last hidden states on disk, so that a fit of many epochs runs the target over one.
+
+    manifest.json                      what the cache was made of, and the rows of each shard; written first
+    hidden-00001.safetensors, ...      [N, H] each, the shard's rows one after the other without padding
+
+Letters: B rows of a batch, L tokens of a row, N tokens of a shard, H hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from vllm_ctc_spec.training.atomic import write_atomically
+from vllm_ctc_spec.training.data import TrainingRow
+from vllm_ctc_spec.training.fingerprint import Fingerprint, fingerprint
+from vllm_ctc_spec.training.objective import target_hidden
+
+MANIFEST = "manifest.json"
+DISK_MARGIN = 256 << 20
+"""Bytes left to others on the same disk, such as checkpoints and logs."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    made_of: Fingerprint
+    hidden_size: int
+    shards: list[list[int]]
+    """The rows of each shard, in the order in which it holds them."""
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @cached_property
+    def digest(self) -> str:
+        """Stands in each shard, so that one left by another cache is not taken for one of this."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+
+class HiddenCache:
+    """Row number -> [L, H], as `target_hidden` gives them; refuses a cache that is not whole or of something else."""
+
+    def __init__(self, folder: Path, target_path: str, rows: Sequence[TrainingRow], dtype: torch.dtype) -> None:
+        manifest = _read_manifest(folder, fingerprint(target_path, rows, dtype))
+        self._places: dict[int, tuple[Path, int, int]] = {}
+        self._open: dict[Path, Any] = {}
+        for shard, members in enumerate(manifest.shards):
+            path, stop = _shard_path(folder, shard), 0
+            for row in members:
+                start, stop = stop, stop + len(rows[row].token_ids)
+                self._places[row] = (path, start, stop)
+            if flaw := _flaw(path, stop, manifest):
+                raise ValueError(
+                    f"cache file {str(path)!r} is not whole ({flaw}). Run the command that writes it again."
+                )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, row: int) -> Tensor:
+        """[L, H], a view of the memory-mapped file."""
+        path, start, stop = self._places[row]
+        if path not in self._open:
+            self._open[path] = safe_open(path, "pt")
+        return self._open[path].get_slice("hidden")[start:stop]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files cannot be pickled; a data loader's worker opens its own.
+        return self.__dict__ | {"_open": {}}
+
+
+def write_cache(
+    folder: Path,
+    target: PreTrainedModel,
+    target_path: str,
+    rows: Sequence[TrainingRow],
+    shard_bytes: int = 1 << 30,
+    batch_size: int = 8,
+) -> None:
+    """Write the shards that `folder` lacks or holds in part, so that a run that was killed goes on.
+
+    `target` is what `target_path` loads; its dtype is the cache's. A cache that exists keeps its own shard plan.
+    """
+    made_of = fingerprint(target_path, rows, target.dtype)
+    lengths = [len(row.token_ids) for row in rows]
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / MANIFEST).exists():
+        manifest = _read_manifest(folder, made_of)
+    else:
+        hidden_size = target.config.get_text_config().hidden_size
+        manifest = Manifest(
+            made_of, hidden_size, plan_shards(lengths, hidden_size * target.dtype.itemsize, shard_bytes)
+        )
+    sizes = [sum(lengths[row] for row in members) for members in manifest.shards]
+    missing = [shard for shard, size in enumerate(sizes) if _flaw(_shard_path(folder, shard), size, manifest)]
+    num_tokens = sum(sizes[shard] for shard in missing)
+    _check_disk(folder, num_tokens * manifest.hidden_size * target.dtype.itemsize)
+    _write_whole(folder / MANIFEST, manifest.to_json())
+    with logging.tqdm(total=num_tokens, unit="token", unit_scale=True, desc="hidden states") as progress:
+        for shard in missing:
+            hidden = _shard_hidden(
+                target, [rows[row].token_ids for row in manifest.shards[shard]], batch_size, progress
+            )
+            contents = save({"hidden": hidden.cpu()}, metadata={"manifest": manifest.digest})
+            _write_whole(_shard_path(folder, shard), contents)
+
+
+def plan_shards(lengths: Sequence[int], token_bytes: int, shard_bytes: int) -> list[list[int]]:
+    """Rows of each shard, longest first: neighbours, which share a batch, need little padding.
+
+    A shard holds at most `shard_bytes`, or one row that alone is larger.
+    """
+    shards: list[list[int]] = []
+    room = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if lengths[row] * token_bytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(row)
+        room -= lengths[row] * token_bytes
+    return shards
+
+
+def _shard_hidden(target: PreTrainedModel, token_ids: list[Tensor], batch_size: int, progress: Any) -> Tensor:
+    """[N, H], gathered on the target's device so that it is not kept waiting between batches; token_ids: [L] each."""
+    lengths = [len(ids) for ids in token_ids]
+    hidden_size = target.config.get_text_config().hidden_size
+    shard = torch.empty(sum(lengths), hidden_size, dtype=target.dtype, device=target.device)
+    places = shard.split(lengths)
+    for start in range(0, len(token_ids), batch_size):
+        batch = pad_sequence(token_ids[start : start + batch_size], batch_first=True)
+        for place, hidden in zip(places[start:], target_hidden(target, batch.to(target.device))):
+            place.copy_(hidden[: len(place)])
+        progress.update(sum(lengths[start : start + batch_size]))
+    return shard
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"hidden-{shard + 1:05}.safetensors"
+
+
+def _read_manifest(folder: Path, wanted: Fingerprint) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        fields = json.loads(path.read_bytes())
+        manifest = Manifest(**fields | {"made_of": Fingerprint(**fields["made_of"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{str(path)!r} is not the manifest of a cache ({error}). Delete the folder, or choose another --cache."
+        ) from error
+    found = asdict(manifest.made_of)
+    if other := [name for name, value in asdict(wanted).items() if found[name] != value]:
+        raise ValueError(
+            f"cache {str(folder)!r} was made with another {', another '.join(other)}. Delete the folder, or choose "
+            "another --cache."
+        )
+    return manifest
+
+
+def _flaw(path: Path, num_tokens: int, manifest: Manifest) -> str | None:
+    """What keeps the file from being the shard of `num_tokens`, by its header and size alone."""
+    try:
+        with safe_open(path, "pt") as file:
+            hidden = file.get_slice("hidden")
+            found = (file.metadata(), hidden.get_shape(), str(hidden[:0].dtype))
+    except (OSError, SafetensorError) as error:
+        return str(error)
+    expected = ({"manifest": manifest.digest}, [num_tokens, manifest.hidden_size], manifest.made_of.dtype)
+    return None if found == expected else f"holds {found}, expected {expected}"
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed + DISK_MARGIN:
+        raise ValueError(
+            f"cache {str(folder)!r} needs {needed:,} bytes and {DISK_MARGIN:,} to spare; its disk has {free:,} free. "
+            "Free some, or choose a --cache on another disk."
+        )
+
+
+def _write_whole(path: Path, contents: bytes) -> None:
+    """Put a file at `path` that is whole, or none."""
+    try:
+        write_atomically(path, contents)
+    except OSError as error:
+        raise ValueError(
+            f"cache file {str(path)!r} of {len(contents):,} bytes cannot be written ({error.strerror}). Files before "
+            "it are whole: make room and run the same command again, or choose another --cache."
+        ) from error

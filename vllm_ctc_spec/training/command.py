@@ -1,0 +1,247 @@
+"""`vllm-ctc-spec train`: regenerate, fit, evaluate, each alone or all in turn; every stage resumes where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_ctc_spec.training.regenerate import RegenerateSettings
+    from vllm_ctc_spec.training.trainer import FitSettings
+
+HELD_OUT_SHARE = 20
+"""`train all` keeps one of so many prompts for the evaluation, and at most MAX_HELD_OUT."""
+
+MAX_HELD_OUT = 200
+
+
+def add_train(commands: Any) -> None:
+    train = commands.add_parser("train", help="train a drafter for any target: regenerate, fit, evaluate")
+    stages = train.add_subparsers(required=True, metavar="STAGE")
+
+    regenerate = stages.add_parser("regenerate", help="let the target continue prompts, with vLLM")
+    _add_target(regenerate)
+    regenerate.add_argument("prompts", help="file, local data set or hub name: prompts or conversations")
+    regenerate.add_argument("rows", type=Path, help="JSONL to write; lines that it holds are kept")
+    _add_regenerate(regenerate)
+    regenerate.set_defaults(run=_regenerate)
+
+    fit = stages.add_parser("fit", help="train the drafter")
+    _add_target(fit)
+    fit.add_argument("rows", help="file, local data set or hub name: regenerated rows, conversations or text")
+    fit.add_argument("drafter", type=Path, help="folder to write")
+    _add_fit(fit)
+    fit.set_defaults(run=_fit)
+
+    evaluate = stages.add_parser("evaluate", help="acceptance length, per depth, and calibration, on unseen rows")
+    _add_target(evaluate)
+    evaluate.add_argument("drafter", type=Path, help="folder of its CTC drafter")
+    evaluate.add_argument("rows", help="rows that the target wrote and the drafter has not seen")
+    evaluate.add_argument("--paper", action="store_true", help="the paper's template tree too")
+    evaluate.add_argument("--json", type=Path, metavar="PATH")
+    evaluate.add_argument("--png", type=Path, metavar="PATH")
+    evaluate.set_defaults(run=_evaluate)
+
+    everything = stages.add_parser("all", help="all stages in turn, from prompts to an evaluated drafter")
+    _add_target(everything)
+    everything.add_argument("prompts", help="file, local data set or hub name: prompts or conversations")
+    everything.add_argument("output", type=Path, help="folder for rows.jsonl, heldout.jsonl, drafter and evaluation")
+    _add_regenerate(everything)
+    _add_fit(everything)
+    everything.set_defaults(run=_all)
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", help="folder or hub name of the target")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skip-bad-lines", action="store_true", help="leave faulty lines out, and say how many")
+
+
+def _add_regenerate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", default=[0.0],
+        help="those that will be served, one continuation at each in turn (default 0)",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=int, default=1, help="continuations of each prompt (default %(default)s)")
+    parser.add_argument(
+        "--explore", type=float, metavar="TEMPERATURE",
+        help="begin all but each prompt's first continuation at this temperature, up to a random token",
+    )  # fmt: skip
+    parser.add_argument("--max-tokens", type=int, default=256, help="of a continuation (default %(default)s)")
+    parser.add_argument("--engine", type=_setting, nargs="+", default=[], metavar="KEY=VALUE", help="for vllm.LLM")
+
+
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--minutes", type=float, help="end after so long, if that is earlier")
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per device (default %(default)s)")
+    parser.add_argument("--anchors-per-row", type=int, default=32)
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a row (default %(default)s)")
+    parser.add_argument("--frames", type=int, default=8, help="frames of the drafter (default %(default)s)")
+    parser.add_argument("--label-length", type=int, help="labels per anchor (default: one per frame)")
+    parser.add_argument("--layers", type=int, default=1, help="layers of the drafter (default %(default)s)")
+    parser.add_argument("--rank", type=int, default=128, help="of the conditioning table (default %(default)s)")
+    parser.add_argument(
+        "--emission", default="conditioned", choices=("conditioned", "independent"),
+        help="independent is plain CTC, for comparison",
+    )  # fmt: skip
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep the target's hidden states on disk")
+    parser.add_argument("--save-steps", type=int, default=500, help="between checkpoints (default %(default)s)")
+    parser.add_argument(
+        "--trainer", type=_setting, nargs="+", default=[], metavar="KEY=VALUE",
+        help="for transformers.TrainingArguments",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="check everything, write an untrained drafter, and stop")
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: write KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _regenerate(options: argparse.Namespace) -> int:
+    from vllm_ctc_spec.training.regenerate import regenerate
+
+    prompts = _prompts(options)
+    regenerate(options.target, prompts, options.rows, _regenerate_settings(options), **dict(options.engine))
+    return 0
+
+
+def _prompts(options: argparse.Namespace) -> list[list[int]]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    from vllm_ctc_spec.training.data import read_prompts
+
+    text = AutoConfig.from_pretrained(options.target).get_text_config()
+    skipped: list[str] | None = [] if options.skip_bad_lines else None
+    prompts = read_prompts(
+        options.prompts, AutoTokenizer.from_pretrained(options.target), skipped, vocab_size=text.vocab_size
+    )
+    context = dict(options.engine).get("max_model_len", text.max_position_embeddings)
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) >= context:
+            problem = f"prompt {number} has {len(prompt)} tokens, and the target's context holds {context}"
+            if skipped is None:
+                raise ValueError(f"{problem}. Leave it out, or use --skip-bad-lines.")
+            skipped.append(problem)
+    _report_skipped(skipped)
+    return [prompt for prompt in prompts if len(prompt) < context]
+
+
+def _report_skipped(skipped: list[str] | None) -> None:
+    if skipped:
+        print(f"{len(skipped)} faulty lines left out; the first: {skipped[0]}")
+
+
+def _regenerate_settings(options: argparse.Namespace) -> RegenerateSettings:
+    from vllm_ctc_spec.training.regenerate import RegenerateSettings
+
+    return RegenerateSettings(
+        tuple(options.temperatures), options.samples, options.explore, options.max_tokens, seed=options.seed
+    )
+
+
+def _fit(options: argparse.Namespace) -> int:
+    _run_fit(options, options.rows, options.drafter)
+    return 0
+
+
+def _run_fit(options: argparse.Namespace, rows: str | Path | None, drafter: Path) -> None:
+    from vllm_ctc_spec.training.loop import processes
+    from vllm_ctc_spec.training.trainer import dry_run, fit
+
+    skipped: list[str] | None = [] if options.skip_bad_lines else None
+    if options.dry_run or rows is None:
+        written = dry_run(options.target, rows, drafter, _fit_settings(options), skipped)
+        print(f"everything checked; an untrained drafter, which serves, is in {written}")
+    else:
+        fit(options.target, rows, drafter, _fit_settings(options), skipped)
+    if processes().is_main_process:
+        _report_skipped(skipped)
+
+
+def _fit_settings(options: argparse.Namespace) -> FitSettings:
+    from vllm_ctc_spec.training.budget import Budget
+    from vllm_ctc_spec.training.trainer import FitSettings
+
+    limit = {} if options.minutes is None else {"max_seconds": options.minutes * 60}
+    return FitSettings(
+        budget=Budget(options.steps, **limit),
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        anchors_per_row=options.anchors_per_row,
+        max_length=options.max_length,
+        save_steps=options.save_steps,
+        seed=options.seed,
+        cache=options.cache,
+        drafter={
+            "num_frames": options.frames,
+            "label_length": options.label_length or options.frames,
+            "num_hidden_layers": options.layers,
+            "condition_rank": options.rank,
+            "emission": options.emission,
+        },
+        trainer=dict(options.trainer),
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    _run_evaluate(options, options.drafter, options.rows, options.json, options.png, options.paper)
+    return 0
+
+
+def _run_evaluate(
+    options: argparse.Namespace, drafter: Path, rows: str | Path, to: Path | None, png: Path | None, paper: bool = False
+) -> None:
+    from rich.console import Console
+
+    from vllm_ctc_spec.training.atomic import write_atomically
+    from vllm_ctc_spec.training.evaluate import PAPER_TREE, TREES, evaluate
+    from vllm_ctc_spec.training.report import to_json, to_png, to_table
+
+    skipped: list[str] | None = [] if options.skip_bad_lines else None
+    trees = (*TREES, PAPER_TREE) if paper else TREES
+    evaluation = evaluate(options.target, str(drafter), rows, trees, skipped=skipped, seed=options.seed)
+    _report_skipped(skipped)
+    Console().print(to_table(evaluation))
+    if to is not None:
+        write_atomically(to, json.dumps(to_json(evaluation), indent=2).encode())
+    if png is not None:
+        to_png(evaluation, png)
+
+
+def _all(options: argparse.Namespace) -> int:
+    from vllm_ctc_spec.training.regenerate import RegenerateSettings, regenerate
+
+    rows, held_out, drafter = (options.output / name for name in ("rows.jsonl", "heldout.jsonl", "drafter"))
+    prompts = _prompts(options)
+    if options.dry_run:
+        _run_fit(options, None, drafter)
+        return 0
+    kept = held_out_prompts(prompts)
+    options.output.mkdir(parents=True, exist_ok=True)
+    engine = dict(options.engine)
+    served = RegenerateSettings(tuple(options.temperatures), max_tokens=options.max_tokens, seed=options.seed)
+    regenerate(options.target, kept, held_out, served, **engine)
+    remaining = [prompt for prompt in prompts if prompt not in kept]
+    regenerate(options.target, remaining, rows, _regenerate_settings(options), **engine)
+    if not drafter.exists():
+        _run_fit(options, rows, drafter)
+    _run_evaluate(options, drafter, held_out, options.output / "evaluation.json", options.output / "evaluation.png")
+    return 0
+
+
+def held_out_prompts(prompts: list[list[int]]) -> list[list[int]]:
+    """Distinct prompts from all over the source, none of which may be trained on."""
+    distinct = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
+    if len(distinct) < 2:
+        raise ValueError("needs at least two different prompts: one is kept for the evaluation.")
+    return distinct[:: max(HELD_OUT_SHARE, len(distinct) // MAX_HELD_OUT)]

@@ -1,0 +1,53 @@
+"""Checkpoints that are whole or not used, and the settings that a resumed run must share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from vllm_ctc_spec.training.atomic import write_atomically
+
+WHOLE = "whole"
+"""A file that is written into a checkpoint last. Trainer writes the others one by one, into their final place."""
+
+
+class MarkWhole(TrainerCallback):
+    """Marks each checkpoint once Trainer has written all of it."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            write_atomically(Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE, b"")
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; what a killed run or a full disk left of others is removed."""
+    whole = {}
+    for checkpoint in folder.glob("checkpoint-*"):
+        if (checkpoint / WHOLE).exists():
+            whole[int(checkpoint.name.removeprefix("checkpoint-"))] = checkpoint
+        else:
+            shutil.rmtree(checkpoint)
+    return whole[max(whole)] if whole else None
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Create the checkpoints' folder, or make sure that the run to be resumed there had the same settings.
+
+    settings: JSON values, one level. Raises ValueError that names the first setting that differs.
+    """
+    record = folder / "settings.json"
+    if not record.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, json.dumps(settings, indent=2).encode())
+        return
+    earlier = json.loads(record.read_text())
+    for name in settings.keys() | earlier.keys():
+        if settings.get(name) != earlier.get(name):
+            raise ValueError(
+                f"{str(folder)!r} holds an unfinished run with {name}={earlier.get(name)!r}; this one has "
+                f"{settings.get(name)!r}. Go on with the earlier value, or delete the folder to start again."
+            )

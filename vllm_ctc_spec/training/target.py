@@ -1,0 +1,58 @@
+"""What training needs of a Hugging Face target, and the drafter that fits it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from vllm_ctc_spec.drafter import CTCDrafterConfig
+from vllm_ctc_spec.training.loop import bf16_is_fast
+
+
+def target_dtype() -> torch.dtype:
+    return torch.bfloat16 if bf16_is_fast() else torch.float32
+
+
+def load_target(path: str) -> PreTrainedModel:
+    """The target, whose LM head must be a plain matrix: the drafter shares it."""
+    target = AutoModelForCausalLM.from_pretrained(path, dtype=target_dtype())
+    head = target.get_output_embeddings()
+    if head is None or target.get_input_embeddings() is None:
+        raise ValueError(
+            f"target {path!r} ({type(target).__name__}) has no LM head or no token embedding to share with a drafter. "
+            "Use a decoder-only language model."
+        )
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(f"target {path!r} has an LM head with a bias, which drafters do not support yet.")
+    return target
+
+
+def drafter_config(target: PretrainedConfig, **overrides: Any) -> CTCDrafterConfig:
+    """The drafter that shares the target's embedding, LM head, K/V shape and rotary base.
+
+    `overrides` are fields of CTCDrafterConfig; an unknown one is refused by name.
+    """
+    text = target.get_text_config()
+    heads = text.num_attention_heads
+    fields = {
+        "hidden_size": text.hidden_size,
+        "vocab_size": text.vocab_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "intermediate_size": text.intermediate_size,
+        "rope_theta": _rope_theta(text),
+        "max_position_embeddings": text.max_position_embeddings,
+    }
+    known = CTCDrafterConfig().to_dict()
+    for name in overrides:
+        if name not in known:
+            raise ValueError(f"unknown drafter setting {name!r}. Settings: {', '.join(sorted(known))}.")
+    return CTCDrafterConfig(**fields | overrides)
+
+
+def _rope_theta(text: PretrainedConfig) -> float:
+    parameters = getattr(text, "rope_parameters", None) or {}
+    return float(parameters.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0)
