@@ -44,6 +44,11 @@ def test_shorthands_detect_the_drafter_from_its_config(pair: DemoPaths) -> None:
     assert config.additional_config["ctc_spec"]["drafter"] == str(pair.drafter)
 
 
+def test_a_setting_given_twice_is_refused(pair: DemoPaths) -> None:
+    with pytest.raises(ValueError, match=r"--spec-tokens and .*num_speculative_tokens.* mutually exclusive"):
+        configure(pair, {}, spec_tokens=5)
+
+
 def test_another_method_is_left_to_vllm(pair: DemoPaths) -> None:
     spec = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     config = EngineArgs(model=str(pair.target), speculative_config=spec).create_engine_config()

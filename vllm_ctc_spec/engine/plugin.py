@@ -62,7 +62,8 @@ def _create_speculative_config(
     original: Any, self: Any, target_model_config: Any, target_parallel_config: Any
 ) -> SpeculativeConfig | None:
     settings = _merged_settings(self)
-    if not _asks_for_ctc(settings):
+    # vLLM itself refuses a key that is given twice.
+    if settings is None or not _asks_for_ctc(settings):
         return original(self, target_model_config, target_parallel_config)
     require_supported_vllm()
     from vllm_ctc_spec.engine.settings import resolve_settings
@@ -84,8 +85,8 @@ def _create_speculative_config(
         self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = as_written
 
 
-def _merged_settings(engine_args: Any) -> dict[str, Any]:
-    """`--speculative-config` with the shorthands --spec-method, --spec-model, --spec-tokens merged in."""
+def _merged_settings(engine_args: Any) -> dict[str, Any] | None:
+    """`--speculative-config` and --spec-method, --spec-model, --spec-tokens; None if both have the same key."""
     settings = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
     shorthands = {
         "method": engine_args.spec_method,
@@ -94,7 +95,9 @@ def _merged_settings(engine_args: Any) -> dict[str, Any]:
     }
     for key, value in shorthands.items():
         if value is not None:
-            settings.setdefault(key, value)
+            if key in settings:
+                return None
+            settings[key] = value
     return settings
 
 

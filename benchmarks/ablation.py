@@ -1,0 +1,172 @@
+"""Which drafter is best at equal training time: emission families, slack, depth and trees, on one target.
+
+    .venv/bin/python benchmarks/ablation.py TARGET PROMPTS WORK_FOLDER [--minutes 6] [--json PATH] [--png PATH]
+
+The target continues PROMPTS greedily with plain vLLM, those of the last 150 for the evaluation only; then each row of
+the table is trained for the same time, one after the other or with `--jobs` side by side, each on its share of the
+cores, and judged by walking its trees along the text of the unseen prompts. What WORK_FOLDER holds is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from vllm_ctc_spec.training.data import read_prompts
+from vllm_ctc_spec.training.regenerate import RegenerateSettings, regenerate
+
+NUM_UNSEEN = 150
+NUM_SAMPLES = 8
+"""Continuations of each prompt: one greedy answer, and others that a sampled beginning sets off."""
+
+BUDGETS = (8, 16, 32, 63)
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    options: str
+    """Of `vllm-ctc-spec train fit`."""
+
+
+VARIANTS = (
+    Variant("cross-entropy heads", "--rank 0"),
+    Variant("plain CTC", "--emission independent --label-length 6"),
+    Variant("conditioned (default)", ""),
+    Variant("conditioned, slack 1", "--label-length 7"),
+    Variant("conditioned, slack 2", "--label-length 6"),
+    Variant("conditioned, 12 frames", "--frames 12"),
+    Variant("conditioned, rank 256", "--rank 256"),
+    Variant("conditioned, two layers", "--layers 2"),
+)
+
+
+def main() -> None:
+    options = _options()
+    options.work.mkdir(parents=True, exist_ok=True)
+    rows, unseen = _write_rows(options)
+    chosen = [variant for variant in VARIANTS if not options.only or variant.name in options.only]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda variant: _measure(variant, rows, unseen, options), chosen))
+    for table in (_acceptance_table(results), _detail_table(results)):
+        Console().print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    if options.png is not None:
+        _plot(results, options.png)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target")
+    parser.add_argument("prompts", help="JSONL of prompt, question (put into the chat template) or messages")
+    parser.add_argument("work", type=Path, help="folder for rows, drafters and their evaluations")
+    parser.add_argument("--minutes", type=float, default=6, help="training time of each row (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="rows trained side by side (default %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows of the table only")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--png", type=Path)
+    return parser.parse_args()
+
+
+def _write_rows(options: argparse.Namespace) -> tuple[Path, Path]:
+    rows, unseen = options.work / "rows.jsonl", options.work / "unseen.jsonl"
+    prompts = read_prompts(_as_messages(options), AutoTokenizer.from_pretrained(options.target))
+    engine = {"max_model_len": 1024, "enforce_eager": True, "gpu_memory_utilization": 0.3}
+    regenerate(options.target, prompts[-NUM_UNSEEN:], unseen, RegenerateSettings((0.0,)), **engine)
+    settings = RegenerateSettings((0.0,), samples=NUM_SAMPLES, explore=0.8)
+    regenerate(options.target, prompts[:-NUM_UNSEEN], rows, settings, **engine)
+    return rows, unseen
+
+
+def _as_messages(options: argparse.Namespace) -> Path:
+    """Lines of a bare `question` as chats of one turn; other lines as they are."""
+    converted = options.work / "prompts.jsonl"
+    with open(options.prompts, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    chats = [
+        {"messages": [{"role": "user", "content": line["question"]}]} if "question" in line else line for line in lines
+    ]
+    converted.write_text("".join(json.dumps(line) + "\n" for line in chats))
+    return converted
+
+
+def _measure(variant: Variant, rows: Path, unseen: Path, options: argparse.Namespace) -> dict[str, Any]:
+    name = "".join(letter if letter.isalnum() else "-" for letter in variant.name)
+    drafter, evaluation = (
+        options.work / f"{name}-{options.minutes:g}",
+        options.work / f"{name}-{options.minutes:g}.json",
+    )
+    train = [sys.executable, "-m", "vllm_ctc_spec.cli", "train"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
+    if not drafter.exists():
+        budget = ["--steps", "1000000", "--minutes", str(options.minutes)]
+        fit = [*train, "fit", options.target, str(rows), str(drafter), *budget, *variant.options.split()]
+        subprocess.run(fit, check=True, env=environment, stdout=subprocess.DEVNULL)
+    if not evaluation.exists():
+        evaluate = [*train, "evaluate", options.target, str(drafter), str(unseen), "--paper", "--json", str(evaluation)]
+        subprocess.run(evaluate, check=True, env=environment, stdout=subprocess.DEVNULL)
+    training = json.loads((drafter / "training.json").read_text())
+    return {"name": variant.name, "training": training, "evaluation": json.loads(evaluation.read_text())}
+
+
+def _lengths(result: dict[str, Any], tree: str) -> dict[int, float]:
+    return {
+        each["num_nodes"]: each["length"] for each in result["evaluation"]["trees"] if each["options"]["tree"] == tree
+    }
+
+
+def _acceptance_table(results: list[dict[str, Any]]) -> Table:
+    columns = ("drafter", "steps", "chain", *(f"{nodes} nodes" for nodes in BUDGETS), "paper's tree, 63 nodes")
+    table = Table(*columns, title="acceptance length")
+    for result in results:
+        chain, template, prefix = (_lengths(result, tree) for tree in ("chain", "template", "prefix"))
+        values = [*chain.values(), *(prefix[nodes] for nodes in BUDGETS), *template.values()]
+        table.add_row(result["name"], str(result["training"]["steps"]), *(f"{value:.2f}" for value in values))
+    return table
+
+
+def _detail_table(results: list[dict[str, Any]]) -> Table:
+    table = Table("drafter", "right after first choice", "after sibling", "believed / accepted, 63 nodes", "loss")
+    for result in results:
+        evaluation = result["evaluation"]
+        belief = [tree["belief"] for tree in evaluation["trees"] if tree["num_nodes"] == max(BUDGETS)]
+        shares = [evaluation[name]["share"] for name in ("after_first_choice", "after_sibling")]
+        values = [*shares, belief[0], result["training"]["losses"][-1]]
+        table.add_row(result["name"], *(f"{value:.2f}" for value in values))
+    return table
+
+
+def _plot(results: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for result in results:
+        prefix = _lengths(result, "prefix")
+        (line,) = axes.plot(BUDGETS, [prefix[nodes] for nodes in BUDGETS], marker="o", label=result["name"])
+        axes.axhline(*_lengths(result, "chain").values(), color=line.get_color(), linestyle=":", linewidth=0.8)
+        axes.plot(max(BUDGETS), *_lengths(result, "template").values(), marker="x", color=line.get_color())
+    axes.set(xlabel="node budget", ylabel="acceptance length", xticks=BUDGETS)
+    axes.set_title("prefix trees (lines), chain of the same drafter (dotted), the paper's tree (crosses)")
+    axes.legend()
+    figure.savefig(path, dpi=140)
+
+
+if __name__ == "__main__":
+    main()
