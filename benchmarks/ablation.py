@@ -1,8 +1,8 @@
 """Which drafter is best at equal training time: emission families, slack, depth and trees, on one target.
 
-    .venv/bin/python benchmarks/ablation.py TARGET PROMPTS WORK_FOLDER [--minutes 6] [--json PATH] [--png PATH]
+    .venv/bin/python benchmarks/ablation.py TARGET QUESTIONS WORK_FOLDER [--minutes 6] [--json PATH] [--png PATH]
 
-The target continues PROMPTS greedily with plain vLLM, those of the last 150 for the evaluation only; then each row of
+The target answers QUESTIONS greedily with plain vLLM, the last 150 of them for the evaluation only; then each row of
 the table is trained for the same time, one after the other or with `--jobs` side by side, each on its share of the
 cores, and judged by walking its trees along the text of the unseen prompts. What WORK_FOLDER holds is not made again.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +31,9 @@ from vllm_ctc_spec.training.data import read_prompts
 from vllm_ctc_spec.training.regenerate import RegenerateSettings, regenerate
 
 NUM_UNSEEN = 150
-NUM_SAMPLES = 8
-"""Continuations of each prompt: one greedy answer, and others that a sampled beginning sets off."""
+NUM_VARIED = 4
+"""Copies of each training question with other numbers in it: greedy decoding has one answer to a prompt, and more
+greedy text teaches more than text sampled at other temperatures."""
 
 BUDGETS = (8, 16, 32, 63)
 
@@ -72,7 +75,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target")
-    parser.add_argument("prompts", help="JSONL of prompt, question (put into the chat template) or messages")
+    parser.add_argument("questions", help="JSONL with a `question` per line, put into the target's chat template")
     parser.add_argument("work", type=Path, help="folder for rows, drafters and their evaluations")
     parser.add_argument("--minutes", type=float, default=6, help="training time of each row (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="rows trained side by side (default %(default)s)")
@@ -84,24 +87,28 @@ def _options() -> argparse.Namespace:
 
 def _write_rows(options: argparse.Namespace) -> tuple[Path, Path]:
     rows, unseen = options.work / "rows.jsonl", options.work / "unseen.jsonl"
-    prompts = read_prompts(_as_messages(options), AutoTokenizer.from_pretrained(options.target))
+    with open(options.questions, encoding="utf-8") as file:
+        questions = [json.loads(line)["question"] for line in file]
+    varied = [_vary(question, copy) for copy in range(1 + NUM_VARIED) for question in questions[:-NUM_UNSEEN]]
     engine = {"max_model_len": 1024, "enforce_eager": True, "gpu_memory_utilization": 0.3}
-    regenerate(options.target, prompts[-NUM_UNSEEN:], unseen, RegenerateSettings((0.0,)), **engine)
-    settings = RegenerateSettings((0.0,), samples=NUM_SAMPLES, explore=0.8)
-    regenerate(options.target, prompts[:-NUM_UNSEEN], rows, settings, **engine)
+    for path, chosen in ((unseen, questions[-NUM_UNSEEN:]), (rows, varied)):
+        regenerate(options.target, _prompts(chosen, options), path, RegenerateSettings(), **engine)
     return rows, unseen
 
 
-def _as_messages(options: argparse.Namespace) -> Path:
-    """Lines of a bare `question` as chats of one turn; other lines as they are."""
-    converted = options.work / "prompts.jsonl"
-    with open(options.prompts, encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    chats = [
-        {"messages": [{"role": "user", "content": line["question"]}]} if "question" in line else line for line in lines
-    ]
-    converted.write_text("".join(json.dumps(line) + "\n" for line in chats))
-    return converted
+def _vary(question: str, copy: int) -> str:
+    """Copy 0 is the question itself; in others each number is another one with as many digits."""
+    if copy == 0:
+        return question
+    draw = random.Random(f"{copy} {question}")
+    return re.sub(r"\d+", lambda number: str(draw.randrange(10 ** len(number[0])) or 1), question)
+
+
+def _prompts(questions: list[str], options: argparse.Namespace) -> list[list[int]]:
+    path = options.work / "prompts.jsonl"
+    chats = [{"messages": [{"role": "user", "content": question}]} for question in questions]
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return read_prompts(path, AutoTokenizer.from_pretrained(options.target))
 
 
 def _measure(variant: Variant, rows: Path, unseen: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vllm_ctc_spec.training.regenerate import append_rows, resume_rows
+from vllm_ctc_spec.training.regenerate import RegenerateSettings, _temperature, append_rows, resume_rows
 
 PROMPTS = [[1, 2], [3], [4, 5, 6]]
 ROWS = [{"prompt_token_ids": prompt, "token_ids": [9, i]} for i, prompt in enumerate(PROMPTS)]
@@ -34,3 +34,10 @@ def test_rows_of_other_prompts_are_refused(tmp_path):
         resume_rows(path, [[1, 2], [8], [4, 5, 6]], 3)
     with pytest.raises(ValueError, match="line 3 continues another prompt"):
         resume_rows(path, PROMPTS[:2], 2)
+
+
+@pytest.mark.parametrize("num_prompts", [4, 5, 6])
+def test_the_continuations_of_a_prompt_take_every_temperature(num_prompts):
+    settings = RegenerateSettings(temperatures=(0.0, 0.3, 0.5), samples=3)
+    taken = [_temperature(row, num_prompts, settings) for row in range(3 * num_prompts)]
+    assert all(sorted(taken[prompt::num_prompts]) == [0.0, 0.3, 0.5] for prompt in range(num_prompts))

@@ -26,7 +26,7 @@ class DemoScale:
     num_new_tokens: int
     drafter_budget: Budget
     drafter_rate: float = 8e-3
-    temperatures: tuple[float, ...] = (0.0, 0.8)
+    temperatures: tuple[float, ...] = (0.0, 0.4)
     max_position_embeddings: int = 1024
 
     @classmethod

@@ -64,11 +64,7 @@ def _add_regenerate(parser: argparse.ArgumentParser) -> None:
         "--temperatures", type=float, nargs="+", default=[0.0],
         help="those that will be served, one continuation at each in turn (default 0)",
     )  # fmt: skip
-    parser.add_argument("--samples", type=int, default=1, help="continuations of each prompt (default %(default)s)")
-    parser.add_argument(
-        "--explore", type=float, metavar="TEMPERATURE",
-        help="begin all but each prompt's first continuation at this temperature, up to a random token",
-    )  # fmt: skip
+    parser.add_argument("--samples", type=int, help="continuations of each prompt (default: one per temperature)")
     parser.add_argument("--max-tokens", type=int, default=256, help="of a continuation (default %(default)s)")
     parser.add_argument("--engine", type=_setting, nargs="+", default=[], metavar="KEY=VALUE", help="for vllm.LLM")
 
@@ -77,8 +73,8 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default %(default)s)")
     parser.add_argument("--minutes", type=float, help="end after so long, if that is earlier")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
-    parser.add_argument("--batch-size", type=int, default=8, help="rows per device (default %(default)s)")
-    parser.add_argument("--anchors-per-row", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=4, help="rows per device (default %(default)s)")
+    parser.add_argument("--anchors-per-row", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a row (default %(default)s)")
     parser.add_argument("--frames", type=int, default=8, help="frames of the drafter (default %(default)s)")
     parser.add_argument("--label-length", type=int, help="labels per anchor (default: one per frame)")
@@ -144,9 +140,8 @@ def _report_skipped(skipped: list[str] | None) -> None:
 def _regenerate_settings(options: argparse.Namespace) -> RegenerateSettings:
     from vllm_ctc_spec.training.regenerate import RegenerateSettings
 
-    return RegenerateSettings(
-        tuple(options.temperatures), options.samples, options.explore, options.max_tokens, seed=options.seed
-    )
+    samples = options.samples or len(options.temperatures)
+    return RegenerateSettings(tuple(options.temperatures), samples, options.max_tokens, seed=options.seed)
 
 
 def _fit(options: argparse.Namespace) -> int:
@@ -229,7 +224,7 @@ def _all(options: argparse.Namespace) -> int:
     kept = held_out_prompts(prompts)
     options.output.mkdir(parents=True, exist_ok=True)
     engine = dict(options.engine)
-    served = RegenerateSettings(tuple(options.temperatures), max_tokens=options.max_tokens, seed=options.seed)
+    served = RegenerateSettings((options.temperatures[0],), max_tokens=options.max_tokens, seed=options.seed)
     regenerate(options.target, kept, held_out, served, **engine)
     remaining = [prompt for prompt in prompts if prompt not in kept]
     regenerate(options.target, remaining, rows, _regenerate_settings(options), **engine)

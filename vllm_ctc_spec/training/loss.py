@@ -14,10 +14,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vllm_ctc_spec.drafter import CTCDrafter
-from vllm_ctc_spec.training.fused import LOGITS_PER_CHUNK, ConditionedCrossEntropy
+from vllm_ctc_spec.training.fused import ConditionedCrossEntropy
 
 IMPOSSIBLE = -1e30
 """Stands for log 0: with -inf, the gradient of logaddexp(-inf, -inf) is not a number."""
+
+
+LOGITS_PER_CHUNK = 2**24
+"""Logits that exist at a time where alignments are summed; each chunk converts the tables again, so it is not small."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ def alignment_loss(
 ) -> AlignmentLoss:
     """Loss of `frames` [S, T, H] for `labels` [S, U] that follow `anchors` [S], with the target's `lm_head` [V, H].
 
-    LOGITS_PER_CHUNK of the logits exist at a time, so that memory grows neither with S nor with V.
+    The logits exist in chunks only, so that memory grows neither with S nor with V.
     """
     num_impossible = torch.zeros((), dtype=torch.int64, device=frames.device)
     if drafter.config.emission == "conditioned" and frames.shape[1] == labels.shape[1]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,10 @@ Row = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class RegenerateSettings:
-    temperatures: tuple[float, ...] = (0.8,)
-    """Prompt i is continued at temperature i modulo their number; for the drafter, those that will be served."""
+    temperatures: tuple[float, ...] = (0.0,)
+    """A prompt's continuations take them in turn. Those to be served, and around them what varies the text."""
     samples: int = 1
     """Continuations of each prompt."""
-    explore: float | None = None
-    """Temperature at which all but a prompt's first continuation begin, up to a random token that only then is
-    continued at the temperature to be served: a greedy target has one answer to a prompt, and many from within one."""
     max_tokens: int = 256
     chunk_size: int = 512
     """Rows that are generated together, and lost together when the process is killed."""
@@ -47,40 +43,30 @@ def regenerate(
     if num_done == num_rows:
         return
     # Training must be importable without vLLM's start-up time and plugins.
+    from vllm import SamplingParams
+
     from vllm_ctc_spec.engine.lifetime import started
 
     # A resumed engine must not draw again what the killed one drew for other copies of the same prompts.
     with started(target_path, seed=settings.seed + num_done, **engine_options) as llm:
         for start in range(num_done, num_rows, settings.chunk_size):
             chunk = range(start, min(start + settings.chunk_size, num_rows))
-            begun = [prompts[i % len(prompts)] for i in chunk]
-            if settings.explore is not None:
-                copies = [k for k, i in enumerate(chunk) if i >= len(prompts)]
-                temperatures = [settings.explore] * len(copies)
-                explored = _continue(llm, [begun[k] for k in copies], temperatures, settings.max_tokens)
-                for k, tokens in zip(copies, explored, strict=True):
-                    begun[k] = begun[k] + tokens[: _cut(chunk[k], len(tokens), settings)]
-            temperatures = [settings.temperatures[i % len(settings.temperatures)] for i in chunk]
-            continued = _continue(llm, begun, temperatures, settings.max_tokens)
-            append_rows(
-                output,
-                [
-                    {"prompt_token_ids": prompt, "token_ids": tokens}
-                    for prompt, tokens in zip(begun, continued, strict=True)
-                ],
-            )
+            continued = [prompts[i % len(prompts)] for i in chunk]
+            parameters = [
+                SamplingParams(temperature=_temperature(i, len(prompts), settings), max_tokens=settings.max_tokens)
+                for i in chunk
+            ]
+            outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in continued], parameters)
+            rows = [
+                {"prompt_token_ids": prompt, "token_ids": list(done.outputs[0].token_ids)}
+                for prompt, done in zip(continued, outputs, strict=True)
+            ]
+            append_rows(output, rows)
 
 
-def _cut(row: int, num_explored: int, settings: RegenerateSettings) -> int:
-    return random.Random(f"{settings.seed} {row}").randrange(max(num_explored, 1))
-
-
-def _continue(llm: Any, prompts: list[list[int]], temperatures: list[float], max_tokens: int) -> list[list[int]]:
-    from vllm import SamplingParams
-
-    parameters = [SamplingParams(temperature=temperature, max_tokens=max_tokens) for temperature in temperatures]
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+def _temperature(row: int, num_prompts: int, settings: RegenerateSettings) -> float:
+    """Neighbours differ, and so do the continuations of one prompt, whatever the number of prompts."""
+    return settings.temperatures[(row % num_prompts + row // num_prompts) % len(settings.temperatures)]
 
 
 def resume_rows(path: Path, prompts: Sequence[list[int]], num_rows: int) -> int:
@@ -96,7 +82,7 @@ def resume_rows(path: Path, prompts: Sequence[list[int]], num_rows: int) -> int:
             if not line.endswith(b"\n"):
                 break
             prompt = prompts[whole % len(prompts)]
-            if whole >= num_rows or json.loads(line)["prompt_token_ids"][: len(prompt)] != prompt:
+            if whole >= num_rows or json.loads(line)["prompt_token_ids"] != prompt:
                 raise ValueError(
                     f"{path}, line {whole + 1} continues another prompt than number {whole + 1} of this run. "
                     "Write to a new file, or use the prompts that it was started with."

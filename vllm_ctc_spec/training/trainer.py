@@ -37,9 +37,9 @@ class FitSettings:
     budget: Budget = field(default_factory=lambda: Budget(max_steps=4000))
     learning_rate: float = 5e-3
     weight_decay: float = 0.01
-    batch_size: int = 8
+    batch_size: int = 4
     """Rows per device and step."""
-    anchors_per_row: int = 32
+    anchors_per_row: int = 64
     max_length: int = 512
     """Tokens; longer rows are cut."""
     save_steps: int = 500

@@ -1,0 +1,67 @@
+"""Peak memory of the losses, forward and backward, for a large vocabulary.
+
+    .venv/bin/python benchmarks/loss_memory.py [--vocab 131072] [--anchors 512]
+
+Beside it stands what one float32 tensor [anchors, frames, vocabulary] would take. Each loss runs in a process of its
+own, and what that process held before the loss is subtracted (Linux: the peak of its resident memory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
+from vllm_ctc_spec.training.loss import alignment_loss
+
+HIDDEN, FRAMES = 1024, 8
+LOSSES = {
+    "conditioned, T = U": {"label_length": FRAMES},
+    "conditioned, slack 2": {"label_length": FRAMES - 2},
+    "plain CTC": {"label_length": FRAMES - 2, "emission": "independent"},
+}
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def measure(name: str, vocab: int, num_anchors: int) -> tuple[int, int]:
+    """Bytes of the peak above what stood before, and of the gradients, which stay."""
+    torch.manual_seed(0)
+    drafter = CTCDrafter(CTCDrafterConfig(hidden_size=HIDDEN, vocab_size=vocab, num_frames=FRAMES, **LOSSES[name]))
+    lm_head = torch.randn(vocab, HIDDEN, dtype=torch.bfloat16)
+    frames = torch.randn(num_anchors, FRAMES, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    anchors = torch.randint(vocab, (num_anchors,))
+    labels = torch.randint(vocab, (num_anchors, drafter.config.label_length))
+    before = resident()
+    with torch.autocast("cpu", torch.bfloat16):
+        alignment_loss(drafter, frames, lm_head, anchors, labels).mean.backward()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    gradients = sum(p.grad.nbytes for p in (frames, *drafter.parameters()) if p.grad is not None)
+    return peak - before, gradients
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocab", type=int, default=131072)
+    parser.add_argument("--anchors", type=int, default=512)
+    options = parser.parse_args()
+    whole = options.anchors * FRAMES * options.vocab * 4
+    table = Table("loss", "peak, MB", "of it gradients, MB", "one [anchors, frames, vocabulary], MB")
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for name in LOSSES:
+            peak, gradients = pool.apply(measure, (name, options.vocab, options.anchors))
+            table.add_row(name, *(f"{value / 1e6:.0f}" for value in (peak, gradients, whole)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

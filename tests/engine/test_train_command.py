@@ -1,0 +1,100 @@
+"""`vllm-ctc-spec train` as its users run it: a process, over the real engine, killed and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from vllm import SamplingParams
+
+from tests.engine.conftest import complete, engine
+from vllm_ctc_spec.cli import main
+from vllm_ctc_spec.demo.build import DemoPaths
+from vllm_ctc_spec.training.command import held_out_prompts
+
+ENGINE = ["--engine", "enforce_eager=true", "max_model_len=256", "kv_cache_memory_bytes=134217728"]
+
+
+def write_prompts(folder: Path, pair: DemoPaths, count: int) -> Path:
+    texts = [json.loads(line)["prompt"] for line in pair.prompts.open(encoding="utf-8")]
+    path = folder / "prompts.jsonl"
+    lines = [json.dumps({"prompt": texts[i % len(texts)][: 8 + i // len(texts)]}) + "\n" for i in range(count)]
+    path.write_text("".join(lines))
+    return path
+
+
+def test_held_out_prompts_are_distinct_and_few():
+    prompts = [[i // 2] for i in range(200)]
+    held_out = held_out_prompts(prompts)
+    assert len(held_out) == len(set(map(tuple, held_out))) == 5
+    with pytest.raises(ValueError, match="at least two different prompts"):
+        held_out_prompts([[1], [1]])
+
+
+@pytest.mark.slow
+def test_all_stages_make_a_drafter_that_serves(pair: DemoPaths, tmp_path: Path):
+    prompts, output = write_prompts(tmp_path, pair, 80), tmp_path / "out"
+    options = ["--max-tokens=40", "--temperatures", "0", "0.5", "--steps=30", "--frames=4", "--rank=16", *ENGINE]
+    command = ["train", "all", str(pair.target), str(prompts), str(output), *options]
+    subprocess.run([sys.executable, "-m", "vllm_ctc_spec.cli", *command], check=True, timeout=300)
+    rows = [json.loads(line) for line in (output / "rows.jsonl").open()]
+    unseen = [json.loads(line) for line in (output / "heldout.jsonl").open()]
+    assert (len(rows), len(unseen)) == (2 * 76, 4)
+    assert not any(row["prompt_token_ids"] == held["prompt_token_ids"] for row in rows for held in unseen)
+    assert json.loads((output / "evaluation.json").read_text())["num_anchors"] > 0
+    assert (output / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    question, greedy = [rows[0]["prompt_token_ids"]], SamplingParams(temperature=0, max_tokens=40)
+    with engine(pair, {"model": str(output / "drafter")}) as trees:
+        assert complete(trees, question, greedy)[0].tokens == rows[0]["token_ids"]
+    # Everything is there: a second run only evaluates.
+    assert main(command) == 0
+
+
+@pytest.mark.slow
+def test_regeneration_that_is_killed_loses_and_doubles_no_line(pair: DemoPaths, tmp_path: Path):
+    prompts, rows = write_prompts(tmp_path, pair, 1100), tmp_path / "rows.jsonl"
+    command = ["train", "regenerate", str(pair.target), str(prompts), str(rows), "--max-tokens=4", *ENGINE]
+    process = subprocess.Popen([sys.executable, "-m", "vllm_ctc_spec.cli", *command], start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not (rows.exists() and rows.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = rows.read_bytes()
+    assert 0 < kept.count(b"\n") < 1100
+    subprocess.run([sys.executable, "-m", "vllm_ctc_spec.cli", *command], check=True, timeout=300)
+    assert rows.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
+    assert len(rows.read_text().splitlines()) == 1100
+
+
+def test_a_dry_run_needs_no_rows_yet(pair: DemoPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    prompts = write_prompts(tmp_path, pair, 8)
+    assert main(["train", "all", str(pair.target), str(prompts), str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "drafter.dry-run" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "rows.jsonl").exists()
+
+
+def test_faulty_lines_are_named_or_counted(pair: DemoPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "import os"}\n{broken\n{"prompt": "def f"}\n')
+    command = ["train", "all", str(pair.target), str(prompts), str(tmp_path / "out"), "--dry-run"]
+    assert main(command) == 2
+    assert "prompts.jsonl, line 2: is not JSON" in capsys.readouterr().err
+    assert main([*command, "--skip-bad-lines"]) == 0
+    assert "1 faulty lines left out" in capsys.readouterr().out
+
+
+def test_a_prompt_that_does_not_fit_is_named_before_the_engine_starts(
+    pair: DemoPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt_token_ids": [5]}\n' + json.dumps({"prompt_token_ids": [5] * 300}) + "\n")
+    command = ["train", "regenerate", str(pair.target), str(prompts), str(tmp_path / "rows.jsonl"), *ENGINE]
+    assert main(command) == 2
+    assert "prompt 2 has 300 tokens, and the target's context holds 256" in capsys.readouterr().err
