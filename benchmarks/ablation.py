@@ -1,6 +1,6 @@
 """Which drafter is best at equal training time: emission families, slack, depth and trees, on one target.
 
-    .venv/bin/python benchmarks/ablation.py TARGET QUESTIONS WORK_FOLDER [--minutes 6] [--json PATH] [--png PATH]
+    .venv/bin/python benchmarks/ablation.py TARGET QUESTIONS WORK_FOLDER [--minutes 4] [--json PATH] [--png PATH]
 
 The target answers QUESTIONS greedily with plain vLLM, the last 150 of them for the evaluation only; then each row of
 the table is trained for the same time, one after the other or with `--jobs` side by side, each on its share of the
@@ -35,6 +35,11 @@ NUM_VARIED = 4
 """Copies of each training question with other numbers in it: greedy decoding has one answer to a prompt, and more
 greedy text teaches more than text sampled at other temperatures."""
 
+ENGINE = {"max_model_len": 1024, "enforce_eager": True, "gpu_memory_utilization": 0.3}
+ENGINE_NODES = 32
+NUM_SERVED = 50
+"""Unseen prompts that the engine answers with each drafter."""
+
 BUDGETS = (8, 16, 32, 63)
 
 
@@ -64,6 +69,8 @@ def main() -> None:
     chosen = [variant for variant in VARIANTS if not options.only or variant.name in options.only]
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda variant: _measure(variant, rows, unseen, options), chosen))
+    for variant, result in zip(chosen, results, strict=True):
+        result["engine"] = _engine_length(_drafter(variant, options), unseen, options)
     for table in (_acceptance_table(results), _detail_table(results)):
         Console().print(table)
     if options.json is not None:
@@ -77,7 +84,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("target")
     parser.add_argument("questions", help="JSONL with a `question` per line, put into the target's chat template")
     parser.add_argument("work", type=Path, help="folder for rows, drafters and their evaluations")
-    parser.add_argument("--minutes", type=float, default=6, help="training time of each row (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=4, help="training time of each row (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="rows trained side by side (default %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows of the table only")
     parser.add_argument("--json", type=Path)
@@ -90,9 +97,8 @@ def _write_rows(options: argparse.Namespace) -> tuple[Path, Path]:
     with open(options.questions, encoding="utf-8") as file:
         questions = [json.loads(line)["question"] for line in file]
     varied = [_vary(question, copy) for copy in range(1 + NUM_VARIED) for question in questions[:-NUM_UNSEEN]]
-    engine = {"max_model_len": 1024, "enforce_eager": True, "gpu_memory_utilization": 0.3}
     for path, chosen in ((unseen, questions[-NUM_UNSEEN:]), (rows, varied)):
-        regenerate(options.target, _prompts(chosen, options), path, RegenerateSettings(), **engine)
+        regenerate(options.target, _prompts(chosen, options), path, RegenerateSettings(), **ENGINE)
     return rows, unseen
 
 
@@ -109,6 +115,28 @@ def _prompts(questions: list[str], options: argparse.Namespace) -> list[list[int
     chats = [{"messages": [{"role": "user", "content": question}]} for question in questions]
     path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     return read_prompts(path, AutoTokenizer.from_pretrained(options.target))
+
+
+def _drafter(variant: Variant, options: argparse.Namespace) -> Path:
+    name = "".join(letter if letter.isalnum() else "-" for letter in variant.name)
+    return options.work / f"{name}-{options.minutes:g}"
+
+
+def _engine_length(drafter: Path, unseen: Path, options: argparse.Namespace) -> float:
+    """vLLM's own mean acceptance length, greedy; it is that of batch 1, because a batch changes no token."""
+    from vllm import SamplingParams
+
+    from vllm_ctc_spec.engine.lifetime import started
+    from vllm_ctc_spec.engine.metrics import read_tree_metrics
+
+    prompts = [json.loads(line)["prompt_token_ids"] for line in unseen.open()][:NUM_SERVED]
+    method = {"method": "ctc", "model": str(drafter), "num_speculative_tokens": ENGINE_NODES}
+    with started(options.target, speculative_config=method, disable_log_stats=False, **ENGINE) as llm:
+        parameters = SamplingParams(temperature=0, max_tokens=256)
+        llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+        metrics = read_tree_metrics(llm)
+    assert metrics is not None
+    return metrics.acceptance_length
 
 
 def _measure(variant: Variant, rows: Path, unseen: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -137,11 +165,11 @@ def _lengths(result: dict[str, Any], tree: str) -> dict[int, float]:
 
 
 def _acceptance_table(results: list[dict[str, Any]]) -> Table:
-    columns = ("drafter", "steps", "chain", *(f"{nodes} nodes" for nodes in BUDGETS), "paper's tree, 63 nodes")
+    columns = ("drafter", "steps", "chain", *(f"{nodes} nodes" for nodes in BUDGETS), "paper's tree, 63", "engine, 32")
     table = Table(*columns, title="acceptance length")
     for result in results:
         chain, template, prefix = (_lengths(result, tree) for tree in ("chain", "template", "prefix"))
-        values = [*chain.values(), *(prefix[nodes] for nodes in BUDGETS), *template.values()]
+        values = [*chain.values(), *(prefix[nodes] for nodes in BUDGETS), *template.values(), result["engine"]]
         table.add_row(result["name"], str(result["training"]["steps"]), *(f"{value:.2f}" for value in values))
     return table
 

@@ -189,3 +189,12 @@ def test_too_small_a_disk_is_refused_before_training(target_path, rows_path, tmp
     monkeypatch.setattr("vllm_ctc_spec.training.trainer.shutil.disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match=r"need .* GB of disk, 0.0 GB are free"):
         fit(target_path, rows_path, tmp_path / "drafter", settings(1))
+
+
+def test_a_full_gpu_names_the_settings_to_lower(target_path, rows_path, tmp_path, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(trainer_module._DrafterTrainer, "compute_loss", out_of_memory)
+    with pytest.raises(ValueError, match=r"80 GiB.*batch_size=4, anchors_per_row=64 or max_length=512"):
+        fit(target_path, rows_path, tmp_path / "drafter", settings(1))
