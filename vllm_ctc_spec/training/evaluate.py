@@ -183,13 +183,13 @@ def observe(
     judged = [_first_nodes(built[options], num_nodes) for options, num_nodes in trees]
 
     tree = built[CALIBRATION_TREE[0]]
-    path = _walk(tree, labels)
+    path = walk_text(tree, labels)
     # Column 0 collects the padding of the paths, column 1 is the anchor.
     on_path = path.nodes.new_zeros(len(labels), tree.tokens.shape[1] + 2).scatter_(1, path.nodes + 1, 1)[:, 2:] > 0
     with_next = path.nodes[:, :-1]
     observed = Observations(
         rows=rows,
-        num_accepted=torch.stack([_walk(each, labels).num_accepted for each in judged], dim=1),
+        num_accepted=torch.stack([walk_text(each, labels).num_accepted for each in judged], dim=1),
         believed=torch.stack([each.prefix_logp.exp().sum(1) for each in judged], dim=1),
         psi=tree.prefix_logp.exp(),
         on_path=on_path,
@@ -262,7 +262,7 @@ def _first_nodes(trees: TokenTrees, num_nodes: int) -> TokenTrees:
     )
 
 
-def _walk(trees: TokenTrees, labels: Tensor) -> AcceptedPaths:
+def walk_text(trees: TokenTrees, labels: Tensor) -> AcceptedPaths:
     """What is accepted when the target goes on with `labels` [S, T]."""
     # After a node of depth d on the right path the target emits label d; off that path any choice will do.
     beyond = labels.new_full((len(labels), 1), -1)

@@ -19,6 +19,7 @@ from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
 from vllm_ctc_spec.training.atomic import atomic_folder, write_atomically
 from vllm_ctc_spec.training.budget import Budget, BudgetCallback
 from vllm_ctc_spec.training.cache import HiddenCache, write_cache
+from vllm_ctc_spec.training.calibrate import calibrate, split_rows
 from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, TrainingRow, read_rows, with_anchors
 from vllm_ctc_spec.training.loop import drop_checkpoints, loop_arguments, processes, train_or_resume
 from vllm_ctc_spec.training.objective import DraftObjective
@@ -75,10 +76,12 @@ def fit(
     drafter = CTCDrafter(config)
     _check_disk(output_dir, drafter)
     target = load_target(target_path)
+    rows, calibration_rows = split_rows(rows)
     hidden = _cached_hidden(settings.cache, target, target_path, rows)
     dataset = AnchorDataset(rows, config.label_length, settings.anchors_per_row, settings.seed, hidden)
+    objective = DraftObjective(drafter, target)
     try:
-        report = _train(DraftObjective(drafter, target), dataset, checkpoints, settings)
+        report = _train(objective, dataset, checkpoints, settings)
     except torch.cuda.OutOfMemoryError as error:
         raise ValueError(
             f"the GPU's memory is full ({error}). Lower batch_size={settings.batch_size}, "
@@ -86,6 +89,7 @@ def fit(
             "gradient_accumulation_steps makes up for a smaller batch."
         ) from error
     if processes().is_main_process:
+        report["calibration_factor"] = calibrate(objective, calibration_rows, settings.seed)
         with atomic_folder(output_dir) as partial:
             drafter.to("cpu", target.dtype).save_pretrained(partial)
             write_atomically(partial / "training.json", json.dumps(report, indent=2).encode())

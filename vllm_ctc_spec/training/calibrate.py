@@ -1,0 +1,108 @@
+"""One factor on all logits, after training, that makes the drafter believe what the target accepts.
+
+Cross-entropy calibrates each token on average. A path's probability is a product, and easy text is easy at every
+token of it, so the product believes too little until the drafter tells easy text from hard; trees come out too bushy.
+One temperature mends most of it (Guo et al. 2017, arXiv 1706.04599), here fitted on what matters: that the sum of psi
+over a tree's nodes, its expected accepted length, is the accepted length.
+
+Letters: S anchors, T frames, H hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vllm_ctc_spec.config import SpecOptions
+from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
+from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, TrainingRow, with_anchors
+from vllm_ctc_spec.training.evaluate import walk_text
+from vllm_ctc_spec.training.objective import DraftObjective, target_hidden
+
+NUM_NODES = 32
+LARGEST_FACTOR = 2.0
+NUM_HALVINGS = 7
+"""Of the interval from 1 / LARGEST_FACTOR to LARGEST_FACTOR: to about one percent."""
+
+ANCHORS_PER_ROW = 8
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class _Drafts:
+    frames: Tensor
+    """[S, T, H]"""
+    anchors: Tensor
+    """[S] int64, token ids."""
+    labels: Tensor
+    """[S, T] int64, the target's text."""
+
+
+def split_rows(
+    rows: Sequence[TrainingRow], share: int = 20, most: int = 64
+) -> tuple[list[TrainingRow], list[TrainingRow]]:
+    """Rows to train on, and one in `share`, at most `most`, to calibrate on: none if there are fewer than `share`."""
+    step = max(share, -(-len(rows) // most))
+    kept = range(step - 1, len(rows), step)
+    return [row for index, row in enumerate(rows) if index not in kept], [rows[index] for index in kept]
+
+
+def calibrate(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int = 0) -> float:
+    """Scale the drafter's logits so that it believes on `rows`, not trained on, what is accepted; return the factor."""
+    drafter, target = objective.drafter, objective.target
+    served = DraftObjective(copy.deepcopy(drafter).to(target.dtype), target).eval()
+    drafts = _draft(served, rows, seed)
+    if not drafts:
+        return 1.0
+    low, high = 1 / LARGEST_FACTOR, LARGEST_FACTOR
+    for _ in range(NUM_HALVINGS):
+        factor = (low * high) ** 0.5
+        believed, accepted = _expectations(served, drafts, factor)
+        low, high = (factor, high) if believed < accepted else (low, factor)
+    factor = (low * high) ** 0.5
+    scale_logits(drafter, factor)
+    return factor
+
+
+@torch.no_grad()
+def scale_logits(drafter: CTCDrafter, factor: float) -> None:
+    """Multiply all emission logits, conditioning included."""
+    scaled: list[Tensor] = [drafter.norm.weight, drafter.blank_bias]
+    if drafter.config.emission == "conditioned":
+        scaled.append(drafter.condition_last.weight)
+    for weight in scaled:
+        weight.mul_(factor)
+
+
+@torch.no_grad()
+def _draft(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int) -> list[_Drafts]:
+    num_frames, device = objective.drafter.config.num_frames, objective.target.device
+    dataset = AnchorDataset(with_anchors(rows, num_frames), num_frames, ANCHORS_PER_ROW, seed)
+    drafts = []
+    for batch in DataLoader(dataset, BATCH_SIZE, collate_fn=AnchorCollator(num_frames)):
+        input_ids, anchors, valid, labels = (
+            batch[name].to(device) for name in ("input_ids", "anchors", "valid", "labels")
+        )
+        frames = objective.frames(input_ids, target_hidden(objective.target, input_ids), anchors)
+        drafts.append(_Drafts(frames[valid], input_ids.gather(1, anchors)[valid], labels[valid]))
+    return drafts
+
+
+@torch.no_grad()
+def _expectations(objective: DraftObjective, drafts: Sequence[_Drafts], factor: float) -> tuple[float, float]:
+    """Drafts believed to be accepted, and accepted, with all logits multiplied by `factor`."""
+    scaled = copy.deepcopy(objective.drafter)
+    scale_logits(scaled, factor)
+    believed = accepted = 0.0
+    for each in drafts:
+        logits = emission_logits(scaled, each.frames * factor, objective.target.get_output_embeddings())
+        trees = draft_trees(scaled, logits, each.anchors, NUM_NODES, SpecOptions())
+        believed += float(trees.prefix_logp.exp().sum())
+        accepted += float(walk_text(trees, each.labels).num_accepted.sum())
+    return believed, accepted
