@@ -51,14 +51,14 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("cross-entropy heads", "--rank 0"),
-    Variant("plain CTC", "--emission independent --label-length 6"),
-    Variant("conditioned (default)", ""),
-    Variant("conditioned, slack 1", "--label-length 7"),
-    Variant("conditioned, slack 2", "--label-length 6"),
-    Variant("conditioned, 12 frames", "--frames 12"),
-    Variant("conditioned, rank 256", "--rank 256"),
-    Variant("conditioned, two layers", "--layers 2"),
+    Variant("cross-entropy heads", "--frames 8 --rank 0"),
+    Variant("plain CTC", "--frames 8 --label-length 6 --emission independent"),
+    Variant("conditioned, rank 128", "--frames 8 --rank 128"),
+    Variant("conditioned, slack 1", "--frames 8 --rank 128 --label-length 7"),
+    Variant("conditioned, slack 2", "--frames 8 --rank 128 --label-length 6"),
+    Variant("conditioned, 12 frames", "--frames 12 --rank 128"),
+    Variant("conditioned, two layers", "--frames 8 --rank 128 --layers 2"),
+    Variant("conditioned, rank 256", "--frames 8 --rank 256"),
 )
 
 

@@ -42,7 +42,7 @@ class CTCDrafterConfig(PretrainedConfig):
         num_frames: int = 8,
         label_length: int = 8,
         emission: Literal["independent", "conditioned"] = "conditioned",
-        condition_rank: int = 128,
+        condition_rank: int = 256,
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 10000.0,
         max_position_embeddings: int = 2048,

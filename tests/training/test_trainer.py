@@ -149,6 +149,19 @@ def test_accumulated_small_batches_equal_a_large_one(target_path, rows_path, tmp
     assert report(small)["losses"] == pytest.approx(report(large)["losses"], rel=2e-2)
 
 
+def test_anchors_that_no_alignment_fits_are_counted(target_path, tmp_path):
+    """Three equal labels need two blanks between them: five frames."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt_token_ids": [1], "token_ids": [7] * 9}) + "\n")
+    counts = {}
+    for frames in (4, 5):
+        fields = {"emission": "independent", "num_frames": frames, "label_length": 3}
+        folder = fit(
+            target_path, tmp_path / "rows.jsonl", tmp_path / str(frames), settings(5, drafter=fields, log_steps=2)
+        )
+        counts[frames] = report(folder)["impossible_anchors"]
+    assert counts == {4: 5 * 6, 5: 0}
+
+
 @pytest.mark.slow
 def test_two_processes_train_one_drafter(target_path, rows_path, tmp_path):
     """gloo on CPU, as `torchrun` starts it."""

@@ -91,7 +91,7 @@ def _engine_options(scale: DemoScale) -> dict[str, Any]:
 
 
 def _fit(target: Path, rows: Path, drafter: Path, scale: DemoScale) -> None:
-    settings = FitSettings(budget=scale.drafter_budget, learning_rate=scale.drafter_rate)
+    settings = FitSettings(budget=scale.drafter_budget, learning_rate=scale.drafter_rate, drafter=scale.drafter)
     fit(str(target), rows, drafter, settings)
 
 

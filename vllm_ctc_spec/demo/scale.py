@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from vllm_ctc_spec.training.budget import Budget
 
@@ -26,6 +27,8 @@ class DemoScale:
     num_new_tokens: int
     drafter_budget: Budget
     drafter_rate: float = 8e-3
+    drafter: dict[str, Any] = field(default_factory=lambda: {"num_frames": 8, "label_length": 8, "condition_rank": 128})
+    """Smaller than the default, as befits so small a target."""
     temperatures: tuple[float, ...] = (0.0, 0.4)
     max_position_embeddings: int = 1024
 
@@ -46,7 +49,7 @@ class DemoScale:
             num_prompts=1152,
             num_heldout_prompts=128,
             num_new_tokens=128,
-            drafter_budget=Budget(max_steps=450, max_seconds=120),
+            drafter_budget=Budget(max_steps=2000, max_seconds=110),
         )
 
     @classmethod

@@ -79,7 +79,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=8, help="frames of the drafter (default %(default)s)")
     parser.add_argument("--label-length", type=int, help="labels per anchor (default: one per frame)")
     parser.add_argument("--layers", type=int, default=1, help="layers of the drafter (default %(default)s)")
-    parser.add_argument("--rank", type=int, default=128, help="of the conditioning table (default %(default)s)")
+    parser.add_argument("--rank", type=int, default=256, help="of the conditioning table (default %(default)s)")
     parser.add_argument(
         "--emission", default="conditioned", choices=("conditioned", "independent"),
         help="independent is plain CTC, for comparison",

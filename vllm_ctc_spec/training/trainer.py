@@ -145,7 +145,7 @@ def _resumable(target_path: str, data: str | Path, settings: FitSettings) -> dic
     """What must not change between a killed run and the one that goes on, as JSON values."""
     fields = {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_RESUMED}
     flat = {"target": str(target_path), "data": str(data), **fields}
-    return json.loads(json.dumps(flat, default=str).replace("Infinity", "null"))
+    return json.loads(json.dumps(flat, default=str))
 
 
 def _check_disk(output_dir: Path, drafter: CTCDrafter) -> None:
@@ -228,5 +228,6 @@ def _train(
         "steps": trainer.state.global_step,
         "seconds": clock.elapsed,
         "time_shares": times.shares(),
+        "impossible_anchors": sum(entry.get("impossible_anchors", 0) for entry in trainer.state.log_history),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
