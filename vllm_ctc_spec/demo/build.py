@@ -74,7 +74,7 @@ class _Stage:
 def _regenerate(target: Path, corpus: Path, rows: Path, scale: DemoScale) -> None:
     prompts = read_prompts(corpus / "prompts.jsonl", AutoTokenizer.from_pretrained(target))
     growing = rows.with_name(f"{rows.name}.partial")
-    settings = RegenerateSettings(scale.temperatures, scale.num_new_tokens)
+    settings = RegenerateSettings(scale.temperatures, max_tokens=scale.num_new_tokens)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     regenerate(str(target), prompts, growing, settings, **_engine_options(scale))
     os.replace(growing, rows)
