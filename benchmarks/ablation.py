@@ -191,7 +191,7 @@ def _plot(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     for result in results:
         prefix = _lengths(result, "prefix")
         (line,) = axes.plot(BUDGETS, [prefix[nodes] for nodes in BUDGETS], marker="o", label=result["name"])
@@ -199,7 +199,7 @@ def _plot(results: list[dict[str, Any]], path: Path) -> None:
         axes.plot(max(BUDGETS), *_lengths(result, "template").values(), marker="x", color=line.get_color())
     axes.set(xlabel="node budget", ylabel="acceptance length", xticks=BUDGETS)
     axes.set_title("prefix trees (lines), chain of the same drafter (dotted), the paper's tree (crosses)")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=140)
 
 
