@@ -62,10 +62,13 @@ def test_min_tokens_logit_bias_bad_words_and_allowed_tokens_are_honoured_inside_
 ) -> None:
     common = [answer.tokens for answer in complete(plain, prompts, SamplingParams(temperature=0, max_tokens=8))]
     stop = common[0][0]
+    words = [plain.get_tokenizer().decode(tokens[:2]) for tokens in common]
+    # vLLM refuses a bad word of spaces alone.
+    word = next(word for word in words if word.strip())
     kinds = [
         {"min_tokens": 7, "stop_token_ids": [stop, common[1][0], common[2][0]]},
         {"logit_bias": {common[3][0]: -100.0, common[4][0]: 2.0}},
-        {"bad_words": [plain.get_tokenizer().decode(common[5][:2])]},
+        {"bad_words": [word]},
         {"allowed_token_ids": list(range(256))},
     ]
     same([SamplingParams(temperature=0, max_tokens=40, **kinds[index % 4]) for index in range(NUM_PROMPTS)])
