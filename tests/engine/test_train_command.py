@@ -18,13 +18,13 @@ from vllm_ctc_spec.cli import main
 from vllm_ctc_spec.demo.build import DemoPaths
 from vllm_ctc_spec.training.command import held_out_prompts
 
-ENGINE = ["--engine", "enforce_eager=true", "max_model_len=256", "kv_cache_memory_bytes=134217728"]
+ENGINE = ["--engine", "dtype=float32", "enforce_eager=true", "max_model_len=256", "kv_cache_memory_bytes=134217728"]
 
 
 def write_prompts(folder: Path, pair: DemoPaths, count: int) -> Path:
     texts = [json.loads(line)["prompt"] for line in pair.prompts.open(encoding="utf-8")]
     path = folder / "prompts.jsonl"
-    lines = [json.dumps({"prompt": texts[i % len(texts)][: 8 + i // len(texts)]}) + "\n" for i in range(count)]
+    lines = [json.dumps({"prompt": f"# {i}\n{texts[i % len(texts)][:20]}"}) + "\n" for i in range(count)]
     path.write_text("".join(lines))
     return path
 
