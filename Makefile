@@ -7,7 +7,7 @@ BIN := .venv/bin
 ARGS ?=
 
 # The tests that start no engine.
-UNIT_TESTS ?= $(wildcard tests/algorithm tests/demo tests/drafter tests/ops tests/training tests/test_*.py)
+UNIT_TESTS ?= $(wildcard tests/algorithm tests/bench tests/demo tests/drafter tests/ops tests/training tests/test_*.py)
 
 # Neither the tests nor the demo need a network.
 export HF_HUB_OFFLINE := 1

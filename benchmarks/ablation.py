@@ -130,7 +130,7 @@ def _engine_length(drafter: Path, unseen: Path, options: argparse.Namespace) -> 
     from vllm_ctc_spec.engine.metrics import read_tree_metrics
 
     prompts = [json.loads(line)["prompt_token_ids"] for line in unseen.open()][:NUM_SERVED]
-    method = {"method": "ctc", "model": str(drafter), "num_speculative_tokens": ENGINE_NODES}
+    method = {"method": "ctc", "model": str(drafter), "num_speculative_tokens": ENGINE_NODES, "adaptive_budget": False}
     with started(options.target, speculative_config=method, disable_log_stats=False, **ENGINE) as llm:
         parameters = SamplingParams(temperature=0, max_tokens=256)
         llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)

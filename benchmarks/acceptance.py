@@ -1,9 +1,11 @@
-"""Acceptance length of the demo's drafter on held-out prompts, and what each approximation of the tree costs.
+"""Acceptance length on unseen text, and what each approximation of the tree costs.
 
     .venv/bin/python benchmarks/acceptance.py [--json PATH]
+    .venv/bin/python benchmarks/acceptance.py --pair TARGET DRAFTER ROWS [--json PATH]
 
-The target first continues the held-out prompts with plain vLLM, greedily and at temperature 0.8; then trees for
-random anchors are walked along that text (vllm_ctc_spec/training/evaluate.py).
+Of the demo's pair on held-out prompts, which the target first continues with plain vLLM, greedily and at temperature
+0.8; or of another pair on rows of its target's text. Trees for random anchors are walked along that text
+(vllm_ctc_spec/training/evaluate.py).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -39,23 +42,26 @@ TEMPERATURES = (0.0, 0.8)
 class Setting:
     name: str
     candidates: int
-    restricted: bool
-    """Normalise as for vocabularies too large for the exact sum, with as small a share of the vocabulary."""
+    support: int
+    """Tokens that the normaliser biases, see emissions.NORMALISER_SUPPORT."""
 
 
+ALL_TOKENS = 1 << 20
+DEFAULT = SpecOptions().candidates, emissions.NORMALISER_SUPPORT
 SETTINGS = (
-    Setting("2 candidates per frame", 2, False),
-    Setting("4 candidates per frame (default)", 4, False),
-    Setting("8 candidates per frame", 8, False),
-    Setting("4, normaliser restricted to 32 tokens", 4, True),
+    Setting("{} candidates per frame, normaliser over {} tokens (default)".format(*DEFAULT), *DEFAULT),
+    Setting("2 candidates per frame", 2, DEFAULT[1]),
+    Setting("8 candidates per frame", 8, DEFAULT[1]),
+    Setting("normaliser over all tokens", DEFAULT[0], ALL_TOKENS),
+    Setting("normaliser over 128 tokens", DEFAULT[0], 128),
+    Setting("normaliser over 32 tokens", DEFAULT[0], 32),
 )
 
 
 @contextmanager
-def normaliser(restricted: bool) -> Iterator[None]:
+def normaliser(support: int) -> Iterator[None]:
     before = emissions.EXACT_NORMALISER_MAX_VOCABULARY, emissions.NORMALISER_SUPPORT
-    if restricted:
-        emissions.EXACT_NORMALISER_MAX_VOCABULARY, emissions.NORMALISER_SUPPORT = 0, 32
+    emissions.EXACT_NORMALISER_MAX_VOCABULARY, emissions.NORMALISER_SUPPORT = 0, support
     try:
         yield
     finally:
@@ -81,24 +87,32 @@ def held_out_rows(paths: DemoPaths, folder: Path) -> dict[float, Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pair", nargs=3, metavar=("TARGET", "DRAFTER", "ROWS"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    paths = build_demo()
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for temperature, rows in held_out_rows(paths, Path(folder)).items():
-            table = Table("", "chain", *map(str, BUDGETS), title=f"acceptance length, temperature {temperature}")
-            for setting in SETTINGS:
-                with normaliser(setting.restricted):
-                    measured = evaluate(str(paths.target), str(paths.drafter), rows, trees(setting.candidates)).trees
-                table.add_row(setting.name, *(f"{each.length:.2f}" for each in measured))
-                results += [
-                    {"temperature": temperature, "setting": setting.name, **dataclasses.asdict(each)}
-                    for each in measured
-                ]
-            Console().print(table)
+    results: list[dict[str, Any]] = []
+    if options.pair is not None:
+        target, drafter, rows = options.pair
+        results += measure(target, drafter, Path(rows), "given rows")
+    else:
+        paths = build_demo()
+        with tempfile.TemporaryDirectory() as folder:
+            for temperature, rows in held_out_rows(paths, Path(folder)).items():
+                results += measure(str(paths.target), str(paths.drafter), rows, f"temperature {temperature}")
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def measure(target: str, drafter: str, rows: Path, text: str) -> list[dict[str, Any]]:
+    table = Table("", "chain", *map(str, BUDGETS), title=f"acceptance length, {text}")
+    results = []
+    for setting in SETTINGS:
+        with normaliser(setting.support):
+            measured = evaluate(target, drafter, rows, trees(setting.candidates)).trees
+        table.add_row(setting.name, *(f"{each.length:.2f}" for each in measured))
+        results += [{"text": text, "setting": setting.name, **dataclasses.asdict(each)} for each in measured]
+    Console().print(table)
+    return results
 
 
 if __name__ == "__main__":

@@ -1,21 +1,33 @@
-"""What one step costs at scale: a Llama shape with random weights, plain decoding against tree verification.
+"""What one step costs at scale: Llama shapes with random weights, plain decoding against tree verification.
 
-    .venv/bin/python benchmarks/step_cost.py [--nodes 32] [--context 512] [--json PATH]
+    .venv/bin/python benchmarks/step_cost.py RESULTS.jsonl [--markdown PATH] [--png PATH]
+    .venv/bin/python benchmarks/step_cost.py RESULTS.jsonl --shapes 0.5B --contexts 512 --batches 1 --nodes 32
 
-Random weights accept almost nothing, so a step's work is forced: every walk accepts a fixed path that is not a
-prefix of the nodes, so that keys and values move as they do when real text is accepted. The two engines take
-turns, so that the machine's moods hit both; the figure that counts is their ratio.
+measures the whole grid, or one cell of it. RESULTS.jsonl gets one line per cell; cells that are in it are not
+measured again, but those that failed are, so that the grid can be run in pieces. Speed-up at acceptance length beta:
+beta / ratio.
+
+A cell is milliseconds of a step with that many nodes verified per request, next to a step of plain vLLM. One plain
+engine and one with trees serve all cells of a shape; the node budget changes between passes. They take turns in
+rounds, so that the machine's moods hit both, and the figure that counts is the median of the rounds' ratios.
+
+Random weights accept almost nothing, so the outcome is forced: every tree has the same shape, and each walk accepts
+three nodes that are not the first ones, so that keys and values move as they do when real text is accepted.
+
+The requests of a batch share their context through vLLM's prefix cache and differ in a short tail: prefilling each by
+itself would take most of the time. So the context's blocks are in memory once, and a large batch may find more of them
+in the processor's caches than distinct contexts would leave there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +35,42 @@ os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from step_cost_grid import Cell, Cost, Failure, Group, append_result, draw, markdown, read_results
+from step_cost_worker import FORCED_PATH, force_acceptance, gemm_ms, read_clock, set_nodes, start_clock
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from vllm_ctc_spec.config import MAX_NODES
 from vllm_ctc_spec.drafter import CTCDrafter
 from vllm_ctc_spec.training.target import drafter_config
 
-FORCED_PATH = 3
-"""Accepted nodes of a step; acceptance length 4."""
+BLOCK_SIZE = 128
+TAIL = 8
+"""Tokens of a prompt that only this request has."""
 
 SHAPES = {
     "0.5B": {"hidden_size": 1280, "intermediate_size": 3840, "num_hidden_layers": 24, "num_attention_heads": 20},
-    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
 }
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """Milliseconds, medians over rounds."""
+class CellFailed(Exception):
+    """Its cause is the error; `nodes` 0 is plain decoding."""
 
-    plain: float
-    tree: float
-    ratio: float
-    """Median over rounds of tree / plain."""
-    parts: dict[str, float]
-    floor: float
-    """The target's matrix products for all rows of the tree / for one row per request: the processor's own limit."""
+    def __init__(self, nodes: int) -> None:
+        self.nodes = nodes
+
+
+@contextmanager
+def blaming(nodes: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise CellFailed(nodes) from error
+
+
+Round = dict[int, tuple[float, dict[str, float]]]
+"""By nodes: milliseconds of a step, and of its stages."""
 
 
 def build_models(shape: str, folder: Path) -> tuple[Path, Path]:
@@ -63,175 +84,203 @@ def build_models(shape: str, folder: Path) -> tuple[Path, Path]:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "target")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "target")
     CTCDrafter(drafter_config(config)).to(torch.bfloat16).save_pretrained(folder / "drafter")
     return folder / "target", folder / "drafter"
 
 
-def force_acceptance_and_time(worker: Any) -> None:
-    """Runs in the worker: fixed acceptance, and a clock around each stage."""
-    runner = worker.model_runner
-    proposer = runner.drafter
-    runner.clock = {}
-
-    def timed(owner: Any, name: str, stage: str) -> None:
-        inner = getattr(owner, name)
-
-        def outer(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                runner.clock.setdefault(stage, []).append(time.perf_counter() - started)
-
-        setattr(owner, name, outer)
-
-    walk = runner.walker
-
-    def forced(logits: Any, trees: Any, *rest: Any) -> Any:
-        walked = walk(logits, trees, *rest)
-        paths = [_forced_path(tree) for tree in trees]
-        width = 1 + max(len(path) for path in paths)
-        tokens = torch.full((len(trees), width), -1, dtype=torch.int32)
-        for row, (tree, path) in enumerate(zip(trees, paths)):
-            tokens[row, : len(path) + 1] = torch.tensor([*(tree.tokens[node - 1] for node in path), 7])
-        sampled = type(walked.sampler_output)(sampled_token_ids=tokens, logprobs_tensors=None)
-        return type(walked)(sampled, paths)
-
-    runner.walker = forced
-    timed(runner, "walker", "walk")
-    timed(runner, "_move_accepted", "K/V move")
-    timed(runner, "_model_forward", "target")
-    timed(proposer, "propose", "draft and build")
-    timed(proposer, "_trees", "build")
-
-
-def _forced_path(tree: Any) -> list[int]:
-    """The deepest late branch, cut at FORCED_PATH: its nodes are not the first ones, so all of them move."""
-    best: list[int] = []
-    for node in range(len(tree.tokens), 0, -1):
-        path = []
-        while node:
-            path.append(node)
-            node = tree.parents[node - 1]
-        if len(path) >= FORCED_PATH:
-            return path[::-1][:FORCED_PATH]
-        best = max(best, path[::-1], key=len)
-    return best
-
-
-def count_walks(worker: Any) -> int:
-    """Steps since the last call, the prefill included."""
-    runner = worker.model_runner
-    runner.num_counted, before = len(runner.clock["walk"]), getattr(runner, "num_counted", 0)
-    return runner.num_counted - before
-
-
-def read_clock(worker: Any) -> dict[str, float]:
-    """Median milliseconds of each stage."""
-    return {stage: 1e3 * statistics.median(times) for stage, times in worker.model_runner.clock.items()}
-
-
-def gemm_floor(worker: Any, num_rows: int) -> float:
-    """Milliseconds of the target's matrix products alone, with vLLM's own kernel, at `num_rows` rows."""
-    layers = [module for module in worker.model_runner.model.modules() if hasattr(module, "cpu_linear")]
-    inputs = {size: torch.randn(num_rows, size).bfloat16() for size in {layer.input_size for layer in layers}}
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        for layer in layers:
-            layer.cpu_linear(inputs[layer.input_size], layer.weight, None)
-        times.append(time.perf_counter() - started)
-    return 1e3 * statistics.median(times)
-
-
-def engine_options(drafter: Path | None, num_nodes: int, context: int, batch: int, tree: str) -> dict[str, Any]:
+def engine_options(drafter: Path | None, options: argparse.Namespace) -> dict[str, Any]:
     spec = None
     if drafter is not None:
-        spec = {"method": "ctc", "model": str(drafter), "num_speculative_tokens": num_nodes, "tree": tree}
+        nodes = {"num_speculative_tokens": max(options.nodes), "adaptive_budget": False}
+        spec = {"method": "ctc", "model": str(drafter), **nodes}
+    batch = max(options.batches)
     return {
         "skip_tokenizer_init": True,
         "dtype": "bfloat16",
-        "max_model_len": context + 512,
+        "block_size": BLOCK_SIZE,
+        "max_model_len": max(options.contexts) + TAIL + options.tokens + 2 * (1 + MAX_NODES),
         "max_num_seqs": batch,
+        "max_num_batched_tokens": max(2048, batch * (1 + max(options.nodes))),
         "kv_cache_memory_bytes": 1 << 30,
-        "enable_prefix_caching": False,
-        "disable_log_stats": False,
         "speculative_config": spec,
     }
 
 
-def step_ms(llm: Any, context: int, batch: int, num_tokens: int) -> float:
-    """Milliseconds of a decode step: the time between the first token and the last, over the steps between.
+class Pair:
+    """Plain vLLM and vLLM with trees, of one shape."""
 
-    A tree step is counted by the clock in its worker, because short trees cut the forced path short.
-    """
+    def __init__(self, engines: Any, plain: Any, trees: Any, tokens: int) -> None:
+        self._engines, self._plain, self._trees, self._tokens = engines, plain, trees, tokens
+        self._gemm_ms: dict[int, float] = {}
+        for llm in (plain, trees):
+            engines.turn(llm, lambda llm: llm.collective_rpc(start_clock))
+        engines.turn(trees, lambda llm: llm.collective_rpc(force_acceptance))
+
+    def measure(self, group: Group, node_counts: list[int], rounds: int) -> dict[int, Cost]:
+        """Raises CellFailed."""
+        with blaming(0):
+            for llm in (self._plain, self._trees):
+                self._engines.turn(llm, lambda llm: _generate(llm, group.context, 1, 1))
+        # The first round warms up what each number of rows needs.
+        passes = [self._round(group, node_counts) for _ in range(1 + rounds)][1:]
+        costs = {}
+        for nodes in node_counts:
+            with blaming(nodes):
+                costs[nodes] = self._cost(group, nodes, passes)
+        return costs
+
+    def _round(self, group: Group, node_counts: list[int]) -> Round:
+        steps = {}
+        for nodes in (0, *node_counts):
+            with blaming(nodes):
+                steps[nodes] = self._step(group, nodes)
+        return steps
+
+    def _cost(self, group: Group, nodes: int, passes: list[Round]) -> Cost:
+        names = passes[0][nodes][1]
+        parts = {name: statistics.median(each[nodes][1][name] for each in passes) for name in names}
+        parts["draft"] = parts.pop("draft and build") - parts["build"]
+        return Cost(
+            plain=statistics.median(each[0][0] for each in passes),
+            tree=statistics.median(each[nodes][0] for each in passes),
+            ratio=statistics.median(each[nodes][0] / each[0][0] for each in passes),
+            parts=parts,
+            floor=self._gemm(group.batch * (1 + nodes)) / self._gemm(group.batch),
+        )
+
+    def _step(self, group: Group, nodes: int) -> tuple[float, dict[str, float]]:
+        """Milliseconds of a step, and of its stages."""
+
+        def work(llm: Any) -> Any:
+            if nodes:
+                llm.collective_rpc(set_nodes, args=(nodes,))
+            _generate(llm, group.context, group.batch, self._tokens)
+            return llm.collective_rpc(read_clock, args=(group.batch, nodes))[0]
+
+        return self._engines.turn(self._trees if nodes else self._plain, work)
+
+    def _gemm(self, num_rows: int) -> float:
+        if num_rows not in self._gemm_ms:
+            [self._gemm_ms[num_rows]] = self._engines.turn(
+                self._plain, lambda llm: llm.collective_rpc(gemm_ms, args=(num_rows,))
+            )
+        return self._gemm_ms[num_rows]
+
+
+def _generate(llm: Any, context: int, batch: int, tokens: int) -> None:
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
-    prompts = [{"prompt_token_ids": [(11 * i + row) % 31000 for i in range(context)]} for row in range(batch)]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    first = max(output.metrics.first_token_ts for output in outputs)
-    last = max(output.metrics.last_token_ts for output in outputs)
-    num_steps = num_tokens - 1
-    if llm.llm_engine.vllm_config.speculative_config is not None:
-        [num_walks] = llm.collective_rpc(count_walks)
-        num_steps = num_walks - 1
-    return 1e3 * (last - first) / num_steps
+    shared = [11 * position % 31000 for position in range(context)]
+    prompts = [
+        {"prompt_token_ids": [*shared, *range(1000 + TAIL * row, 1000 + TAIL * (row + 1))]} for row in range(batch)
+    ]
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    llm.generate(prompts, params, use_tqdm=False)
 
 
-def measure(shape: str, num_nodes: int, context: int, batch: int, rounds: int, tree: str) -> StepCost:
+@contextmanager
+def started_pair(models: tuple[Path, Path], options: argparse.Namespace) -> Iterator[Pair]:
     from vllm_ctc_spec.engine.lifetime import TakingTurns
 
-    with tempfile.TemporaryDirectory() as folder, TakingTurns() as engines:
-        target, drafter = build_models(shape, Path(folder))
-        plain = engines.start(str(target), **engine_options(None, num_nodes, context, batch, tree))
-        trees = engines.start(str(target), **engine_options(drafter, num_nodes, context, batch, tree))
-        trees.collective_rpc(force_acceptance_and_time)
+    target, drafter = models
+    with TakingTurns() as engines:
+        plain, trees = (engines.start(str(target), **engine_options(each, options)) for each in (None, drafter))
+        yield Pair(engines, plain, trees, options.tokens)
 
-        def step(llm: Any) -> float:
-            return engines.turn(llm, lambda llm: step_ms(llm, context, batch, 33))
 
-        for llm in (plain, trees):
-            step(llm)
-        pairs = [(step(plain), step(trees)) for _ in range(rounds)]
-        [parts] = trees.collective_rpc(read_clock)
-        one_row, all_rows = (
-            engines.turn(plain, lambda llm, rows=rows: llm.collective_rpc(gemm_floor, args=(rows,))[0])
-            for rows in (batch, batch * (num_nodes + 1))
-        )
-    parts["draft"] = parts.pop("draft and build") - parts["build"]
-    return StepCost(
-        plain=statistics.median(pair[0] for pair in pairs),
-        tree=statistics.median(pair[1] for pair in pairs),
-        ratio=statistics.median(with_tree / without for without, with_tree in pairs),
-        parts=parts,
-        floor=all_rows / one_row,
+def missing_groups(options: argparse.Namespace, shape: str) -> list[tuple[Group, list[int]]]:
+    """With the node counts that are not measured yet."""
+    results = read_results(options.results)
+    groups = []
+    for context, batch in product(options.contexts, options.batches):
+        group = Group(shape, context, batch)
+        nodes = [nodes for nodes in options.nodes if not isinstance(results.get(Cell(group, nodes)), Cost)]
+        if nodes:
+            groups.append((group, nodes))
+    return groups
+
+
+def measure_shape(shape: str, options: argparse.Namespace) -> None:
+    """Each pass of the loop serves one pair of engines; a failed cell costs a new pair, as it may have ended one."""
+    todo = missing_groups(options, shape)
+    with tempfile.TemporaryDirectory() as folder:
+        models = build_models(shape, Path(folder)) if todo else None
+        while models and todo:
+            try:
+                with started_pair(models, options) as pair:
+                    while todo:
+                        group, nodes = todo[0]
+                        costs = pair.measure(group, nodes, options.rounds)
+                        for each, cost in costs.items():
+                            record(options, Cell(group, each), cost)
+                        todo.pop(0)
+            except CellFailed as failed:
+                group, nodes = todo.pop(0)
+                lost = [failed.nodes] if failed.nodes else nodes
+                for each in lost:
+                    record(options, Cell(group, each), Failure(repr(failed.__cause__)))
+                if kept := [each for each in nodes if each not in lost]:
+                    todo.insert(0, (group, kept))
+            except Exception as error:
+                # No engine: nothing of this shape can be measured.
+                for group, nodes in todo:
+                    for each in nodes:
+                        record(options, Cell(group, each), Failure(repr(error)))
+                return
+
+
+def record(options: argparse.Namespace, cell: Cell, result: Cost | Failure) -> None:
+    append_result(options.results, cell, result)
+    group = cell.group
+    what = result.error if isinstance(result, Failure) else f"{result.tree:.1f} ms, {result.ratio:.2f} of plain"
+    print(f"{group.shape}, context {group.context}, batch {group.batch}, {cell.nodes} nodes: {what}", flush=True)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="JSON lines, one per cell")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["0.5B", "1B"])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[256, 1024, 4096])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument(
+        "--nodes", nargs="+", type=int, default=[4, 8, 16, 32, 63], help="plain decoding is always there"
     )
+    parser.add_argument("--rounds", type=int, default=5, help="(default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=21, help="of each answer in a round (default %(default)s)")
+    parser.add_argument("--markdown", type=Path, help="write the tables that are printed at the end")
+    parser.add_argument("--png", type=Path, help="draw step cost over nodes")
+    parser.add_argument("--png-context", type=int, default=1024, help="at this context (default %(default)s)")
+    options = parser.parse_args()
+    for context in options.contexts:
+        if context < BLOCK_SIZE or context % BLOCK_SIZE:
+            parser.error(f"--contexts {context}: requests share whole blocks of {BLOCK_SIZE}; use a multiple of it.")
+    for nodes in options.nodes:
+        if not FORCED_PATH < nodes <= MAX_NODES:
+            parser.error(
+                f"--nodes {nodes}: a tree that holds the path and is no chain has 4 to {MAX_NODES}; 0 is always there."
+            )
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="0.5B")
-    parser.add_argument("--nodes", type=int, default=32)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tree", default="prefix")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    cost = measure(options.shape, options.nodes, options.context, options.batch, options.rounds, options.tree)
-    title = f"{options.shape}, bf16, batch {options.batch}, context {options.context}, {options.nodes} nodes"
-    table = Table("part", "ms", title=title)
-    table.add_row("plain decode step", f"{cost.plain:.1f}")
-    table.add_row("tree step, drafting included", f"{cost.tree:.1f}")
-    for part in ("target", "walk", "K/V move", "draft", "build"):
-        table.add_row(f"  {part}", f"{cost.parts[part]:.2f}")
-    Console().print(table)
-    print(f"tree step / plain step: {cost.ratio:.2f}")
-    print(f"of which this processor's matrix products alone, {options.nodes + 1} rows against 1: {cost.floor:.2f}")
-    if options.json is not None:
-        options.json.write_text(json.dumps(vars(cost), indent=2) + "\n")
+    options = parse_options()
+    for shape in options.shapes:
+        measure_shape(shape, options)
+    chosen = {
+        cell: result
+        for cell, result in read_results(options.results).items()
+        if cell.group.shape in options.shapes
+        and cell.group.context in options.contexts
+        and cell.group.batch in options.batches
+        and cell.nodes in options.nodes
+    }
+    tables = markdown(chosen)
+    print(tables)
+    if options.markdown is not None:
+        options.markdown.write_text(tables)
+    if options.png is not None:
+        draw(chosen, options.png_context, options.png)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec`: demo, train, inspect. Each command imports what it needs when it runs."""
+"""`vllm-ctc-spec`: demo, train, bench, inspect. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from vllm_ctc_spec import __version__
+from vllm_ctc_spec.bench.command import add_bench
 from vllm_ctc_spec.training.command import add_train
 
 
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     add_train(commands)
+    add_bench(commands)
 
     inspect = commands.add_parser("inspect", help="draw the token tree of one prompt")
     inspect.add_argument("target", help="folder or hub name of the target")

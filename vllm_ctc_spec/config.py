@@ -82,11 +82,18 @@ class SpecOptions:
     tree: how the frames become a token tree; "template" (the paper's) and "chain" are for comparison.
     candidates: candidate tokens that each frame contributes to the tree.
     min_prefix_probability: nodes that the drafter believes less likely than this are not verified.
+    adaptive_budget: verify only those nodes, up to the node budget, that make the batch faster (engine/budget.py);
+        a template tree is always verified whole.
     """
 
     tree: Literal["prefix", "template", "chain"] = "prefix"
     candidates: int = 4
     min_prefix_probability: float = 0.0
+    adaptive_budget: bool = True
+
+    @property
+    def adapts(self) -> bool:
+        return self.adaptive_budget and self.tree != "template"
 
     def __post_init__(self) -> None:
         if self.tree not in TREES:
@@ -97,6 +104,8 @@ class SpecOptions:
             raise ValueError(
                 f"speculative_config min_prefix_probability={self.min_prefix_probability!r}: use a number in [0, 1)."
             )
+        if not isinstance(self.adaptive_budget, bool):
+            raise ValueError(f"speculative_config adaptive_budget={self.adaptive_budget!r}: use true or false.")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

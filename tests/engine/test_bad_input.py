@@ -66,6 +66,7 @@ def test_another_method_is_left_to_vllm(pair: DemoPaths) -> None:
         ({"prompt_lookup_max": 4}, "unknown key 'prompt_lookup_max'"),
         ({"tree": "bush"}, "tree='bush'.*prefix, template, chain"),
         ({"candidates": 0}, "candidates=0.*1 to 64"),
+        ({"adaptive_budget": "yes"}, "adaptive_budget='yes'.*true or false"),
         ({"min_prefix_probability": 1.5}, r"min_prefix_probability=1.5.*\[0, 1\)"),
         ({"model": None}, "'model'.*folder of a trained CTC drafter"),
         ({"model": "no/such/folder"}, "'no/such/folder' is not a folder"),

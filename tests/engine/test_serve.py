@@ -95,8 +95,8 @@ async def ask_everything(url: str) -> dict[str, list[str]]:
 def test_a_server_answers_as_plain_vllm_does_and_reports_its_trees(pair: DemoPaths, tmp_path: Path) -> None:
     with server(pair, tmp_path / "plain.log") as url:
         expected = asyncio.run(ask_everything(url))
-    shorthand = ["--spec-model", str(pair.drafter), "--spec-tokens", "16"]
-    with server(pair, tmp_path / "ctc.log", *shorthand) as url:
+    trees = ["--spec-model", str(pair.drafter), "--spec-tokens", "16", "-sc", '{"adaptive_budget": false}']
+    with server(pair, tmp_path / "ctc.log", *trees) as url:
         assert asyncio.run(ask_everything(url)) == expected
         time.sleep(3)
         metrics = httpx.get(f"{url}/metrics").text

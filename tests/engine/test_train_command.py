@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 from vllm import SamplingParams
 
 from tests.engine.conftest import complete, engine
 from vllm_ctc_spec.cli import main
 from vllm_ctc_spec.demo.build import DemoPaths
 from vllm_ctc_spec.training.command import held_out_prompts
+from vllm_ctc_spec.training.own_prompts import write_own_prompts
 
 ENGINE = ["--engine", "dtype=float32", "enforce_eager=true", "max_model_len=256", "kv_cache_memory_bytes=134217728"]
 
@@ -71,6 +74,39 @@ def test_regeneration_that_is_killed_loses_and_doubles_no_line(pair: DemoPaths, 
     subprocess.run([sys.executable, "-m", "vllm_ctc_spec.cli", *command], check=True, timeout=300)
     assert rows.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
     assert len(rows.read_text().splitlines()) == 1100
+
+
+@pytest.mark.slow
+def test_the_target_writes_prompts_of_its_own(pair: DemoPaths, tmp_path: Path):
+    target, rows = tmp_path / "target", tmp_path / "rows.jsonl"
+    shutil.copytree(pair.target, target)
+    # The tiny target writes Python, so its user names a function.
+    (target / "chat_template.jinja").write_text("{% for m in messages %}def {{ m['content'] }}({% endfor %}")
+    command = ["train", "regenerate", str(target), str(rows), "--own-prompts=40", "--max-tokens=4", *ENGINE]
+    assert main(command) == 0
+    own = rows.with_name("rows.own-prompts.jsonl")
+    written = own.read_text().splitlines(keepends=True)
+    names = [json.loads(line)["messages"][0]["content"] for line in written]
+    assert len(names) == 40 and not any("(" in name for name in names)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    prompts = [json.loads(line)["prompt_token_ids"] for line in rows.open()]
+    assert [tokenizer.decode(prompt) for prompt in prompts] == [f"def {name}(" for name in names]
+    own.write_text("".join(written[:30]) + written[30][:20])
+    write_own_prompts(str(target), 40, own, enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=1 << 27)
+    resumed = own.read_text().splitlines(keepends=True)
+    assert len(resumed) == 40 and resumed[:30] == written[:30]
+
+
+def test_without_prompts_and_without_a_chat_template_nothing_starts(
+    pair: DemoPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    target = shutil.copytree(pair.target, tmp_path / "target")
+    (target / "chat_template.jinja").unlink()
+    command = ["train", "all", str(target), str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "--own-prompts" in capsys.readouterr().err
+    assert main([*command, "--own-prompts=10", "--dry-run"]) == 2
+    assert "has no chat template" in capsys.readouterr().err
 
 
 def test_a_dry_run_needs_no_rows_yet(pair: DemoPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

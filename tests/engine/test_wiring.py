@@ -16,7 +16,7 @@ from vllm_ctc_spec.ops.reference import tail_bias, unpack_ancestor_masks
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK = 4, 2, 64, 32
 CONTEXT = 45
-TREE = HostTree([0] * 6, [0, 0, 1, 1, 2, 3], [1, 1, 2, 2, 2, 3])
+TREE = HostTree([0] * 6, [0, 0, 1, 1, 2, 3], [1, 1, 2, 2, 2, 3], [0.5, 0.4, 0.3, 0.2, 0.2, 0.1])
 SCALE = HEAD_SIZE**-0.5
 
 
@@ -89,7 +89,7 @@ class Rows:
 
 def test_a_causal_mask_is_vllms_own_kernel() -> None:
     rows = Rows()
-    chain = HostTree.chain(TREE.tokens)
+    chain = HostTree.padding(TREE.tokens)
     torch.testing.assert_close(
         rows.attend(chain.ancestor_masks()), rows.attend_causally(list(range(7))), rtol=1e-5, atol=1e-5
     )

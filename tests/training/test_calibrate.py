@@ -78,3 +78,12 @@ def test_rows_to_calibrate_on_are_not_trained_on():
     assert not {id(row) for row in trained} & {id(row) for row in kept}
     assert len(split_rows(rows, share=2, most=10)[1]) == 10
     assert split_rows(rows[:10]) == (rows[:10], [])
+
+
+def test_rows_of_a_calibration_rows_prompt_are_not_trained_on():
+    def row(prompt: int, answer: int) -> TrainingRow:
+        return TrainingRow(torch.tensor([prompt, prompt + 1, answer]), torch.tensor([False, False, True]))
+
+    trained, kept = split_rows([row(prompt, answer) for answer in range(3) for prompt in range(40)])
+    assert (len(trained), len(kept)) == (3 * 38, 2)
+    assert not {int(row.token_ids[0]) for row in trained} & {int(row.token_ids[0]) for row in kept}

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EXACT_NORMALISER_MAX_VOCABULARY = 16384
+EXACT_NORMALISER_MAX_VOCABULARY = 2048
 """Above this vocabulary the normaliser of the conditioned family biases NORMALISER_SUPPORT tokens only."""
 
-NORMALISER_SUPPORT = 2048
+NORMALISER_SUPPORT = 512
 
 CANDIDATE_POOL = 128
 """Tokens among which the conditioned family looks for its candidates by their probability given each other."""

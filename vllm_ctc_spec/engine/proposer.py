@@ -125,5 +125,6 @@ class CTCProposer:
 
 
 def to_host(trees: TokenTrees) -> list[HostTree]:
-    rows = zip(trees.tokens.tolist(), trees.parents.tolist(), trees.depths.tolist(), trees.num_nodes.tolist())
-    return [HostTree(tokens[:count], parents[:count], depths[:count]) for tokens, parents, depths, count in rows]
+    fields = (trees.tokens, trees.parents, trees.depths, trees.prefix_logp.exp())
+    rows = zip(*(field.tolist() for field in fields), strict=True)
+    return [HostTree(*row).cut(count) for row, count in zip(rows, trees.num_nodes.tolist())]

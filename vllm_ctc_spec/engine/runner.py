@@ -8,6 +8,7 @@ The scheduler sees lists of draft tokens and needs nothing else.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_ctc_spec.engine.attention.cpu import PagedContext, TreeAttentionMetadata, TreeRows, move_slots
+from vllm_ctc_spec.engine.budget import NodeBudget, measure_target
 from vllm_ctc_spec.engine.proposer import CTCProposer, DraftRequests, VerifiedRows
 from vllm_ctc_spec.engine.sampler import EMPTY_TREE, HostTree, TreeWalker
 from vllm_ctc_spec.ops.reference import tail_bias, unpack_ancestor_masks
@@ -59,6 +61,20 @@ class TreeCPUModelRunner(CPUModelRunner):
         self.trees: dict[str, HostTree] = {}
         """The last tree drafted for each request; the scheduler holds its tokens, perhaps cut short."""
         self.step: Step | None = None
+        self.budget: NodeBudget | None = None
+        self.last_step: tuple[list[str], float] | None = None
+        """Requests and end of the step before, if it decoded only."""
+
+    def measure_step_cost(self) -> None:
+        """Before the first request; needs the compiled model."""
+        if self.drafter.settings.options.adapts:
+            num_rows = self.max_num_reqs * (1 + self.drafter.settings.num_nodes)
+            cost = measure_target(self._run_target, min(num_rows, self.max_num_tokens))
+            self.budget = NodeBudget(cost)
+
+    @torch.inference_mode()
+    def _run_target(self, num_rows: int) -> None:
+        self.model.compute_logits(self._dummy_run(num_rows)[0])
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
@@ -96,7 +112,7 @@ class TreeCPUModelRunner(CPUModelRunner):
             return EMPTY_TREE
         if tokens[0] == PLACEHOLDER_TOKEN_ID:
             # A request that joins a running batch is padded to the node budget (vllm/v1/core/sched/scheduler.py).
-            return HostTree.chain(tokens)
+            return HostTree.padding(tokens)
         drafted = self.trees[request].cut(len(tokens))
         assert drafted.tokens == tokens, (request, drafted.tokens, tokens)
         return drafted
@@ -199,15 +215,30 @@ class TreeCPUModelRunner(CPUModelRunner):
         slots = self.input_batch.block_table[0].slot_mapping.gpu
         verified_rows = VerifiedRows(hidden_states[rows], torch.tensor(positions), slots[slot_rows])
         drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens and self._may_draft(index)]
+        if self.budget is not None and not self.budget.wants_drafts(len(step.trees)):
+            drafting = []
         trees = self.drafter.propose(
             verified_rows, self._draft_requests(drafting, lasts, positions, sampled_token_ids, common_attn_metadata)
         )
+        if self.budget is not None:
+            self._observe(self.budget, step)
+            trees = _cut(self.budget, trees, len(step.trees))
         self.trees = {request: tree for request, tree in self.trees.items() if request in self.requests}
         drafts: list[list[int]] = [[] for _ in step.trees]
         for index, tree in zip(drafting, trees):
             self.trees[self.input_batch.req_ids[index]] = tree
             drafts[index] = tree.tokens
         return drafts
+
+    def _observe(self, budget: NodeBudget, step: Step) -> None:
+        num_accepted = sum(len(nodes) for nodes in step.accepted_nodes)
+        budget.observe_walk(sum(sum(tree.probabilities) for tree in step.trees), num_accepted)
+        now, requests = time.perf_counter(), list(self.input_batch.req_ids)
+        is_decode = sum(step.num_rows) == sum(1 + len(tree.tokens) for tree in step.trees)
+        # With the same requests as in the step before, nothing has waited for work in between.
+        if is_decode and self.last_step is not None and self.last_step[0] == requests:
+            budget.observe_step(len(requests) + num_accepted, now - self.last_step[1])
+        self.last_step = (requests, now) if is_decode else None
 
     def _draft_requests(
         self, drafting: list[int], lasts: list[int], positions: list[int], sampled: list[list[int]], common: Any
@@ -228,3 +259,13 @@ class TreeCPUModelRunner(CPUModelRunner):
     def _may_draft(self, index: int) -> bool:
         # vLLM counts thinking tokens per emitted chunk, so such a request decodes one token a step.
         return self._sampling_params(index).thinking_token_budget is None
+
+
+def _cut(budget: NodeBudget, trees: list[HostTree], num_requests: int) -> list[HostTree]:
+    """Each tree to the nodes that pay."""
+    if not trees:
+        return []
+    probabilities = np.zeros((len(trees), max(len(tree.tokens) for tree in trees)))
+    for row, tree in zip(probabilities, trees):
+        row[: len(tree.tokens)] = tree.probabilities
+    return [tree.cut(count) for tree, count in zip(trees, budget.choose(probabilities, num_requests).tolist())]

@@ -29,17 +29,23 @@ class HostTree:
     tokens: list[int]
     parents: list[int]
     depths: list[int]
+    probabilities: list[float]
+    """psi of each node, what the drafter believes that the target accepts it with; for a prefix tree descending."""
 
     @classmethod
-    def chain(cls, tokens: list[int]) -> HostTree:
-        return cls(tokens, list(range(len(tokens))), list(range(1, len(tokens) + 1)))
+    def padding(cls, tokens: list[int]) -> HostTree:
+        """A chain that nothing can accept."""
+        count = len(tokens)
+        return cls(tokens, list(range(count)), list(range(1, count + 1)), [0.0] * count)
 
     @property
     def is_chain(self) -> bool:
         return self.parents == list(range(len(self.parents)))
 
     def cut(self, num_nodes: int) -> HostTree:
-        return HostTree(self.tokens[:num_nodes], self.parents[:num_nodes], self.depths[:num_nodes])
+        return HostTree(
+            self.tokens[:num_nodes], self.parents[:num_nodes], self.depths[:num_nodes], self.probabilities[:num_nodes]
+        )
 
     def children(self) -> dict[tuple[int, int], int]:
         """(node, token) -> child"""
@@ -53,7 +59,7 @@ class HostTree:
         return [mask - (1 << 64) if mask >> 63 else mask for mask in masks]
 
 
-EMPTY_TREE = HostTree([], [], [])
+EMPTY_TREE = HostTree([], [], [], [])
 
 
 @dataclass

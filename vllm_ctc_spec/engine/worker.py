@@ -19,3 +19,8 @@ class CTCCPUWorker(CPUWorker):
         gpu_model_runner.build_logitsprocs = build_logitsprocs
         cpu_worker.CPUModelRunner = TreeCPUModelRunner
         return super().init_device()
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self.model_runner.measure_step_cost()
+        return times

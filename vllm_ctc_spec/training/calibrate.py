@@ -47,10 +47,23 @@ class _Drafts:
 def split_rows(
     rows: Sequence[TrainingRow], share: int = 20, most: int = 64
 ) -> tuple[list[TrainingRow], list[TrainingRow]]:
-    """Rows to train on, and one in `share`, at most `most`, to calibrate on: none if there are fewer than `share`."""
-    step = max(share, -(-len(rows) // most))
-    kept = range(step - 1, len(rows), step)
-    return [row for index, row in enumerate(rows) if index not in kept], [rows[index] for index in kept]
+    """Rows to train on, and those to calibrate on: one in `share`, at most `most`, or none of fewer than `share`.
+
+    All rows that continue a calibration row's prompt are left out of both: what is learned from them is known there.
+    """
+    by_prompt: dict[tuple[int, ...], list[TrainingRow]] = {}
+    for index, row in enumerate(rows):
+        by_prompt.setdefault(_prompt(row) or (-1 - index,), []).append(row)
+    step = max(share, -(-len(by_prompt) // most))
+    groups = list(by_prompt.values())
+    kept = range(step - 1, len(groups), step)
+    trained = [row for number, group in enumerate(groups) if number not in kept for row in group]
+    return trained, [groups[number][0] for number in kept]
+
+
+def _prompt(row: TrainingRow) -> tuple[int, ...]:
+    """The tokens before the first trained one."""
+    return tuple(row.token_ids[: int(row.trained.int().argmax())].tolist())
 
 
 def calibrate(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int = 0) -> float:

@@ -23,7 +23,7 @@ def add_train(commands: Any) -> None:
 
     regenerate = stages.add_parser("regenerate", help="let the target continue prompts, with vLLM")
     _add_target(regenerate)
-    regenerate.add_argument("prompts", help="file, local data set or hub name: prompts or conversations")
+    _add_prompts(regenerate)
     regenerate.add_argument("rows", type=Path, help="JSONL to write; lines that it holds are kept")
     _add_regenerate(regenerate)
     regenerate.set_defaults(run=_regenerate)
@@ -46,7 +46,7 @@ def add_train(commands: Any) -> None:
 
     everything = stages.add_parser("all", help="all stages in turn, from prompts to an evaluated drafter")
     _add_target(everything)
-    everything.add_argument("prompts", help="file, local data set or hub name: prompts or conversations")
+    _add_prompts(everything)
     everything.add_argument("output", type=Path, help="folder for rows.jsonl, heldout.jsonl, drafter and evaluation")
     _add_regenerate(everything)
     _add_fit(everything)
@@ -57,6 +57,13 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", help="folder or hub name of the target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip-bad-lines", action="store_true", help="leave faulty lines out, and say how many")
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompts", nargs="?", help="file, local data set or hub name: prompts or conversations")
+    parser.add_argument(
+        "--own-prompts", type=int, default=0, metavar="NUMBER", help="prompts, or more, that the target writes itself"
+    )
 
 
 def _add_regenerate(parser: argparse.ArgumentParser) -> None:
@@ -106,21 +113,40 @@ def _setting(text: str) -> tuple[str, Any]:
 def _regenerate(options: argparse.Namespace) -> int:
     from vllm_ctc_spec.training.regenerate import regenerate
 
-    prompts = _prompts(options)
+    prompts = _given_prompts(options)
+    prompts += _own_prompts(options, options.rows)
     regenerate(options.target, prompts, options.rows, _regenerate_settings(options), **dict(options.engine))
     return 0
 
 
-def _prompts(options: argparse.Namespace) -> list[list[int]]:
+def _given_prompts(options: argparse.Namespace) -> list[list[int]]:
+    if options.prompts is not None:
+        return _read_prompts(options, options.prompts)
+    if not options.own_prompts:
+        raise ValueError("no prompts: name a file or a data set, or let the target write some with --own-prompts.")
+    return []
+
+
+def _own_prompts(options: argparse.Namespace, rows: Path) -> list[list[int]]:
+    """They are kept beside the rows, so that a run that goes on continues the same ones."""
+    from vllm_ctc_spec.training.own_prompts import write_own_prompts
+
+    if not options.own_prompts:
+        return []
+    path = rows.with_suffix(".own-prompts.jsonl")
+    write_own_prompts(options.target, options.own_prompts, path, options.seed, **dict(options.engine))
+    return _read_prompts(options, path)[: options.own_prompts]
+
+
+def _read_prompts(options: argparse.Namespace, source: str | Path) -> list[list[int]]:
     from transformers import AutoConfig, AutoTokenizer
 
     from vllm_ctc_spec.training.data import read_prompts
 
     text = AutoConfig.from_pretrained(options.target).get_text_config()
     skipped: list[str] | None = [] if options.skip_bad_lines else None
-    prompts = read_prompts(
-        options.prompts, AutoTokenizer.from_pretrained(options.target), skipped, vocab_size=text.vocab_size
-    )
+    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    prompts = read_prompts(source, tokenizer, skipped, vocab_size=text.vocab_size)
     context = dict(options.engine).get("max_model_len", text.max_position_embeddings)
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) >= context:
@@ -214,19 +240,23 @@ def _run_evaluate(
 
 
 def _all(options: argparse.Namespace) -> int:
+    from vllm_ctc_spec.training.own_prompts import around_user_turn
     from vllm_ctc_spec.training.regenerate import RegenerateSettings, regenerate
 
     rows, held_out, drafter = (options.output / name for name in ("rows.jsonl", "heldout.jsonl", "drafter"))
-    prompts = _prompts(options)
+    prompts = _given_prompts(options)
+    if options.own_prompts:
+        around_user_turn(options.target)
     if options.dry_run:
         _run_fit(options, None, drafter)
         return 0
-    kept = held_out_prompts(prompts)
     options.output.mkdir(parents=True, exist_ok=True)
+    own_prompts = _own_prompts(options, rows)
+    kept = held_out_prompts(prompts or own_prompts)
     engine = dict(options.engine)
     served = RegenerateSettings((options.temperatures[0],), max_tokens=options.max_tokens, seed=options.seed)
     regenerate(options.target, kept, held_out, served, **engine)
-    remaining = [prompt for prompt in prompts if prompt not in kept]
+    remaining = [prompt for prompt in prompts + own_prompts if prompt not in kept]
     regenerate(options.target, remaining, rows, _regenerate_settings(options), **engine)
     if not drafter.exists():
         _run_fit(options, rows, drafter)
@@ -238,5 +268,5 @@ def held_out_prompts(prompts: list[list[int]]) -> list[list[int]]:
     """Distinct prompts from all over the source, none of which may be trained on."""
     distinct = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
     if len(distinct) < 2:
-        raise ValueError("needs at least two different prompts: one is kept for the evaluation.")
+        raise ValueError("needs at least two different prompts: some are kept for the evaluation.")
     return distinct[:: max(HELD_OUT_SHARE, len(distinct) // MAX_HELD_OUT)]

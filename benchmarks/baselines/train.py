@@ -1,0 +1,101 @@
+"""Train what vLLM's users would pick instead of our drafter, for the same target, rows and wall time.
+
+    .venv/bin/python benchmarks/baselines/train.py KIND TARGET ROWS OUTPUT --minutes M [--threads N]
+
+KIND: medusa, eagle, eagle3 or draft. ROWS is what `vllm-ctc-spec train regenerate` writes. OUTPUT is a folder that
+stock vLLM serves: `vllm.LLM(TARGET, speculative_config={"method": METHOD, "model": OUTPUT,
+"num_speculative_tokens": 5})`, where METHOD is KIND, or draft_model for draft.
+
+Rows, anchors, schedule, optimizer, precision (bf16 target, float32 weights that learn) and loop are those of our own
+drafter's training; each baseline has the learning rate and the batch size that served it best in short runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from baseline import Baseline
+from draft import DraftModel
+from eagle import Eagle, Eagle3
+from medusa import Medusa
+from transformers import AutoTokenizer, Trainer
+
+from vllm_ctc_spec.training.atomic import atomic_folder, write_atomically
+from vllm_ctc_spec.training.budget import Budget, BudgetCallback
+from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, read_rows, with_anchors
+from vllm_ctc_spec.training.loop import loop_arguments
+from vllm_ctc_spec.training.optimizer import MuonAdamW
+from vllm_ctc_spec.training.target import load_target
+from vllm_ctc_spec.training.timing import StepTimes
+
+KINDS: dict[str, type[Baseline]] = {"medusa": Medusa, "eagle": Eagle, "eagle3": Eagle3, "draft": DraftModel}
+MAX_LENGTH = 512
+"""Tokens; longer rows are cut."""
+ALL_ANCHORS = 10**9
+"""A row brings all its anchors: the pass of the target over the row is paid for anyway."""
+
+
+def train(kind: str, target_path: str, rows_path: Path, output: Path, budget: Budget) -> Path:
+    """Train a baseline and write it to `output`, whole or not at all; `rows_path` is a source of `read_rows`."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    target = load_target(target_path)
+    baseline = KINDS[kind](target)
+    rows = read_rows(rows_path, tokenizer, MAX_LENGTH, vocab_size=target.config.vocab_size)
+    usable = with_anchors(rows, baseline.num_labels)
+    if not usable:
+        raise ValueError(
+            f"{str(rows_path)!r} has no row with {baseline.num_labels + 1} trained tokens in sequence, as {kind} "
+            "needs. Use longer rows."
+        )
+    report = _fit(baseline, AnchorDataset(usable, baseline.num_labels, ALL_ANCHORS), budget)
+    with atomic_folder(output) as partial:
+        baseline.save(partial)
+        tokenizer.save_pretrained(partial)
+        write_atomically(partial / "training.json", json.dumps(report, indent=2).encode())
+    return output
+
+
+def _fit(baseline: Baseline, dataset: AnchorDataset, budget: Budget) -> dict[str, Any]:
+    clock, times = BudgetCallback(budget), StepTimes()
+    optimizer = MuonAdamW(baseline, baseline.learning_rate)
+    with tempfile.TemporaryDirectory() as unused:
+        trainer = Trainer(
+            baseline,
+            loop_arguments(Path(unused), budget, baseline.batch_size, save_strategy="no", logging_steps=10),
+            train_dataset=dataset,
+            data_collator=AnchorCollator(baseline.num_labels),
+            optimizers=(optimizer, clock.schedule(optimizer)),
+            callbacks=[clock, times],
+        )
+        trainer.train()
+    return {
+        "steps": trainer.state.global_step,
+        "seconds": clock.elapsed,
+        "time_shares": times.shares(),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("target", help="Hugging Face folder or name")
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--steps", type=int, default=10**6, help="stop earlier, after so many steps")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    budget = Budget(options.steps, 60 * options.minutes)
+    train(options.kind, options.target, options.rows, options.output, budget)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Other people's kernels on the same steps. Letters: R requests, Q rows per request, L context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu.steps import BLOCK_SIZE, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, Step
+from vllm_ctc_spec.ops.reference import attend_with_bias, tail_bias, unpack_ancestor_masks
+
+Call = Callable[[], Any]
+
+
+def sdpa(step: Step) -> Call:
+    """torch's attention with an explicit mask, keys and values gathered beforehand."""
+    query, gathered, bias = step.by_request(step.query), _gather(step), _bias(step)
+    return lambda: attend_with_bias(query, *gathered, bias, SCALE)
+
+
+def gather_and_sdpa(step: Step) -> Call:
+    query, bias = step.by_request(step.query), _bias(step)
+    return lambda: attend_with_bias(query, *_gather(step), bias, SCALE)
+
+
+def xformers(step: Step) -> Call:
+    """Context and tail apart, then merged; the cache lies gathered, which is its best case."""
+    from xformers.ops.fmha.attn_bias import BlockDiagonalPaddedKeysMask
+    from xformers.ops.tree_attention import tree_attention
+
+    num_requests, num_rows, context = len(step.contexts), step.batch.max_rows, step.contexts[0]
+
+    def grouped(rows: Tensor) -> Tensor:
+        return rows[:, :, :, None].expand(-1, -1, -1, NUM_HEADS // NUM_KV_HEADS, -1)
+
+    query = step.by_request(step.query).unflatten(2, (NUM_KV_HEADS, -1))
+    own = [grouped(step.by_request(rows)) for rows in (step.key, step.value)]
+    cached = [grouped(half[:, :, :context].transpose(1, 2).contiguous()) for half in _gather(step)]
+    prefix = BlockDiagonalPaddedKeysMask.from_seqlens([num_rows] * num_requests, context, [context] * num_requests)
+    prefix = prefix.to(query.device)
+    allowed = unpack_ancestor_masks(step.by_request(step.batch.ancestor_masks), num_rows)[0]
+    tail = _aligned(torch.zeros_like(allowed, dtype=query.dtype).masked_fill_(~allowed, -torch.inf))
+    return lambda: tree_attention(query, *own, *cached, tail, prefix)
+
+
+def flash(step: Step) -> Call:
+    """FlashAttention, causal over context and rows: no tree, so a bound, not an answer."""
+    query, lens = step.by_request(step.query), step.batch.context_lens + step.batch.num_rows
+    try:
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError:
+        return _vllm_flash(step, lens)
+    keys, values = (half.transpose(1, 2).contiguous() for half in _gather(step))
+    return lambda: flash_attn_with_kvcache(query, keys, values, cache_seqlens=lens, causal=True)
+
+
+def _vllm_flash(step: Step, lens: Tensor) -> Call:
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    keys, values = step.kv_cache.transpose(1, 2).split(HEAD_SIZE, dim=-1)
+    starts = torch.cat((step.batch.row_starts, step.batch.row_starts[-1:] + step.batch.max_rows))
+    longest = max(step.contexts) + step.batch.max_rows
+    return lambda: flash_attn_varlen_func(
+        step.query,
+        keys,
+        values,
+        max_seqlen_q=step.batch.max_rows,
+        cu_seqlens_q=starts,
+        max_seqlen_k=longest,
+        seqused_k=lens,
+        block_table=step.batch.block_table,
+        causal=True,
+    )
+
+
+BASELINES: dict[str, Callable[[Step], Call]] = {
+    "sdpa": sdpa,
+    "gather+sdpa": gather_and_sdpa,
+    "xformers": xformers,
+    "flash": flash,
+}
+"""All want equally many rows and equally long contexts, and raise ImportError where they are not installed."""
+
+
+def _gather(step: Step) -> list[Tensor]:
+    """Keys and values [R, K, L + Q, D]: context, then own."""
+    context = step.contexts[0]
+    blocks = step.batch.block_table[:, : -(-context // BLOCK_SIZE)].long()
+    paged = step.kv_cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, :context].split(HEAD_SIZE, dim=-1)
+    own = (step.by_request(rows).transpose(1, 2) for rows in (step.key, step.value))
+    return [torch.cat(halves, dim=2) for halves in zip(paged, own)]
+
+
+def _bias(step: Step) -> Tensor:
+    rows = step.batch.max_rows
+    allowed = unpack_ancestor_masks(step.by_request(step.batch.ancestor_masks), rows)
+    group = NUM_HEADS // NUM_KV_HEADS
+    return _aligned(tail_bias(step.batch.context_lens, step.contexts[0], allowed, group, step.query.dtype))
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """The same with rows that start at multiples of 16 bytes, so that no kernel copies it first."""
+    return F.pad(bias, (0, -bias.shape[-1] % 8))[..., : bias.shape[-1]]

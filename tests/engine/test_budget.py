@@ -1,0 +1,137 @@
+"""The nodes that pay, against every other choice; and that the engine's answers do not depend on them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm import SamplingParams
+
+from tests.engine.conftest import NUM_PROMPTS, complete, engine, seeded
+from vllm_ctc_spec.demo.build import DemoPaths
+from vllm_ctc_spec.engine.budget import FIRST_REST, LONGEST_REST, NodeBudget, TargetCost, measure_target
+
+FLAT = TargetCost(np.array([1, 64]), np.array([1.0, 1.0]))
+STEEP = TargetCost(np.array([1, 64]), np.array([1.0, 64.0]))
+
+
+def test_cost_is_linear_between_measurements_and_in_proportion_beyond() -> None:
+    cost = TargetCost(np.array([1, 3]), np.array([2.0, 4.0]))
+    np.testing.assert_allclose(cost.at(np.array([1, 2, 3, 6])), [2.0, 3.0, 4.0, 8.0])
+
+
+def test_the_target_is_measured_at_doubling_rows_up_to_the_largest() -> None:
+    seen: list[int] = []
+    cost = measure_target(seen.append, 20)
+    assert cost.rows.tolist() == [1, 2, 4, 8, 16, 20] == sorted(set(seen))
+    assert (np.diff(cost.seconds) >= 0).all()
+
+
+def observe(budget: NodeBudget, num_requests: int, drafts: bool, tokens: int, seconds: float) -> None:
+    """A step after another of its kind."""
+    budget._kind = budget._kind_before = num_requests.bit_length(), drafts
+    budget.observe_step(tokens, seconds)
+
+
+def test_where_rows_cost_nothing_all_nodes_are_verified() -> None:
+    probabilities = np.array([[0.9, 0.5, 0.1], [0.3, 0.2, 0.0]])
+    assert NodeBudget(FLAT).choose(probabilities, 2).tolist() == [3, 2]
+
+
+def test_where_rows_cost_more_than_they_bring_none_is() -> None:
+    assert NodeBudget(STEEP).choose(np.array([[0.9, 0.5]]), 1).tolist() == [0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=4), min_size=1, max_size=3),
+    st.floats(0.0, 0.5),
+    st.floats(0.1, 2.0),
+)
+def test_no_other_choice_brings_more_at_the_rate_seen(trees: list[list[float]], slope: float, rate: float) -> None:
+    probabilities = np.zeros((len(trees), max(map(len, trees))))
+    for row, tree in zip(probabilities, trees):
+        row[: len(tree)] = sorted(tree, reverse=True)
+    cost = TargetCost(np.array([1, 16]), np.array([1.0, 1.0 + 15 * slope]))
+    budget, num_requests = NodeBudget(cost), len(trees)
+    for _ in range(4):
+        observe(budget, num_requests, True, 100, 100 / rate)
+
+    def worth(counts: np.ndarray) -> float:
+        expected = sum(row[:count].sum() for row, count in zip(probabilities, counts))
+        return float(expected - rate * (cost.at(num_requests + counts.sum()) - cost.at(num_requests)))
+
+    every = np.stack(np.meshgrid(*(range(len(tree) + 1) for tree in trees)), -1).reshape(-1, len(trees))
+    chosen = worth(budget.choose(probabilities, num_requests))
+    assert chosen == pytest.approx(max(map(worth, every)))
+
+
+def test_belief_is_weighed_by_what_was_accepted() -> None:
+    cost = TargetCost(np.array([1, 8]), np.array([1.0, 4.5]))
+    probabilities = np.array([[0.9, 0.8, 0.7]])
+    assert NodeBudget(cost).choose(probabilities, 1).sum() > 0
+    disappointed = NodeBudget(cost)
+    for _ in range(100):
+        disappointed.observe_walk(2.4, 0)
+    assert disappointed.choose(probabilities, 1).sum() == 0
+
+
+def steps(budget: NodeBudget, num_requests: int, count: int, with_drafts: float, without: float) -> list[bool]:
+    """Steps whose seconds depend on whether drafts are made; a token for each request either way."""
+    kinds = []
+    for _ in range(count):
+        kinds.append(budget.wants_drafts(num_requests))
+        budget.observe_step(num_requests, with_drafts if kinds[-1] else without)
+    return kinds
+
+
+def runs(kinds: list[bool]) -> list[tuple[bool, int]]:
+    return [(kind, len(list(group))) for kind, group in itertools.groupby(kinds)]
+
+
+def test_drafting_that_does_not_pay_rests_longer_each_time() -> None:
+    rests = [length for drafts, length in runs(steps(NodeBudget(FLAT), 1, 5000, 2.0, 1.0))[:-1] if not drafts]
+    assert rests[0] == FIRST_REST and rests == sorted(rests) and rests[-1] == LONGEST_REST
+
+
+def test_drafting_that_pays_goes_on() -> None:
+    kinds = steps(NodeBudget(FLAT), 1, 1000, 0.5, 1.0)
+    assert all(kinds)
+
+
+def test_decoding_without_drafts_is_tried_where_it_might_be_faster() -> None:
+    budget = NodeBudget(TargetCost(np.array([1, 64]), np.array([0.1, 0.1])))
+    assert runs(steps(budget, 1, 1000, 0.5, 1.0))[1:-1] == [(False, FIRST_REST)]
+
+
+def test_drafting_is_taken_up_again_when_it_pays_again() -> None:
+    budget = NodeBudget(FLAT)
+    assert not all(steps(budget, 1, 200, 2.0, 1.0))
+    assert all(steps(budget, 1, 2000, 0.5, 1.0)[-200:])
+
+
+def test_a_rest_under_one_load_is_none_under_another() -> None:
+    budget = NodeBudget(FLAT)
+    steps(budget, 64, 30, 2.0, 1.0)
+    assert steps(budget, 1, 5, 0.5, 1.0) == [True] * 5
+    assert not any(steps(budget, 64, 5, 2.0, 1.0))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_answers_do_not_depend_on_the_budget(
+    plain: object, adaptive: object, prompts: list[list[int]], temperature: float
+) -> None:
+    params = seeded(NUM_PROMPTS, temperature=temperature, max_tokens=60)
+    assert complete(adaptive, prompts, params) == complete(plain, prompts, params)
+    alone = SamplingParams(temperature=temperature, seed=5, max_tokens=60)
+    for prompt in prompts[:4]:
+        assert complete(adaptive, [prompt], alone) == complete(plain, [prompt], alone)
+
+
+@pytest.fixture(scope="module")
+def adaptive(pair: DemoPaths):
+    with engine(pair, {"adaptive_budget": True}) as llm:
+        yield llm

@@ -1,0 +1,199 @@
+"""Random steps of tree verification. What lies outside every context is NaN, so that a stray read shows.
+
+Letters: R requests, M query rows of the whole step, K key-value heads, D head size, B block size, P places of a path.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vllm_ctc_spec.ops import reference
+from vllm_ctc_spec.ops.launch import Launch
+from vllm_ctc_spec.ops.tree_batch import TreeBatch
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+UNTOUCHED = 7.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_rows: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    num_kv_heads: int
+    group: int
+    head_size: int
+    block_size: int
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    softcap: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Case:
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    kv_cache: Tensor
+    batch: TreeBatch
+    scale: float
+    softcap: float
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+    def run(self, attend: Callable[..., Tensor]) -> Tensor:
+        out = torch.full_like(self.query, UNTOUCHED)
+        optional = {"softcap": self.softcap, "k_scale": self.k_scale, "v_scale": self.v_scale}
+        returned = attend(self.query, self.key, self.value, self.kv_cache, self.batch, self.scale, out=out, **optional)
+        assert returned is out
+        return out
+
+    def check(self, attend: Callable[..., Tensor]) -> None:
+        """Against the plain twin in float64; rows of no request stay as they were."""
+        exact = replace(self, query=self.query.double()).run(reference.tree_attention)
+        torch.testing.assert_close(
+            self.run(attend).double(),
+            exact,
+            rtol=0,
+            atol=TOLERANCE[self.query.dtype],
+            msg=lambda text: f"{text} {self}",
+        )
+
+
+def make_case(shape: Shape, launch: Launch, device: str = "cpu") -> Case:
+    """Tensors of a shape; the rows of requests lie in the step in random order, with rows of nobody between them."""
+    generator, rng = torch.Generator().manual_seed(shape.seed), random.Random(shape.seed)
+    starts, masks = _lay_out_rows(shape, rng)
+    normal = (len(masks), shape.num_kv_heads, shape.head_size)
+    query = torch.randn(normal[0], normal[1] * shape.group, normal[2], generator=generator).to(shape.dtype)
+    # As vLLM's model code hands them over: views of one wider row.
+    key, value = torch.randn(*normal[:2], 2 * normal[2], generator=generator).to(shape.dtype).chunk(2, dim=-1)
+    kv_cache, block_table = _fill_cache(shape, rng, generator)
+    is_fp8 = shape.cache_dtype.itemsize == 1
+    # With the second, the largest values exceed float8_e4m3fn.
+    k_scale, v_scale = (torch.tensor([0.75]), torch.tensor([0.005])) if is_fp8 else (None, None)
+    batch = TreeBatch(
+        row_starts=torch.tensor(starts, dtype=torch.int32),
+        num_rows=torch.tensor(shape.num_rows, dtype=torch.int32),
+        ancestor_masks=torch.tensor(masks, dtype=torch.int64),
+        context_lens=torch.tensor(shape.context_lens, dtype=torch.int32),
+        block_table=block_table,
+        max_rows=max(1, *shape.num_rows),
+        launch=launch,
+    )
+    scale = shape.head_size**-0.5
+    case = Case(query, key, value, kv_cache, batch, scale, shape.softcap, k_scale, v_scale)
+    return move_fields(case, device)
+
+
+def move_fields(record: Any, device: str) -> Any:
+    """A frozen dataclass with its tensors on a device."""
+    moved = {name: field.to(device) for name, field in vars(record).items() if isinstance(field, Tensor)}
+    if isinstance(record, Case):
+        moved["batch"] = move_fields(record.batch, device)
+    return replace(record, **moved)
+
+
+def _lay_out_rows(shape: Shape, rng: random.Random) -> tuple[list[int], list[int]]:
+    """First row of each request, and every row's mask as a signed int64."""
+    starts, masks = [0] * len(shape.num_rows), [0] * rng.randint(1, 3)
+    for request in rng.sample(range(len(starts)), len(starts)):
+        starts[request] = len(masks)
+        if rng.random() < 0.2:
+            # The drafter's rows all see one another.
+            masks += [-1] * shape.num_rows[request]
+        else:
+            ancestors: list[int] = []
+            for row in range(shape.num_rows[request]):
+                parent = ancestors[rng.randrange(row)] if row else 0
+                ancestors.append(parent | 1 << row)
+            masks += [mask - (mask >> 63 << 64) for mask in ancestors]
+        masks += [0] * rng.randint(0, 2)
+    return starts, masks
+
+
+def _fill_cache(shape: Shape, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A cache [blocks, K, B, 2 * D] and a block table [R, blocks]; block 0 and what no context reaches is NaN."""
+    num_blocks = [-(-length // shape.block_size) for length in shape.context_lens]
+    free = list(range(1, 1 + sum(num_blocks)))
+    rng.shuffle(free)
+    table = torch.zeros(len(num_blocks), max(1, *num_blocks), dtype=torch.int32)
+    # Half of the caches in the wild have the heads inside of the slots.
+    slots_first = torch.full((1 + len(free), shape.block_size, shape.num_kv_heads, 2 * shape.head_size), torch.nan)
+    cache = slots_first.transpose(1, 2) if rng.random() < 0.5 else slots_first.transpose(1, 2).contiguous()
+    for request, length in enumerate(shape.context_lens):
+        for index in range(num_blocks[request]):
+            block = table[request, index] = free.pop()
+            filled = cache[block, :, : min(shape.block_size, length - index * shape.block_size)]
+            filled.copy_(torch.randn(filled.shape, generator=generator))
+    return cache.to(shape.cache_dtype), table
+
+
+@st.composite
+def shapes(draw: st.DrawFn, dtypes: list[tuple[torch.dtype, torch.dtype]]) -> Shape:
+    """Small steps; dtypes are pairs of the model's and the cache's."""
+    num_requests = draw(st.integers(1, 3))
+    dtype, cache_dtype = draw(st.sampled_from(dtypes))
+    return Shape(
+        num_rows=tuple(draw(st.sampled_from([0, 1, 2, 5, 9, 17])) for _ in range(num_requests)),
+        context_lens=tuple(draw(st.one_of(st.just(0), st.integers(1, 150))) for _ in range(num_requests)),
+        num_kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.sampled_from([1, 2, 3])),
+        head_size=draw(st.sampled_from([64, 80, 128])),
+        block_size=draw(st.sampled_from([16, 48, 64])),
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        softcap=draw(st.sampled_from([0.0, 1.5])),
+        seed=draw(st.integers(0, 2**32)),
+    )
+
+
+@dataclass(frozen=True)
+class Moves:
+    """L layers' caches [blocks, K, B, 2 * D], each place of which holds another number, and the moves [R, P]."""
+
+    kv_caches: list[Tensor]
+    sources: Tensor
+    targets: Tensor
+
+    def check(self, move: Callable[[list[Tensor], Tensor, Tensor], None]) -> None:
+        expected = [kv_cache.clone() for kv_cache in self.kv_caches]
+        reference.move_slots(expected, self.sources, self.targets)
+        move(self.kv_caches, self.sources, self.targets)
+        for found, wanted in zip(self.kv_caches, expected):
+            assert torch.equal(found.view(torch.int8), wanted.view(torch.int8))
+
+
+def make_moves(
+    num_layers: int, num_requests: int, num_places: int, dtype: torch.dtype, seed: int, device: str = "cpu"
+) -> Moves:
+    """Each request moves slots of its own blocks to others of them, which overlap; half of the places are padding."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    block_size, num_blocks = rng.choice([16, 48]), 5
+    caches = [
+        torch.randint(0, 2**7, (num_blocks * num_requests, block_size, 2, 2 * 64 * dtype.itemsize), generator=generator)
+        .to(torch.uint8)
+        .view(dtype)
+        .to(device)
+        .transpose(1, 2)
+        for _ in range(num_layers)
+    ]
+    if rng.random() < 0.5:
+        caches = [cache.contiguous() for cache in caches]
+    slots = torch.arange(num_blocks * num_requests * block_size).unflatten(0, (num_requests, -1))
+    # Few distinct slots, so that most sources are targets as well.
+    some = slots.gather(1, _random_order(slots, generator))[:, : num_places + 2]
+    sources, targets = (some.gather(1, _random_order(some, generator))[:, :num_places] for _ in range(2))
+    sources[torch.rand(sources.shape, generator=generator) < 0.5] = -1
+    return Moves(caches, sources.to(device), targets.to(device))
+
+
+def _random_order(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(like.shape, generator=generator).argsort(-1)

@@ -1,0 +1,96 @@
+"""Runs inside vLLM's worker process (`worker_extension_cls`): stage times of a decoding step, and GPU memory.
+
+Mixed into the worker class of every method, so that all run the same worker; it does nothing until it is called.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+STAGES = ("draft", "build", "verify", "walk", "K/V move")
+
+
+class BenchWorkerExtension:
+    model_runner: Any
+
+    def bench_start_clock(self) -> None:
+        """Time the stages of every step from now on. CTC methods only."""
+        runner = self.model_runner
+        self.bench_clock = StageClock()
+        timed = (
+            (runner, "_model_forward", "verify"),
+            (runner, "walker", "walk"),
+            (runner, "_move_accepted", "K/V move"),
+            (runner.drafter, "propose", "draft"),
+            (runner.drafter, "_trees", "build"),
+        )
+        for owner, name, stage in timed:
+            try:
+                self.bench_clock.time(owner, name, stage)
+            except AttributeError:
+                self.bench_clock.remove()
+                raise
+
+    def bench_stop_clock(self) -> dict[str, float]:
+        """Median milliseconds of each of STAGES since `bench_start_clock`; the stages run as before again."""
+        self.bench_clock.remove()
+        times = self.bench_clock.median_ms()
+        return {stage: times[stage] for stage in STAGES}
+
+    def bench_reset_memory(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def bench_peak_memory(self) -> int:
+        """Bytes that torch had allocated on the GPU at most since `bench_reset_memory`; 0 without a GPU."""
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+class StageClock:
+    """Puts a stop-watch around methods of objects, and takes it away again.
+
+    A stage that runs inside another (the proposer builds its trees while it drafts) stops the outer one's watch.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, list[float]] = {}
+        self._undo: list[Callable[[], None]] = []
+        self._inner: list[float] = []
+        """For each stage that runs, outermost first: seconds of the stages inside it."""
+
+    def time(self, owner: Any, name: str, stage: str) -> None:
+        inner, is_own = getattr(owner, name), name in vars(owner)
+        seconds = self._seconds.setdefault(stage, [])
+
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            self._inner.append(0.0)
+            started = _now()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                passed = _now() - started
+                seconds.append(passed - self._inner.pop())
+                if self._inner:
+                    self._inner[-1] += passed
+
+        setattr(owner, name, outer)
+        self._undo.append(lambda: setattr(owner, name, inner) if is_own else delattr(owner, name))
+
+    def remove(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def median_ms(self) -> dict[str, float]:
+        return {stage: 1e3 * statistics.median(times or [0.0]) for stage, times in self._seconds.items()}
+
+
+def _now() -> float:
+    # A GPU stage has ended when its kernels have, not when they were launched.
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,67 @@
+"""`vllm-ctc-spec bench`: a configuration in, a folder with results.json, report.md and plots out."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+
+def add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="plain vLLM against speculative methods, interleaved, with intervals")
+    bench.add_argument("config", type=Path, help="YAML; benchmarks/*.yaml explain the keys")
+    bench.add_argument("output", type=Path, help="folder to write; a run that was killed goes on at its next cell")
+    bench.add_argument("--preset", choices=("paper",), help="the setting of arXiv 2412.00061: batch 1, greedy")
+    bench.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="these methods, and plain")
+    bench.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", action="extend",
+        help="replace a value of the YAML: folder=PATH, methods.ngram.num_speculative_tokens=3",
+    )  # fmt: skip
+    bench.set_defaults(run=_bench)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    for package in ("yaml", "scipy", "matplotlib", "vllm"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f'bench needs the package {package}: pip install "vllm-ctc-spec[cpu,bench]".')
+    # Imported here already by the checks; its own log lines would tear the progress bar.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from vllm_ctc_spec.bench.config import load_config
+    from vllm_ctc_spec.bench.plots import draw
+    from vllm_ctc_spec.bench.report import render, to_terminal
+    from vllm_ctc_spec.bench.run import Bench
+    from vllm_ctc_spec.training.atomic import write_atomically
+
+    config = load_config(options.config, options.set, options.only, options.preset)
+    bench = Bench(config, options.output)
+    console = Console()
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    # Drawing takes processor time from the engine that is measured.
+    with Progress(*columns, console=console, refresh_per_second=1) as progress:
+        task = progress.add_task("", total=len(bench.pending()) * bench.num_passes())
+        results = bench.run(lambda title, done: progress.update(task, description=title, advance=done))
+        # A method that failed leaves passes undone.
+        progress.update(task, description="measured", completed=progress.tasks[task].total)
+    plots = draw(results, options.output)
+    write_atomically(options.output / "report.md", render(results, plots).encode())
+    console.print(to_terminal(results))
+    console.print(f"written: {options.output / 'report.md'}, results.json, {', '.join(plots)}")
+    return 0

@@ -1,0 +1,265 @@
+"""The benchmark's YAML as typed settings, checked before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_ctc_spec.bench.yaml_file import override, read_yaml
+from vllm_ctc_spec.config import SpecOptions, check_node_budget
+
+PLAIN = "plain"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+PRESETS: dict[str, dict[str, Any]] = {"paper": {"batch_sizes": [1], "temperatures": [0], "max_tokens": 1024}}
+"""As the evaluation scripts of arXiv 2412.00061: one request at a time, greedy, at most 1,024 tokens."""
+
+PAPER_PROMPTS = ("mt-bench", "gsm8k")
+METHOD_KEYS = ("engine", "requires")
+OUR_ENGINE_KEYS = ("model", "speculative_config", "max_num_seqs", "disable_log_stats", "worker_extension_cls", "seed")
+"""Engine options that the benchmark sets itself, for every method alike."""
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    speculative_config: dict[str, Any] | None
+    """None is plain vLLM."""
+    engine: dict[str, Any]
+    """Options of this method only."""
+    missing: str | None = None
+    """The package that it requires and that is not installed."""
+
+    @property
+    def is_ctc(self) -> bool:
+        return self.speculative_config is not None and self.speculative_config.get("method") == "ctc"
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Rows of a JSONL file, a JSON array, or a data set for the `datasets` library; see `read_questions`."""
+
+    source: str
+    subset: str | None = None
+    """Configuration of a hub data set, with `split`."""
+    split: str | None = None
+    prefix: str = ""
+    """Put before each question or first turn."""
+    skip: int = 0
+    limit: int | None = None
+    last: int | None = None
+    """The last rows of the source: those that no drafter was trained on, say."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    target: str
+    """Absolute path or hub name."""
+    methods: tuple[Method, ...]
+    prompts: dict[str, PromptSource]
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Options of `vllm.LLM` for every method."""
+    batch_sizes: tuple[int, ...] = (1,)
+    """Requests in flight."""
+    temperatures: tuple[float, ...] = (0.0,)
+    max_tokens: int = 256
+    num_prompts: int | None = None
+    """Prompts of a cell, taken evenly from the source; a batch takes at least as many as it holds. None: all."""
+    rounds: int = 10
+    seed: int = 0
+    ignore_eos: bool = False
+    near_tie_nats: float = 0.1
+    """In 16 bits an answer may leave plain vLLM's where the two tokens are closer than this."""
+    chat_template: str | None = None
+    """Jinja text, for a target whose tokenizer has none."""
+
+    def engine_options(self, method: Method) -> dict[str, Any]:
+        """Keyword arguments of `vllm.LLM` beside the model."""
+        options = {"enable_prefix_caching": False, **self.engine, **method.engine, "seed": self.seed}
+        options["max_num_seqs"] = max(self.batch_sizes)
+        if method.speculative_config is not None:
+            options["speculative_config"] = dict(method.speculative_config)
+            options["per_request_spec_decode_metrics"] = "summary"
+        return options
+
+
+def load_config(
+    path: Path, settings: Sequence[str] = (), only: Sequence[str] = (), preset: str | None = None
+) -> BenchConfig:
+    """Read `path`; `settings` ("key.key=value") replace single values, `only` keeps these methods and plain.
+
+    Paths are relative to the key `folder`, itself relative to the YAML's folder, which is its default.
+    Raises ValueError that names the setting, what it is and the remedy.
+    """
+    fields = read_yaml(path)
+    for setting in settings:
+        override(fields, setting)
+    if preset is not None:
+        _add_preset(fields, preset)
+    known = ("folder", *(each.name for each in dataclasses.fields(BenchConfig)))
+    _reject_unknown(fields, known, str(path))
+    for key in ("target", "methods", "prompts"):
+        if not fields.get(key):
+            raise ValueError(f"{path} has no {key!r}: the benchmark needs it.")
+    folder = path.parent / Path(str(fields.pop("folder", "."))).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"folder={str(folder)!r}: no such folder. Set it with --set folder=PATH.")
+    methods = [_method(name, value, folder) for name, value in _chosen(_mapping(fields, "methods"), only).items()]
+    prompts = {name: _prompts(name, value, folder) for name, value in _mapping(fields, "prompts").items()}
+    fields |= {
+        "target": _model("target", fields["target"], folder),
+        "methods": tuple(methods),
+        "prompts": prompts,
+        "engine": _engine("engine", fields.get("engine")),
+    }
+    for key in ("batch_sizes", "temperatures"):
+        if key in fields:
+            fields[key] = tuple(fields[key]) if isinstance(fields[key], list) else (fields[key],)
+    config = BenchConfig(**fields)
+    _check_numbers(config)
+    return config
+
+
+def _add_preset(fields: dict[str, Any], preset: str) -> None:
+    for key, value in PRESETS[preset].items():
+        if fields.setdefault(key, value) != value:
+            raise ValueError(
+                f"{key}={fields[key]!r}: preset {preset!r} sets it to {value!r}. Leave it out of the YAML."
+            )
+    prompts = fields.get("prompts")
+    missing = [name for name in PAPER_PROMPTS if not isinstance(prompts, dict) or name not in prompts]
+    if missing:
+        raise ValueError(
+            f"preset {preset!r} needs prompts named {', '.join(PAPER_PROMPTS)}; {missing[0]!r} is missing."
+        )
+
+
+def _reject_unknown(fields: dict[str, Any], known: Sequence[str], where: str) -> None:
+    for key in fields:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown key {key!r} in {where}.{hint} Keys: {', '.join(known)}.")
+
+
+def _mapping(fields: dict[str, Any], key: str) -> dict[str, Any]:
+    value = fields[key]
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} must map names to settings, is {type(value).__name__}.")
+    for name in value:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError(f"{key}: the name {name!r} must consist of letters, digits, '-' and '_'.")
+    return value
+
+
+def _chosen(methods: dict[str, Any], only: Sequence[str]) -> dict[str, Any]:
+    if PLAIN not in methods:
+        raise ValueError(f"methods has no {PLAIN!r}: every method is compared with plain vLLM. Add '{PLAIN}: null'.")
+    for name in only:
+        if name not in methods:
+            raise ValueError(f"--only {name}: no such method. Methods: {', '.join(methods)}.")
+    # Plain first: its answers are what the others are held to.
+    names = [PLAIN, *(name for name in methods if name != PLAIN and (not only or name in only))]
+    return {name: methods[name] for name in names}
+
+
+def _method(name: str, value: Any, folder: Path) -> Method:
+    where = f"methods.{name}"
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{where} must be null or a speculative_config, is {value!r}.")
+    spec = dict(value or {})
+    engine = _engine(f"{where}.engine", spec.pop("engine", None))
+    requires = spec.pop("requires", None)
+    if (name == PLAIN) == bool(spec):
+        remedy = "without speculative_config" if name == PLAIN else "with 'method' or 'model'"
+        raise ValueError(f"{where}={value!r}: write it {remedy}.")
+    if requires is not None and importlib.util.find_spec(str(requires)) is None:
+        return Method(name, spec, engine, str(requires))
+    if "model" in spec:
+        spec["model"] = _model(f"{where}.model", spec["model"], folder)
+    if spec.get("method") == "ctc":
+        _check_ctc(where, spec)
+    return Method(name, spec or None, engine)
+
+
+def _check_ctc(where: str, spec: dict[str, Any]) -> None:
+    from vllm_ctc_spec.drafter.checkpoint import check_drafter
+
+    own = {key: value for key, value in spec.items() if key not in ("method", "model", "num_speculative_tokens")}
+    try:
+        SpecOptions.from_dict(own)
+        if "num_speculative_tokens" in spec:
+            check_node_budget(spec["num_speculative_tokens"])
+        if "model" not in spec:
+            raise ValueError("no 'model': set it to the folder of a trained CTC drafter.")
+        check_drafter(spec["model"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _engine(where: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must hold options of vllm.LLM, is {value!r}.")
+    for key in OUR_ENGINE_KEYS:
+        if key in value:
+            raise ValueError(f"{where}.{key}: the benchmark sets it itself. Leave it out.")
+    return value
+
+
+def _prompts(name: str, value: Any, folder: Path) -> PromptSource:
+    where = f"prompts.{name}"
+    if isinstance(value, str):
+        value = {"source": value}
+    if not isinstance(value, dict) or "source" not in value:
+        raise ValueError(f"{where}={value!r}: give a path, or a mapping with 'source'.")
+    _reject_unknown(value, [each.name for each in dataclasses.fields(PromptSource)], where)
+    if value.get("last") is not None and (value.get("skip") or value.get("limit") is not None):
+        raise ValueError(f"{where}: 'last' goes without 'skip' and 'limit'.")
+    for key in ("skip", "limit", "last"):
+        if value.get(key) is not None and (type(value[key]) is not int or value[key] < (key != "skip")):
+            raise ValueError(f"{where}.{key}={value[key]!r}: use a positive integer.")
+    return PromptSource(**{**value, "source": _model(f"{where}.source", value["source"], folder)})
+
+
+def _model(where: str, value: Any, folder: Path) -> str:
+    """An existing path, absolute, or a hub name."""
+    path = folder / Path(str(value)).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    first = str(value).partition("/")[0]
+    if (
+        HUB_NAME.fullmatch(str(value))
+        and not str(value).endswith((".json", ".jsonl"))
+        and not (folder / first).exists()
+    ):
+        return str(value)
+    raise ValueError(
+        f"{where}={value!r}: {str(path)!r} does not exist. Set it with --set {where}=PATH, or folder=PATH."
+    )
+
+
+def _check_numbers(config: BenchConfig) -> None:
+    counts = {"rounds": 2, "max_tokens": 2, "num_prompts": 1, "seed": 0}
+    for key, least in counts.items():
+        value = getattr(config, key)
+        if not (type(value) is int and value >= least) and not (key == "num_prompts" and value is None):
+            raise ValueError(f"{key}={value!r}: use an integer of at least {least}.")
+    for key, kind, least in (("batch_sizes", int, 1), ("temperatures", (int, float), 0)):
+        values = getattr(config, key)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{key}={list(values)}: give each value once, and at least one.")
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, kind) or value < least:
+                raise ValueError(f"{key}: {value!r} must be a number of at least {least}.")
+    if not isinstance(config.ignore_eos, bool):
+        raise ValueError(f"ignore_eos={config.ignore_eos!r}: use true or false.")
+    if not isinstance(config.near_tie_nats, int | float) or config.near_tie_nats < 0:
+        raise ValueError(f"near_tie_nats={config.near_tie_nats!r}: use a number of at least 0.")

@@ -1,0 +1,40 @@
+"""What the figures were measured on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+
+from vllm_ctc_spec import __version__
+from vllm_ctc_spec.engine.compat import installed_vllm
+
+
+@dataclass(frozen=True)
+class Machine:
+    cpu: str
+    num_cores: int
+    """That this process may use."""
+    memory_gib: float
+    gpu: str | None
+    versions: dict[str, str]
+
+
+def this_machine() -> Machine:
+    versions = {"vllm": installed_vllm() or "none", "torch": torch.__version__, "transformers": version("transformers")}
+    return Machine(
+        cpu=_cpu_name(),
+        num_cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        versions={"vllm-ctc-spec": __version__, **versions},
+    )
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,270 @@
+"""A run: engines start once, each cell (prompts, batch size, temperature) is measured in rounds and written at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from vllm_ctc_spec.bench.config import PLAIN, BenchConfig, Method
+from vllm_ctc_spec.bench.equality import Equality, judge
+from vllm_ctc_spec.bench.fleet import Fleet
+from vllm_ctc_spec.bench.machine import this_machine
+from vllm_ctc_spec.bench.prompts import Prompt, Question, next_turn, num_turns, read_questions, spread
+from vllm_ctc_spec.bench.records import Pass, Workload
+from vllm_ctc_spec.bench.summary import summarize
+from vllm_ctc_spec.training.atomic import write_atomically
+from vllm_ctc_spec.training.resume import claim
+
+Report = Callable[[str, int], None]
+"""Takes what is being done and how many passes have ended since the last call."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    prompts: str
+    batch_size: int
+    temperature: float
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.prompts}-batch{self.batch_size}-temperature{self.temperature:g}.json"
+
+    def __str__(self) -> str:
+        return f"{self.prompts}, batch {self.batch_size}, temperature {self.temperature:g}"
+
+
+class Bench:
+    """Prompts and folders of one run. Raises ValueError for all that can be known before an engine starts."""
+
+    def __init__(self, config: BenchConfig, output: Path) -> None:
+        self.config, self.output = config, output
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(config.target)
+        if config.chat_template is not None:
+            self.tokenizer.chat_template = config.chat_template
+        text = AutoConfig.from_pretrained(config.target).get_text_config()
+        self.context: int = config.engine.get("max_model_len", text.max_position_embeddings)
+        self.questions = {name: read_questions(name, each, self.tokenizer) for name, each in config.prompts.items()}
+        for name, questions in self.questions.items():
+            self._check_prompts(name, questions)
+        check_vllm_keys(config)
+        claim(output / "cells", self._settings())
+
+    def cells(self) -> list[Cell]:
+        config = self.config
+        return [
+            Cell(name, batch_size, temperature)
+            for name in config.prompts
+            for temperature in config.temperatures
+            for batch_size in config.batch_sizes
+        ]
+
+    def path(self, cell: Cell) -> Path:
+        return self.output / "cells" / cell.file_name
+
+    def pending(self) -> list[Cell]:
+        return [cell for cell in self.cells() if not self.path(cell).exists()]
+
+    def num_passes(self) -> int:
+        """Of one cell, if no method fails."""
+        methods = [method for method in self.config.methods if method.missing is None]
+        return len(methods) * (1 + self.config.rounds) + sum(method.is_ctc for method in methods)
+
+    def run(self, report: Report) -> dict[str, Any]:
+        """Measure what is not there yet; returns what is in results.json."""
+        pending = self.pending()
+        if pending:
+            with Fleet(self.config, self.output / "logs") as fleet:
+                fleet.start(lambda method: report(f"starting {method.name}", 0))
+                prompts = {name: self._prompts(name, fleet, report) for name in self.config.prompts}
+                for cell in pending:
+                    measured = _Cell(self, cell, prompts[cell.prompts], fleet, report).measure()
+                    write_atomically(self.path(cell), json.dumps(measured, indent=1).encode())
+        results = as_json(
+            {
+                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "machine": dataclasses.asdict(this_machine()),
+                "config": dataclasses.asdict(self.config),
+                "cells": [json.loads(self.path(cell).read_text()) for cell in self.cells()],
+            }
+        )
+        write_atomically(self.output / "results.json", json.dumps(results, indent=1).encode())
+        return results
+
+    def _check_prompts(self, name: str, questions: Sequence[Question]) -> None:
+        for question in questions:
+            if not 0 < len(question.first) < self.context - 1:
+                raise ValueError(
+                    f"prompts.{name}: question {question.name} has {len(question.first)} tokens, and the context "
+                    f"holds {self.context}. Leave it out, or raise engine.max_model_len."
+                )
+        count = sum(1 + len(question.later_turns) for question in questions)
+        if count < max(self.config.batch_sizes):
+            raise ValueError(
+                f"prompts.{name} has {count} prompts, fewer than the batch size {max(self.config.batch_sizes)}. "
+                "Select more, or leave the batch size out."
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        hashes = {
+            f"prompts.{name}.sha256": hashlib.sha256(repr(questions).encode()).hexdigest()
+            for name, questions in self.questions.items()
+        }
+        return as_json(flatten(dataclasses.asdict(self.config)) | hashes | this_machine().versions)
+
+    def _prompts(self, name: str, fleet: Fleet, report: Report) -> list[Prompt]:
+        """Every turn of every question; plain vLLM's greedy answers stand between the turns, for every method."""
+        questions = self.questions[name]
+        answers: list[list[list[int]]] = self._first_answers(name, fleet, report)
+        prompts = [
+            next_turn(question, own[:turn], self.tokenizer)
+            for question, own in zip(questions, answers)
+            for turn in range(1 + len(own))
+        ]
+        return [prompt for prompt in prompts if prompt is not None and len(prompt.token_ids) < self.context - 1]
+
+    def _first_answers(self, name: str, fleet: Fleet, report: Report) -> list[list[list[int]]]:
+        """Answers of every turn but the last, by question; written once, so that a resumed run asks the same."""
+        path = self.output / "cells" / f"{name}-turns.json"
+        if path.exists():
+            return list(json.loads(path.read_text()))
+        questions = self.questions[name]
+        answers: list[list[list[int]]] = [[] for _ in questions]
+        if num_turns(questions) == 1:
+            return answers
+        for turn in range(num_turns(questions) - 1):
+            report(f"{name}: plain vLLM answers turn {turn + 1}", 0)
+            asked = {}
+            for index, question in enumerate(questions):
+                prompt = next_turn(question, answers[index], self.tokenizer)
+                if turn < len(question.later_turns) and prompt and len(prompt.token_ids) < self.context - 1:
+                    asked[index] = prompt
+            work = self.workload(list(asked.values()), max(self.config.batch_sizes), 0.0)
+            done: Pass = fleet.call(PLAIN, "run", workload=work)
+            for index, request in zip(asked, done.requests):
+                answers[index].append(list(request.token_ids))
+        write_atomically(path, json.dumps(answers).encode())
+        return answers
+
+    def workload(self, prompts: Sequence[Prompt], batch_size: int, temperature: float) -> Workload:
+        config = self.config
+        return Workload(
+            prompts=tuple(prompt.token_ids for prompt in prompts),
+            max_tokens=tuple(min(config.max_tokens, self.context - len(prompt.token_ids)) for prompt in prompts),
+            temperature=temperature,
+            seed=config.seed,
+            batch_size=batch_size,
+            ignore_eos=config.ignore_eos,
+        )
+
+
+class _Cell:
+    """One cell's measurement."""
+
+    def __init__(self, bench: Bench, cell: Cell, prompts: list[Prompt], fleet: Fleet, report: Report) -> None:
+        self.config, self.cell, self.fleet, self.report = bench.config, cell, fleet, report
+        count = max(self.config.num_prompts or len(prompts), cell.batch_size)
+        self.prompts = spread(prompts, min(count, len(prompts)))
+        self.work = {"workload": bench.workload(self.prompts, cell.batch_size, cell.temperature)}
+        self.passes: dict[str, list[Pass]] = {}
+        """The first one warms up."""
+
+    def measure(self) -> dict[str, Any]:
+        load = os.getloadavg()[0]
+        for method in self.fleet.alive:
+            self.fleet.call(method.name, "reset_memory")
+        # A B C, A B C, ...: a slow minute of the machine hits all methods of a round.
+        for number in range(1 + self.config.rounds):
+            for method in self.fleet.alive:
+                self._pass(method, f"round {number} of {self.config.rounds}" if number else "warm-up")
+        memory = {method.name: self.fleet.call(method.name, "peak_memory") for method in self.fleet.alive}
+        methods = {method.name: self._result(method, memory[method.name]) for method in self.fleet.alive}
+        return {
+            **dataclasses.asdict(self.cell),
+            "prompt_names": [prompt.name for prompt in self.prompts],
+            "load_average": load,
+            "methods": methods,
+            "errors": self.fleet.errors,
+        }
+
+    def _pass(self, method: Method, title: str) -> None:
+        self.report(f"{self.cell}: {method.name}, {title}", 0)
+        done = self.fleet.call(method.name, "run", **self.work)
+        if done is not None:
+            self.passes.setdefault(method.name, []).append(done)
+        self.report(f"{self.cell}: {method.name}, {title}", 1)
+
+    def _result(self, method: Method, peak_memory: int) -> dict[str, Any]:
+        stages = None
+        if method.is_ctc:
+            self.report(f"{self.cell}: {method.name}, stages", 0)
+            stages = self.fleet.stage_times(method.name, self.work)
+            self.report(f"{self.cell}: {method.name}, stages", 1)
+        plain, passes = self.passes[PLAIN], self.passes[method.name]
+        categories = [prompt.category for prompt in self.prompts]
+        result = summarize(categories, plain[1:], passes[1:], self._equality(method), peak_memory, stages)
+        return dataclasses.asdict(result) | {"engine": dataclasses.asdict(self.fleet.facts[method.name])}
+
+    def _equality(self, method: Method) -> Equality:
+        is_greedy = self.cell.temperature == 0
+        is_float32 = self.fleet.facts[PLAIN].dtype == "float32"
+        answers = {
+            name: [[request.token_ids for request in each.requests] for each in self.passes[name]]
+            for name in (PLAIN, method.name)
+        }
+        return judge(
+            self.work["workload"].prompts,
+            answers[PLAIN][0],
+            answers[method.name],
+            self.config.near_tie_nats if is_greedy and not is_float32 else None,
+            lambda branchings: self.fleet.call(PLAIN, "gaps", branchings=branchings),
+            # vLLM's rejection sampler draws other random numbers than plain sampling; in 16 bits no rule can tell a
+            # draw that rounding has flipped from a wrong one.
+            is_promised=is_greedy or (is_float32 and (method.is_ctc or method.name == PLAIN)),
+        )
+
+
+def as_json(fields: dict[str, Any]) -> dict[str, Any]:
+    """As it is when it has been written and read: tuples are lists."""
+    return dict(json.loads(json.dumps(fields)))
+
+
+def flatten(fields: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; a list of named records counts as a mapping."""
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        if isinstance(value, list | tuple) and value and all(isinstance(each, dict) for each in value):
+            value = {each["name"]: each for each in value}
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{above}{key}.")
+        else:
+            flat[above + key] = value
+    return flat
+
+
+def check_vllm_keys(config: BenchConfig) -> None:
+    """Raises ValueError that names an option that vLLM does not have."""
+    from vllm.config import SpeculativeConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {each.name for each in dataclasses.fields(EngineArgs)}
+    speculative = {each.name for each in dataclasses.fields(SpeculativeConfig)}
+    for where, options in [
+        ("engine", config.engine),
+        *((f"methods.{m.name}.engine", m.engine) for m in config.methods),
+    ]:
+        for key in options:
+            if key not in known:
+                raise ValueError(f"unknown key {key!r} in {where}: vllm.LLM has no such option.")
+    for method in config.methods:
+        for key in method.speculative_config or {}:
+            if not method.is_ctc and key not in speculative:
+                raise ValueError(f"unknown key {key!r} in methods.{method.name}: vLLM's speculative_config has none.")

@@ -1,0 +1,207 @@
+"""The process of one method: holds a `vllm.LLM` and answers the benchmark over a pipe.
+
+    python -m vllm_ctc_spec.bench.worker CONNECTION LIFELINE
+
+Both are file descriptors; the benchmark holds the other end of the lifeline as long as it lives.
+A process per method keeps vLLM's one metrics registry per process apart, lets memory be told apart, and dies alone.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from vllm_ctc_spec.bench.records import Branching, Drafts, EngineFacts, Pass, Request, Workload
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput, SamplingParams
+
+EXTENSION = "vllm_ctc_spec.bench.clock.BenchWorkerExtension"
+NUM_LOGPROBS = 20
+"""vLLM's default limit."""
+
+
+class Engine:
+    """The commands; each is called by name with keyword arguments."""
+
+    llm: LLM
+
+    def start(self, target: str, options: dict[str, Any]) -> EngineFacts:
+        from vllm import LLM
+
+        self.llm = LLM(target, worker_extension_cls=EXTENSION, disable_log_stats=False, **options)
+        config = self.llm.llm_engine.model_config
+        dtype = str(config.dtype).removeprefix("torch.")
+        return EngineFacts(dtype, config.max_model_len, bool(config.enforce_eager))
+
+    def run(self, workload: Workload) -> Pass:
+        """Keeps `batch_size` requests in flight, as a server's clients would.
+
+        This is the loop of `LLM.generate` (add requests, step until all are done), which itself admits as many
+        requests as the engine can hold; here one engine serves every batch size.
+        """
+        engine = self.llm.llm_engine
+        waiting = deque(_Running(index, params) for index, params in enumerate(_sampling_params(workload)))
+        running: dict[str, _Running] = {}
+        done: list[_Running] = []
+        started = time.perf_counter()
+        while waiting or running:
+            while waiting and len(running) < workload.batch_size:
+                request = waiting.popleft()
+                running[str(request.index)] = request
+                request.started = time.perf_counter()
+                prompt: Any = {"prompt_token_ids": list(workload.prompts[request.index])}
+                engine.add_request(str(request.index), prompt, request.params)
+            for output in engine.step():
+                if running[output.request_id].take(output):
+                    done.append(running.pop(output.request_id))
+        seconds = time.perf_counter() - started
+        return Pass(seconds, tuple(request.record() for request in sorted(done, key=lambda each: each.index)))
+
+    def gaps(self, branchings: Sequence[Branching]) -> list[float | None]:
+        """How much less likely than the best token the target finds the worse of the two, in nats.
+
+        None where one of them is not among the NUM_LOGPROBS most likely.
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=NUM_LOGPROBS, detokenize=False)
+        prompts: Any = [{"prompt_token_ids": list(each.prompt)} for each in branchings]
+        gaps: list[float | None] = []
+        for each, output in zip(branchings, self.llm.generate(prompts, params, use_tqdm=False)):
+            [logprobs] = output.outputs[0].logprobs or [{}]
+            both = [logprobs[token].logprob for token in (each.plain_token, each.other_token) if token in logprobs]
+            best = max(entry.logprob for entry in logprobs.values())
+            gaps.append(best - min(both) if len(both) == 2 else None)
+        return gaps
+
+    def start_clock(self) -> None:
+        self.llm.collective_rpc("bench_start_clock")
+
+    def stop_clock(self) -> dict[str, float]:
+        [times] = self.llm.collective_rpc("bench_stop_clock")
+        return dict(times)
+
+    def reset_memory(self) -> None:
+        self.llm.collective_rpc("bench_reset_memory")
+        for process in _own_processes():
+            Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+
+    def peak_memory(self) -> int:
+        """Bytes since `reset_memory`: torch's peak on a GPU, else the peak resident size of the method's processes."""
+        on_gpu = sum(self.llm.collective_rpc("bench_peak_memory"))
+        return on_gpu or sum(_peak_resident(process) for process in _own_processes())
+
+    def stop(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+class _Running:
+    def __init__(self, index: int, params: SamplingParams) -> None:
+        self.index, self.params = index, params
+        self.started = 0.0
+        self.num_steps = 0
+        self.token_ids: list[int] = []
+
+    def take(self, output: RequestOutput) -> bool:
+        """Whether the request is done."""
+        [answer] = output.outputs
+        if answer.token_ids:
+            self.num_steps += 1
+            self.token_ids += answer.token_ids
+        if output.finished:
+            self.total_time = time.perf_counter() - self.started
+            self.last = output
+        return output.finished
+
+    def record(self) -> Request:
+        times: Any = self.last.metrics
+        counts = self.last.outputs[0].spec_decode_metrics
+        return Request(
+            token_ids=tuple(self.token_ids),
+            num_steps=self.num_steps,
+            total_time=self.total_time,
+            first_token_time=times.first_token_latency,
+            decode_time=times.last_token_ts - times.first_token_ts,
+            drafts=None if counts is None else Drafts(tuple(counts.histogram), counts.num_draft_tokens),
+        )
+
+
+def _sampling_params(workload: Workload) -> list[SamplingParams]:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return [
+        SamplingParams(
+            temperature=workload.temperature,
+            seed=workload.seed + index,
+            max_tokens=max_tokens,
+            ignore_eos=workload.ignore_eos,
+            # One output per step, so that steps can be counted from outside, alike for every method.
+            output_kind=RequestOutputKind.DELTA,
+        )
+        for index, max_tokens in enumerate(workload.max_tokens)
+    ]
+
+
+def _own_processes() -> list[psutil.Process]:
+    here = psutil.Process()
+    return [here, *here.children(recursive=True)]
+
+
+def _peak_resident(process: psutil.Process) -> int:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    [kibibytes] = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")] or ["0"]
+    return 1024 * int(kibibytes)
+
+
+def _guard(lifeline: int, connection: int) -> None:
+    """Fork a process that kills this one's group when the benchmark is gone: stopped engines would stay for ever."""
+    group = os.getpgrp()
+    if child := os.fork():
+        os.waitpid(child, 0)
+        return
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    # The benchmark learns of this method's death by the connection's end.
+    os.close(connection)
+    hang_up = select.poll()
+    hang_up.register(lifeline, 0)
+    hang_up.poll()
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+    os._exit(0)
+
+
+def main() -> None:
+    descriptor, lifeline = map(int, sys.argv[1:])
+    _guard(lifeline, descriptor)
+    os.close(lifeline)
+    connection: Connection = Connection(descriptor)
+    engine = Engine()
+    while True:
+        try:
+            command, arguments = connection.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            answer: tuple[str, Any] = ("done", getattr(engine, command)(**arguments))
+        except Exception as error:
+            answer = ("failed", f"{type(error).__name__}: {error}")
+        connection.send(answer)
+
+
+if __name__ == "__main__":
+    main()

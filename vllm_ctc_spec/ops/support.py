@@ -1,0 +1,61 @@
+"""What the Triton kernels can run on, checked once at start-up."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+MIN_CAPABILITY = (8, 0)
+MIN_FP8_CAPABILITY = (8, 9)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+REMEDY = "Serve without speculative_config, or with another method."
+
+
+def check_supported(
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    block_size: int,
+    capability: tuple[int, int],
+) -> None:
+    """Raises ValueError, or ModuleNotFoundError without Triton, if tree attention and the K/V move cannot run.
+
+    dtype: of queries, keys and values; cache_dtype: of the K/V cache, a float8 cache as float8;
+    capability: from `torch.cuda.get_device_capability`.
+    """
+    if find_spec("triton") is None:
+        raise ModuleNotFoundError(
+            'speculative method "ctc" needs Triton for its kernels on GPU, which is not installed. '
+            "Install it with: pip install triton"
+        )
+    if capability < MIN_CAPABILITY:
+        raise ValueError(
+            f"the GPU has compute capability {_dotted(capability)}; tree attention needs "
+            f"{_dotted(MIN_CAPABILITY)} or newer (Ampere). {REMEDY}"
+        )
+    if not 64 <= head_size <= 256 or head_size % 16:
+        raise ValueError(f"head_size={head_size}: tree attention needs a multiple of 16 from 64 to 256. {REMEDY}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}. {REMEDY}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: tree attention needs bfloat16, float16 or float32. Set --dtype.")
+    if cache_dtype != dtype and cache_dtype not in FP8_DTYPES:
+        raise ValueError(
+            f"kv_cache_dtype={cache_dtype} with dtype={dtype}: tree attention needs a cache of the model's dtype, "
+            f'fp8_e4m3 or fp8_e5m2. Set kv_cache_dtype="auto".'
+        )
+    if cache_dtype in FP8_DTYPES and capability < MIN_FP8_CAPABILITY:
+        raise ValueError(
+            f"kv_cache_dtype={cache_dtype} needs compute capability {_dotted(MIN_FP8_CAPABILITY)} or newer, the GPU "
+            f'has {_dotted(capability)}. Set kv_cache_dtype="auto".'
+        )
+    if block_size < 16 or block_size % 16:
+        raise ValueError(f"block_size={block_size}: tree attention needs a multiple of 16. Set --block-size 16.")
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

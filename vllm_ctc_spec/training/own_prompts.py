@@ -1,0 +1,89 @@
+"""Prompts that the target writes itself, for when there are too few of one's own.
+
+What its chat template puts before a user's words is prompt enough: a chat model continues it with what a user might
+ask (Magpie, Xu et al. 2024, arXiv 2406.08464).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+TEMPERATURE = 0.8
+MAX_TOKENS = 256
+"""Of a prompt; one that does not end by then is dropped."""
+
+SMALLEST_CHUNK, LARGEST_CHUNK = 64, 1024
+"""Prompts written together, and lost together when the process is killed."""
+
+SMALLEST_SHARE = 0.05
+"""Of a chunk that must be usable: a target below it does not write prompts."""
+
+_CONTENT = "\N{WHITE SQUARE}"
+
+
+def write_own_prompts(target_path: str, count: int, output: Path, seed: int = 0, **engine_options: Any) -> None:
+    """Write `count` lines of `messages`, each with one user turn, to `output`; lines that it already holds are kept.
+
+    `engine_options` go to `vllm.LLM`. Raises ValueError where the target has no chat template, or writes no prompts.
+    """
+    before, after = around_user_turn(target_path)
+    num_done = _count_whole_lines(output)
+    if num_done >= count:
+        return
+    # Training must be importable without vLLM's start-up time and plugins.
+    from vllm import SamplingParams
+
+    from vllm_ctc_spec.engine.lifetime import started
+
+    parameters = SamplingParams(temperature=TEMPERATURE, max_tokens=MAX_TOKENS, stop=after)
+    # A resumed engine must not draw again what the killed one drew.
+    with started(target_path, seed=seed + num_done, **engine_options) as llm:
+        while num_done < count:
+            size = min(max(2 * (count - num_done), SMALLEST_CHUNK), LARGEST_CHUNK)
+            outputs = llm.generate([{"prompt_token_ids": before}] * size, parameters)
+            ended = {done.outputs[0].text.strip() for done in outputs if done.outputs[0].finish_reason == "stop"}
+            texts = sorted(ended - {""})
+            if len(texts) < SMALLEST_SHARE * size:
+                raise ValueError(
+                    f"--own-prompts {count}: of {size} user turns that target {target_path!r} was to write, it "
+                    f"ended {len(texts)}. It has not learned to write them; give it prompts."
+                )
+            num_done += _append(output, texts[: count - num_done])
+
+
+def around_user_turn(target_path: str) -> tuple[list[int], list[str]]:
+    """Token ids that the chat template puts before a user's words, and how it goes on behind them: its first line, or
+    nothing where only an end-of-text token stands there."""
+    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    if not tokenizer.chat_template:
+        raise ValueError(f"--own-prompts: target {target_path!r} has no chat template. Give it prompts instead.")
+    messages = [{"role": "user", "content": _CONTENT}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    before, _, after = text.partition(_CONTENT)
+    # Most tokenizers join a space with the word behind it.
+    return tokenizer(before.rstrip(" "), add_special_tokens=False)["input_ids"], after.strip().splitlines()[:1]
+
+
+def _count_whole_lines(path: Path) -> int:
+    """A last line that a kill left incomplete is cut off."""
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    os.truncate(path, len(whole))
+    return whole.count(b"\n")
+
+
+def _append(path: Path, texts: list[str]) -> int:
+    """Returns the number of lines appended; on return they are on disk."""
+    with path.open("a", encoding="utf-8") as file:
+        for text in texts:
+            file.write(json.dumps({"messages": [{"role": "user", "content": text}]}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return len(texts)
