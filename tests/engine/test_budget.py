@@ -93,7 +93,7 @@ def runs(kinds: list[bool]) -> list[tuple[bool, int]]:
 
 
 def test_drafting_that_does_not_pay_rests_longer_each_time() -> None:
-    rests = [length for drafts, length in runs(steps(NodeBudget(FLAT), 1, 5000, 2.0, 1.0))[:-1] if not drafts]
+    rests = [length for drafts, length in runs(steps(NodeBudget(FLAT), 1, 9000, 2.0, 1.0))[:-1] if not drafts]
     assert rests[0] == FIRST_REST and rests == sorted(rests) and rests[-1] == LONGEST_REST
 
 
@@ -110,7 +110,7 @@ def test_decoding_without_drafts_is_tried_where_it_might_be_faster() -> None:
 def test_drafting_is_taken_up_again_when_it_pays_again() -> None:
     budget = NodeBudget(FLAT)
     assert not all(steps(budget, 1, 200, 2.0, 1.0))
-    assert all(steps(budget, 1, 2000, 0.5, 1.0)[-200:])
+    assert all(steps(budget, 1, 5000, 0.5, 1.0)[-200:])
 
 
 def test_a_rest_under_one_load_is_none_under_another() -> None:

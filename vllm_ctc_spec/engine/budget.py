@@ -36,11 +36,11 @@ NUM_OBSERVED = 32
 
 FEWEST_OBSERVED = 4
 
-NUM_TRIED = 8
+NUM_TRIED = 6
 """Steps with drafts before it is asked whether they pay."""
 
-FIRST_REST, LONGEST_REST = 8, 512
-"""Steps without drafts until they are tried again: twice as many after each try in vain."""
+FIRST_REST, LONGEST_REST, LONGER_REST = 32, 2048, 4
+"""Steps without drafts until they are tried again: LONGER_REST times as many after each try in vain."""
 
 TRUST_DECAY = 0.98
 TRUST_PRIOR = 8.0
@@ -113,7 +113,7 @@ class NodeBudget:
             mode.next_rest = FIRST_REST
         elif mode.num_left <= 0:
             mode.drafts, mode.num_left = False, mode.next_rest
-            mode.next_rest = min(2 * mode.next_rest, LONGEST_REST)
+            mode.next_rest = min(LONGER_REST * mode.next_rest, LONGEST_REST)
         self._kind_before, self._kind = self._kind, (load, mode.drafts)
         return mode.drafts
 

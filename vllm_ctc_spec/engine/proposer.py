@@ -29,6 +29,9 @@ from vllm_ctc_spec.engine.attention.cpu import PagedContext, attend_paged, frame
 from vllm_ctc_spec.engine.sampler import HostTree
 from vllm_ctc_spec.engine.settings import EngineSettings
 
+MOST_REMEMBERED = 32
+"""Steps whose rows wait for the drafter's context while drafting rests."""
+
 
 @dataclass(frozen=True)
 class VerifiedRows:
@@ -77,6 +80,7 @@ class CTCProposer:
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.vllm_config = vllm_config
         self.settings = EngineSettings.from_dict(vllm_config.additional_config["ctc_spec"])
+        self.remembered: list[VerifiedRows] = []
 
     def load_model(self, target: nn.Module) -> None:
         self.target: Any = target
@@ -89,11 +93,27 @@ class CTCProposer:
             forward_context[f"ctc_drafter.layers.{index}.attn"] = layer
         self.scale = self.drafter.config.head_dim**-0.5
 
-    def propose(self, verified: VerifiedRows, requests: DraftRequests | None) -> list[HostTree]:
-        """Store the drafter's context of the verified rows, then one tree for each drafting request."""
+    def remember(self, verified: VerifiedRows) -> None:
+        """Nothing drafts in this step: the drafter's context of the verified rows may wait, and be made for many."""
+        self.remembered.append(verified)
+        if len(self.remembered) == MOST_REMEMBERED:
+            self.store_remembered()
+
+    def store_remembered(self) -> None:
+        """To be called before the slots of the remembered rows can belong to other requests."""
+        if self.remembered:
+            fields = zip(*((rows.hidden, rows.positions, rows.slots) for rows in self.remembered))
+            self.remembered = []
+            self._store(VerifiedRows(*map(torch.cat, fields)))
+
+    def _store(self, verified: VerifiedRows) -> None:
         context = self.drafter.context(verified.hidden, verified.positions)
         for layer, own in zip(self.cache_layers, context):
             write_cache(layer.kv_cache, verified.slots, own.key, own.value)
+
+    def propose(self, verified: VerifiedRows, requests: DraftRequests | None) -> list[HostTree]:
+        """Store the drafter's context of the verified rows, then one tree for each drafting request."""
+        self._store(verified)
         if requests is None:
             return []
         frames = self._frames(verified.hidden[requests.last_rows], requests)

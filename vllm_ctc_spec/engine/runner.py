@@ -214,12 +214,17 @@ class TreeCPUModelRunner(CPUModelRunner):
             lasts.append(len(rows) - 1)
         slots = self.input_batch.block_table[0].slot_mapping.gpu
         verified_rows = VerifiedRows(hidden_states[rows], torch.tensor(positions), slots[slot_rows])
-        drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens and self._may_draft(index)]
-        if self.budget is not None and not self.budget.wants_drafts(len(step.trees)):
-            drafting = []
-        trees = self.drafter.propose(
-            verified_rows, self._draft_requests(drafting, lasts, positions, sampled_token_ids, common_attn_metadata)
-        )
+        rests = self.budget is not None and not self.budget.wants_drafts(len(step.trees))
+        drafting = [
+            index for index, tokens in enumerate(sampled_token_ids) if tokens and not rests and self._may_draft(index)
+        ]
+        trees: list[HostTree] = []
+        if rests and self._has_same_requests():
+            self.drafter.remember(verified_rows)
+        else:
+            self.drafter.store_remembered()
+            requests = self._draft_requests(drafting, lasts, positions, sampled_token_ids, common_attn_metadata)
+            trees = self.drafter.propose(verified_rows, requests)
         if self.budget is not None:
             self._observe(self.budget, step)
             trees = _cut(self.budget, trees, len(step.trees))
@@ -233,12 +238,16 @@ class TreeCPUModelRunner(CPUModelRunner):
     def _observe(self, budget: NodeBudget, step: Step) -> None:
         num_accepted = sum(len(nodes) for nodes in step.accepted_nodes)
         budget.observe_walk(sum(sum(tree.probabilities) for tree in step.trees), num_accepted)
-        now, requests = time.perf_counter(), list(self.input_batch.req_ids)
+        now = time.perf_counter()
         is_decode = sum(step.num_rows) == sum(1 + len(tree.tokens) for tree in step.trees)
         # With the same requests as in the step before, nothing has waited for work in between.
-        if is_decode and self.last_step is not None and self.last_step[0] == requests:
-            budget.observe_step(len(requests) + num_accepted, now - self.last_step[1])
-        self.last_step = (requests, now) if is_decode else None
+        if is_decode and self.last_step is not None and self._has_same_requests():
+            budget.observe_step(len(step.trees) + num_accepted, now - self.last_step[1])
+        self.last_step = (list(self.input_batch.req_ids), now) if is_decode else None
+
+    def _has_same_requests(self) -> bool:
+        """As the step before, which decoded only."""
+        return self.last_step is not None and self.last_step[0] == self.input_batch.req_ids
 
     def _draft_requests(
         self, drafting: list[int], lasts: list[int], positions: list[int], sampled: list[list[int]], common: Any
