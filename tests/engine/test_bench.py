@@ -21,7 +21,7 @@ engine: {{dtype: float32, max_model_len: 256, kv_cache_memory_bytes: 67108864, e
 methods:
   plain: null
   broken: {{method: draft_model, model: drafter, num_speculative_tokens: 3}}
-  ngram: {{method: ngram, num_speculative_tokens: 5, prompt_lookup_max: 4, prompt_lookup_min: 2}}
+  ngram: {{method: ngram, num_speculative_tokens: 5, prompt_lookup_max: 4, prompt_lookup_min: 1}}
 prompts: {{code: {{source: corpus/heldout.jsonl, last: 6}}}}
 batch_sizes: [1, 4]
 num_prompts: 2

@@ -32,6 +32,7 @@ TOUCHED: dict[str, tuple[str, ...]] = {
     "vllm.v1.sample.sampler:Sampler": ("forward", "greedy_sample"),
     "vllm.v1.sample.logits_processor:LogitsProcessors": ("all",),
     "vllm.v1.spec_decode.metrics:SpecDecodingStats": ("observe_draft",),
+    "vllm.v1.engine.llm_engine:LLMEngine": ("add_request", "step"),
     "vllm.v1.metrics.loggers:StatLoggerBase": ("record", "log"),
 }
 """Module or module:class -> attributes that we call, override or replace."""
