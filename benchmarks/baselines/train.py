@@ -7,7 +7,8 @@ stock vLLM serves: `vllm.LLM(TARGET, speculative_config={"method": METHOD, "mode
 "num_speculative_tokens": 5})`, where METHOD is KIND, or draft_model for draft.
 
 Rows, anchors, schedule, optimizer, precision (bf16 target, float32 weights that learn) and loop are those of our own
-drafter's training; each baseline has the learning rate and the batch size that did best in runs of half a minute, judged offline.
+drafter's training; each baseline has the learning rate and the batch size that did best in runs of half a minute,
+judged offline.
 """
 
 from __future__ import annotations
