@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from tests.training.tiny_models import VOCAB, tiny_target
 from vllm_ctc_spec.training.budget import Budget
 from vllm_ctc_spec.training.target import load_target
 
@@ -33,29 +34,15 @@ SHARED = {
 }
 """Parameters that vLLM replaces by the target's own when the checkpoint lacks them."""
 
-VOCAB, HIDDEN, LENGTH, PERIOD = 64, 64, 30, 10
+HIDDEN, LENGTH, PERIOD = 64, 30, 10
 
 
 @pytest.fixture(scope="module")
 def target_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("target")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=96,
-        num_hidden_layers=7,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=128,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=0,
-        initializer_range=0.3,
+    tiny_target(tied=False, hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=7, head_dim=32).save_pretrained(
+        folder
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     return str(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,10 +117,15 @@ class SpecOptions:
         """Raises ValueError that names every key that is not an option and the nearest one that is."""
         for key in options:
             if key not in cls.names():
-                near = difflib.get_close_matches(key, cls.names(), n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(key, cls.names())
                 raise ValueError(f"unknown key {key!r} in speculative_config.{hint} Options: {', '.join(cls.names())}.")
         return cls(**options)
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """A sentence for the end of an error, with a space before it; nothing where no known name is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def check_node_budget(num_nodes: Any) -> int:

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, Trainer
 from vllm_ctc_spec.training.atomic import atomic_folder, write_atomically
 from vllm_ctc_spec.training.budget import Budget, BudgetCallback
 from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, read_rows, with_anchors
-from vllm_ctc_spec.training.loop import loop_arguments
+from vllm_ctc_spec.training.loop import loop_arguments, report
 from vllm_ctc_spec.training.optimizer import MuonAdamW
 from vllm_ctc_spec.training.target import load_target
 from vllm_ctc_spec.training.timing import StepTimes
@@ -54,11 +54,11 @@ def train(kind: str, target_path: str, rows_path: Path, output: Path, budget: Bu
             f"{str(rows_path)!r} has no row with {baseline.num_labels + 1} trained tokens in sequence, as {kind} "
             "needs. Use longer rows."
         )
-    report = _fit(baseline, AnchorDataset(usable, baseline.num_labels, ALL_ANCHORS), budget)
+    training = _fit(baseline, AnchorDataset(usable, baseline.num_labels, ALL_ANCHORS), budget)
     with atomic_folder(output) as partial:
         baseline.save(partial)
         tokenizer.save_pretrained(partial)
-        write_atomically(partial / "training.json", json.dumps(report, indent=2).encode())
+        write_atomically(partial / "training.json", json.dumps(training, indent=2).encode())
     return output
 
 
@@ -75,12 +75,7 @@ def _fit(baseline: Baseline, dataset: AnchorDataset, budget: Budget) -> dict[str
             callbacks=[clock, times],
         )
         trainer.train()
-    return {
-        "steps": trainer.state.global_step,
-        "seconds": clock.elapsed,
-        "time_shares": times.shares(),
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-    }
+    return report(trainer, clock, times)
 
 
 def main() -> None:

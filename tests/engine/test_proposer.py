@@ -36,11 +36,11 @@ def test_rows_that_were_remembered_are_stored_as_if_at_once() -> None:
         at_once.propose(rows, None)
         later.remember(rows)
     assert not later.cache_layers[0].kv_cache.any()
-    later.store_remembered()
+    later._store_remembered()
     stored = later.cache_layers[0].kv_cache
     assert stored.any()
     torch.testing.assert_close(stored, at_once.cache_layers[0].kv_cache)
-    later.store_remembered()
+    later._store_remembered()
     assert torch.equal(later.cache_layers[0].kv_cache, stored)
 
 

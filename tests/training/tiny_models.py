@@ -9,24 +9,24 @@ from vllm_ctc_spec.training.target import drafter_config
 VOCAB = 64
 
 
-def tiny_target(tied: bool = True) -> LlamaForCausalLM:
+def tiny_target(tied: bool = True, **overrides: object) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=0,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    fields = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "initializer_range": 0.3,
+    }
+    return LlamaForCausalLM(LlamaConfig(**fields | overrides)).eval()
 
 
 def tiny_drafter(target: LlamaForCausalLM, **overrides: object) -> CTCDrafter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ctc_spec.bench.yaml_file import override, read_yaml
-from vllm_ctc_spec.config import SpecOptions, check_node_budget
+from vllm_ctc_spec.config import SpecOptions, check_node_budget, did_you_mean
 
 PLAIN = "plain"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -143,8 +142,7 @@ def _add_preset(fields: dict[str, Any], preset: str) -> None:
 def _reject_unknown(fields: dict[str, Any], known: Sequence[str], where: str) -> None:
     for key in fields:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(str(key), known)
             raise ValueError(f"unknown key {key!r} in {where}.{hint} Keys: {', '.join(known)}.")
 
 

@@ -94,13 +94,15 @@ class CTCProposer:
         self.scale = self.drafter.config.head_dim**-0.5
 
     def remember(self, verified: VerifiedRows) -> None:
-        """Nothing drafts in this step: the drafter's context of the verified rows may wait, and be made for many."""
+        """In place of `propose` while nothing drafts: the drafter's context of the rows is made later, for many steps.
+
+        Only as long as the requests stay the same, or the rows' slots may be given to others.
+        """
         self.remembered.append(verified)
         if len(self.remembered) == MOST_REMEMBERED:
-            self.store_remembered()
+            self._store_remembered()
 
-    def store_remembered(self) -> None:
-        """To be called before the slots of the remembered rows can belong to other requests."""
+    def _store_remembered(self) -> None:
         if self.remembered:
             fields = zip(*((rows.hidden, rows.positions, rows.slots) for rows in self.remembered))
             self.remembered = []
@@ -113,6 +115,8 @@ class CTCProposer:
 
     def propose(self, verified: VerifiedRows, requests: DraftRequests | None) -> list[HostTree]:
         """Store the drafter's context of the verified rows, then one tree for each drafting request."""
+        # First, because their slots may have become those of these rows.
+        self._store_remembered()
         self._store(verified)
         if requests is None:
             return []

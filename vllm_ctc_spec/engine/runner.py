@@ -222,7 +222,6 @@ class TreeCPUModelRunner(CPUModelRunner):
         if rests and self._has_same_requests():
             self.drafter.remember(verified_rows)
         else:
-            self.drafter.store_remembered()
             requests = self._draft_requests(drafting, lasts, positions, sampled_token_ids, common_attn_metadata)
             trees = self.drafter.propose(verified_rows, requests)
         if self.budget is not None:

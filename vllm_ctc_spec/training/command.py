@@ -245,9 +245,9 @@ def _all(options: argparse.Namespace) -> int:
 
     rows, held_out, drafter = (options.output / name for name in ("rows.jsonl", "heldout.jsonl", "drafter"))
     prompts = _given_prompts(options)
-    if options.own_prompts:
-        around_user_turn(options.target)
     if options.dry_run:
+        if options.own_prompts:
+            around_user_turn(options.target)
         _run_fit(options, None, drafter)
         return 0
     options.output.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ import torch
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
-from vllm_ctc_spec.training.budget import Budget
+from vllm_ctc_spec.config import did_you_mean
+from vllm_ctc_spec.training.budget import Budget, BudgetCallback
 from vllm_ctc_spec.training.resume import MarkWhole, last_whole_checkpoint
+from vllm_ctc_spec.training.timing import StepTimes
 
 
 def bf16_is_fast() -> bool:
@@ -34,10 +35,9 @@ def loop_arguments(checkpoints: Path, budget: Budget, batch_size: int, **options
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
             raise ValueError(
-                f"unknown trainer setting {name!r}.{f' Did you mean {near[0]!r}?' if near else ''} Settings are the "
-                "fields of transformers.TrainingArguments."
+                f"unknown trainer setting {name!r}.{did_you_mean(name, known)} Settings are the fields of "
+                "transformers.TrainingArguments."
             )
     defaults = {
         "use_cpu": not torch.cuda.is_available(),
@@ -61,6 +61,16 @@ def train_or_resume(trainer: Trainer) -> None:
     with processes().main_process_first():
         checkpoint = last_whole_checkpoint(Path(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def report(trainer: Trainer, clock: BudgetCallback, times: StepTimes) -> dict[str, Any]:
+    """What is worth knowing of a run beside its result, as JSON values."""
+    return {
+        "steps": trainer.state.global_step,
+        "seconds": clock.elapsed,
+        "time_shares": times.shares(),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
 
 
 def drop_checkpoints(folder: Path) -> None:

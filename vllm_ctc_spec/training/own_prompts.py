@@ -6,12 +6,12 @@ ask (Magpie, Xu et al. 2024, arXiv 2406.08464).
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+
+from vllm_ctc_spec.training.regenerate import append_rows, whole_lines
 
 TEMPERATURE = 0.8
 MAX_TOKENS = 256
@@ -32,7 +32,7 @@ def write_own_prompts(target_path: str, count: int, output: Path, seed: int = 0,
     `engine_options` go to `vllm.LLM`. Raises ValueError where the target has no chat template, or writes no prompts.
     """
     before, after = around_user_turn(target_path)
-    num_done = _count_whole_lines(output)
+    num_done = len(whole_lines(output))
     if num_done >= count:
         return
     # Training must be importable without vLLM's start-up time and plugins.
@@ -53,7 +53,9 @@ def write_own_prompts(target_path: str, count: int, output: Path, seed: int = 0,
                     f"--own-prompts {count}: of {size} user turns that target {target_path!r} was to write, it "
                     f"ended {len(texts)}. It has not learned to write them; give it prompts."
                 )
-            num_done += _append(output, texts[: count - num_done])
+            written = [{"messages": [{"role": "user", "content": text}]} for text in texts[: count - num_done]]
+            append_rows(output, written)
+            num_done += len(written)
 
 
 def around_user_turn(target_path: str) -> tuple[list[int], list[str]]:
@@ -67,23 +69,3 @@ def around_user_turn(target_path: str) -> tuple[list[int], list[str]]:
     before, _, after = text.partition(_CONTENT)
     # Most tokenizers join a space with the word behind it.
     return tokenizer(before.rstrip(" "), add_special_tokens=False)["input_ids"], after.strip().splitlines()[:1]
-
-
-def _count_whole_lines(path: Path) -> int:
-    """A last line that a kill left incomplete is cut off."""
-    if not path.exists():
-        return 0
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    os.truncate(path, len(whole))
-    return whole.count(b"\n")
-
-
-def _append(path: Path, texts: list[str]) -> int:
-    """Returns the number of lines appended; on return they are on disk."""
-    with path.open("a", encoding="utf-8") as file:
-        for text in texts:
-            file.write(json.dumps({"messages": [{"role": "user", "content": text}]}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return len(texts)

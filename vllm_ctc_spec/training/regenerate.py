@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-Row = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -74,26 +72,28 @@ def resume_rows(path: Path, prompts: Sequence[list[int]], num_rows: int) -> int:
 
     Raises ValueError if a line belongs to another prompt than its number says: the file is another run's.
     """
+    lines = whole_lines(path)
+    for number, line in enumerate(lines):
+        prompt = prompts[number % len(prompts)]
+        if number >= num_rows or json.loads(line)["prompt_token_ids"] != prompt:
+            raise ValueError(
+                f"{path}, line {number + 1} continues another prompt than number {number + 1} of this run. "
+                "Write to a new file, or use the prompts that it was started with."
+            )
+    return len(lines)
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of `path`, none if it does not exist; a last line that a kill left incomplete is cut off."""
     if not path.exists():
-        return 0
-    whole = num_bytes = 0
-    with path.open("rb+") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            prompt = prompts[whole % len(prompts)]
-            if whole >= num_rows or json.loads(line)["prompt_token_ids"] != prompt:
-                raise ValueError(
-                    f"{path}, line {whole + 1} continues another prompt than number {whole + 1} of this run. "
-                    "Write to a new file, or use the prompts that it was started with."
-                )
-            whole += 1
-            num_bytes += len(line)
-        file.truncate(num_bytes)
-    return whole
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    os.truncate(path, len(whole))
+    return whole.splitlines()
 
 
-def append_rows(path: Path, rows: Sequence[Row]) -> None:
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append one line per row; on return they are on disk."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)

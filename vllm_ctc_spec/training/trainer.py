@@ -21,7 +21,7 @@ from vllm_ctc_spec.training.budget import Budget, BudgetCallback
 from vllm_ctc_spec.training.cache import HiddenCache, write_cache
 from vllm_ctc_spec.training.calibrate import calibrate, split_rows
 from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, TrainingRow, read_rows, with_anchors
-from vllm_ctc_spec.training.loop import drop_checkpoints, loop_arguments, processes, train_or_resume
+from vllm_ctc_spec.training.loop import drop_checkpoints, loop_arguments, processes, report, train_or_resume
 from vllm_ctc_spec.training.objective import DraftObjective
 from vllm_ctc_spec.training.optimizer import MuonAdamW
 from vllm_ctc_spec.training.resume import claim
@@ -81,7 +81,7 @@ def fit(
     dataset = AnchorDataset(rows, config.label_length, settings.anchors_per_row, settings.seed, hidden)
     objective = DraftObjective(drafter, target)
     try:
-        report = _train(objective, dataset, checkpoints, settings)
+        training = _train(objective, dataset, checkpoints, settings)
     except torch.cuda.OutOfMemoryError as error:
         raise ValueError(
             f"the GPU's memory is full ({error}). Lower batch_size={settings.batch_size}, "
@@ -89,10 +89,10 @@ def fit(
             "gradient_accumulation_steps makes up for a smaller batch."
         ) from error
     if processes().is_main_process:
-        report["calibration_factor"] = calibrate(objective, calibration_rows, settings.seed)
+        training["calibration_factor"] = calibrate(objective, calibration_rows, settings.seed)
         with atomic_folder(output_dir) as partial:
             drafter.to("cpu", target.dtype).save_pretrained(partial)
-            write_atomically(partial / "training.json", json.dumps(report, indent=2).encode())
+            write_atomically(partial / "training.json", json.dumps(training, indent=2).encode())
         drop_checkpoints(checkpoints)
     processes().wait_for_everyone()
     return output_dir
@@ -211,7 +211,7 @@ class _TellEpoch(TrainerCallback):
 def _train(
     objective: DraftObjective, dataset: AnchorDataset, checkpoints: Path, settings: FitSettings
 ) -> dict[str, Any]:
-    """Returns what is worth knowing of the run beside its drafter, as JSON values."""
+    """Returns the run's report, as JSON values."""
     clock, times = BudgetCallback(settings.budget), StepTimes()
     optimizer = MuonAdamW(objective.drafter, settings.learning_rate, settings.weight_decay)
     options = {"save_steps": settings.save_steps, "logging_steps": settings.log_steps, "seed": settings.seed}
@@ -224,10 +224,5 @@ def _train(
         callbacks=[clock, times, _TellEpoch(dataset)],
     )
     train_or_resume(trainer)
-    return {
-        "steps": trainer.state.global_step,
-        "seconds": clock.elapsed,
-        "time_shares": times.shares(),
-        "impossible_anchors": sum(entry.get("impossible_anchors", 0) for entry in trainer.state.log_history),
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-    }
+    num_impossible = sum(entry.get("impossible_anchors", 0) for entry in trainer.state.log_history)
+    return {**report(trainer, clock, times), "impossible_anchors": num_impossible}
