@@ -1,4 +1,4 @@
-"""Acceptance length on unseen text, and what each approximation of the tree costs.
+"""Acceptance length on unseen text, and what restricting its tokens costs.
 
     .venv/bin/python benchmarks/acceptance.py [--json PATH]
     .venv/bin/python benchmarks/acceptance.py --pair TARGET DRAFTER ROWS [--json PATH]
@@ -15,9 +15,6 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from vllm_ctc_spec.algorithm import emissions
 from vllm_ctc_spec.config import MAX_FRAMES, SpecOptions
 from vllm_ctc_spec.demo.build import DemoPaths, build_demo
 from vllm_ctc_spec.training.data import read_prompts
@@ -38,34 +34,9 @@ BUDGETS = (4, 8, 12, 16, 32, 63)
 TEMPERATURES = (0.0, 0.8)
 
 
-@dataclass(frozen=True)
-class Setting:
-    name: str
-    candidates: int
-    support: int
-    """Tokens that the normaliser biases, see emissions.NORMALISER_SUPPORT."""
-
-
-ALL_TOKENS = 1 << 20
-DEFAULT = SpecOptions().candidates, emissions.NORMALISER_SUPPORT
-SETTINGS = (
-    Setting("{} candidates per frame, normaliser over {} tokens (default)".format(*DEFAULT), *DEFAULT),
-    Setting("2 candidates per frame", 2, DEFAULT[1]),
-    Setting("8 candidates per frame", 8, DEFAULT[1]),
-    Setting("normaliser over all tokens", DEFAULT[0], ALL_TOKENS),
-    Setting("normaliser over 128 tokens", DEFAULT[0], 128),
-    Setting("normaliser over 32 tokens", DEFAULT[0], 32),
-)
-
-
-@contextmanager
-def normaliser(support: int) -> Iterator[None]:
-    before = emissions.EXACT_NORMALISER_MAX_VOCABULARY, emissions.NORMALISER_SUPPORT
-    emissions.EXACT_NORMALISER_MAX_VOCABULARY, emissions.NORMALISER_SUPPORT = 0, support
-    try:
-        yield
-    finally:
-        emissions.EXACT_NORMALISER_MAX_VOCABULARY, emissions.NORMALISER_SUPPORT = before
+DEFAULT = SpecOptions().candidates
+CANDIDATES = (DEFAULT, 4, 8, 16, 64)
+"""Per frame: what is no candidate is no node, and enters the normaliser without its bias."""
 
 
 def trees(candidates: int) -> list[TreeChoice]:
@@ -106,11 +77,11 @@ def main() -> None:
 def measure(target: str, drafter: str, rows: Path, text: str) -> list[dict[str, Any]]:
     table = Table("", "chain", *map(str, BUDGETS), title=f"acceptance length, {text}")
     results = []
-    for setting in SETTINGS:
-        with normaliser(setting.support):
-            measured = evaluate(target, drafter, rows, trees(setting.candidates)).trees
-        table.add_row(setting.name, *(f"{each.length:.2f}" for each in measured))
-        results += [{"text": text, "setting": setting.name, **dataclasses.asdict(each)} for each in measured]
+    for candidates in CANDIDATES:
+        measured = evaluate(target, drafter, rows, trees(candidates)).trees
+        name = f"{candidates} candidates per frame" + " (default)" * (candidates == DEFAULT)
+        table.add_row(name, *(f"{each.length:.2f}" for each in measured))
+        results += [{"text": text, "candidates": candidates, **dataclasses.asdict(each)} for each in measured]
     Console().print(table)
     return results
 

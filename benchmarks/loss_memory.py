@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
+from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig, Draft
 from vllm_ctc_spec.training.loss import alignment_loss
 
 HIDDEN, FRAMES = 1024, 8
@@ -39,11 +39,12 @@ def measure(name: str, vocab: int, num_anchors: int) -> tuple[int, int]:
     drafter = CTCDrafter(CTCDrafterConfig(hidden_size=HIDDEN, vocab_size=vocab, num_frames=FRAMES, **LOSSES[name]))
     lm_head = torch.randn(vocab, HIDDEN, dtype=torch.bfloat16)
     frames = torch.randn(num_anchors, FRAMES, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
-    anchors = torch.randint(vocab, (num_anchors,))
+    rank = 0 if drafter.config.emission == "independent" else drafter.config.condition_rank
+    draft = Draft(frames, *torch.randn(2, num_anchors, rank))
     labels = torch.randint(vocab, (num_anchors, drafter.config.label_length))
     before = resident()
     with torch.autocast("cpu", torch.bfloat16):
-        alignment_loss(drafter, frames, lm_head, anchors, labels).mean.backward()
+        alignment_loss(drafter, draft, lm_head, labels).mean.backward()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     gradients = sum(p.grad.nbytes for p in (frames, *drafter.parameters()) if p.grad is not None)
     return peak - before, gradients

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--prompt", required=True)
     inspect.add_argument("--nodes", type=int, default=32, help="node budget, 1 to 63 (default %(default)s)")
     inspect.add_argument("--tree", default="prefix", help="prefix, template or chain (default %(default)s)")
-    inspect.add_argument("--candidates", type=int, default=4, help="candidates per frame (default %(default)s)")
+    inspect.add_argument("--candidates", type=int, default=32, help="candidates per frame (default %(default)s)")
     inspect.add_argument("--skip", type=int, default=0, help="decoding steps before the tree (default %(default)s)")
     inspect.add_argument("--png", type=Path, metavar="PATH", help="also draw it into this file")
     inspect.set_defaults(run=_inspect)

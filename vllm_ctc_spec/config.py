@@ -25,8 +25,7 @@ class CTCDrafterConfig(PretrainedConfig):
     `hidden_size`, `vocab_size`, `num_key_value_heads` and `head_dim` are the target's, because the drafter
     shares its embedding and LM head and keeps its keys and values in the same paged cache.
     `emission` names the family (see algorithm/ctc.py): "independent" (CTC, repeats merge) or "conditioned"
-    (one label per frame, each emission conditioned on the last emitted token through a table of
-    rank `condition_rank`).
+    (one label per frame, each emission conditioned on the emitted tokens through tables of rank `condition_rank`).
     """
 
     model_type = "ctc_drafter"
@@ -81,14 +80,14 @@ class SpecOptions:
     """Our keys of `speculative_config`, beside vLLM's `method`, `model` and `num_speculative_tokens`.
 
     tree: how the frames become a token tree; "template" (the paper's) and "chain" are for comparison.
-    candidates: candidate tokens that each frame contributes to the tree.
+    candidates: tokens that the tree is made of, for each frame; the others are one mass of probability.
     min_prefix_probability: nodes that the drafter believes less likely than this are not verified.
     adaptive_budget: verify only those nodes, up to the node budget, that make the batch faster (engine/budget.py);
         a template tree is always verified whole.
     """
 
     tree: Literal["prefix", "template", "chain"] = "prefix"
-    candidates: int = 4
+    candidates: int = 32
     min_prefix_probability: float = 0.0
     adaptive_budget: bool = True
 

@@ -40,7 +40,7 @@ def decode(
     text = [*prompt, int(target.lm_head(hidden[:, -1]).argmax())]
     yield ReferenceStep(_empty_tree(), [], text[-1:])
     while True:
-        tree = draft(target, drafter, hidden, text[-1], num_nodes, options)
+        tree = draft(target, drafter, hidden, text[-2:], num_nodes, options)
         count = int(tree.num_nodes)
         hidden_with_tree = run_target(target, *tree_inputs(text, tree))
         rows = hidden_with_tree[:, len(text) - 1 :]
@@ -73,21 +73,22 @@ def tree_inputs(text: list[int], tree: TokenTrees) -> tuple[Tensor, Tensor, Tens
 
 
 def draft(
-    target: Any, drafter: CTCDrafter, hidden: Tensor, anchor: int, num_nodes: int, options: SpecOptions
+    target: Any, drafter: CTCDrafter, hidden: Tensor, last_tokens: list[int], num_nodes: int, options: SpecOptions
 ) -> TokenTrees:
-    """The tree after verified positions with hidden states [1, n + 1, H]; the anchor is at position n + 1."""
+    """The tree after verified positions with hidden states [1, n + 1, H]; last_tokens: at n, and the anchor."""
     length = hidden.shape[1]
     context = drafter.context(hidden, torch.arange(length)[None])
-    anchors = torch.tensor([anchor])
+    last = torch.tensor([last_tokens])
 
     def attend(layer: int, query: Tensor, own: KeyValue) -> Tensor:
         keys = torch.cat((context[layer].key, own.key), dim=1).transpose(1, 2)
         values = torch.cat((context[layer].value, own.value), dim=1).transpose(1, 2)
         return F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, enable_gqa=True).transpose(1, 2)
 
-    embedding = target.get_input_embeddings()(anchors)
-    frames = drafter(embedding, hidden[:, -1], torch.tensor([length]), attend)
-    return draft_trees(drafter, emission_logits(drafter, frames, target.lm_head), anchors, num_nodes, options)
+    embedding = target.get_input_embeddings()(last[:, 1])
+    drafted = drafter(last, embedding, hidden[:, -1], torch.tensor([length]), attend)
+    logits = emission_logits(drafter, drafted.frames, target.lm_head)
+    return draft_trees(drafter, drafted, logits, num_nodes, options)
 
 
 def _empty_tree() -> TokenTrees:

@@ -18,6 +18,7 @@ from torch import Tensor
 from vllm_ctc_spec.algorithm import (
     ConditionedEmissions,
     ConditionedPrefix,
+    Conditioning,
     IndependentEmissions,
     IndependentPrefix,
     TokenTrees,
@@ -59,39 +60,46 @@ class IndependentCase:
 class ConditionedCase:
     logits: Tensor
     """[T, V + 1]"""
-    condition_last: Tensor
-    condition_next: Tensor
-    anchor: int
+    conditioning: Conditioning
+    start: Tensor
+    """[r]"""
+    gate: Tensor
+    """[r]"""
 
-    def alignments(self) -> Iterator[tuple[Prefix, float]]:
-        """Every alignment and its probability: one label per frame, each given the last one that is no blank."""
-        bias = self.condition_last.double() @ self.condition_next.double().T
-        probability = (self.logits.double()[:, None] + bias).softmax(-1).tolist()
-        blank = self.logits.shape[1] - 1
-        for alignment in product(range(blank + 1), repeat=len(probability)):
-            last, chance = self.anchor, 1.0
-            for frame, label in zip(probability, alignment):
-                chance *= frame[last][label]
-                last = last if label == blank else label
-            yield alignment, chance
+    def _given(self, prefix: Prefix) -> list[list[float]]:
+        """[T][V + 1] p_t(k | prefix)"""
+        state = self.start.double()
+        for token in prefix:
+            state = self.conditioning.last[token].double() + self.conditioning.carry.double() @ state
+        bias = self.conditioning.following.double() @ (self.gate.double() * state)
+        return (self.logits.double() + bias).softmax(-1).tolist()
 
     def outcomes(self) -> dict[Prefix, float]:
-        """P(output), over all alignments: blanks dropped, nothing merged."""
-        blank = self.logits.shape[1] - 1
+        """P(output), over all alignments: one label per frame, blanks dropped, nothing merged."""
+        num_frames, num_labels = self.logits.shape
         total: dict[Prefix, float] = defaultdict(float)
-        for alignment, chance in self.alignments():
-            total[tuple(label for label in alignment if label != blank)] += chance
+        alignments: list[tuple[Prefix, float]] = [((), 1.0)]
+        for frame in range(num_frames):
+            longer = []
+            for prefix, chance in alignments:
+                labels = self._given(prefix)[frame]
+                longer += [((*prefix, token), chance * labels[token]) for token in range(num_labels - 1)]
+                longer.append((prefix, chance * labels[-1]))
+            alignments = longer
+        for prefix, chance in alignments:
+            total[prefix] += chance
         return total
 
+    def _gated(self) -> Conditioning:
+        following = self.conditioning.following.double() * self.gate.double()
+        return Conditioning(self.conditioning.last.double(), self.conditioning.carry.double(), following)
+
     def root(self) -> ConditionedPrefix:
-        return ConditionedPrefix.root(
-            self.logits.double(), self.condition_last.double(), self.condition_next.double(), self.anchor
-        )
+        return ConditionedPrefix.root(self.logits.double(), self._gated(), self.start.double())
 
     def emissions(self) -> ConditionedEmissions:
-        anchors = torch.tensor([self.anchor])
         return conditioned_emissions(
-            self.logits[None], anchors, self.condition_last, self.condition_next, self.logits.shape[1]
+            self.logits[None], self.start[None], self.gate[None], self.conditioning, self.logits.shape[1]
         )
 
 
@@ -124,6 +132,7 @@ def all_prefixes(num_tokens: int, max_length: int) -> Iterator[Prefix]:
 # Few distinct values make exact ties common; -inf makes impossible labels.
 _LOGITS = st.sampled_from([-math.inf, -2.0, 0.0, 0.0, 1.0, 3.0])
 _WEIGHTS = st.sampled_from([-2.0, -0.5, 0.0, 1.0])
+_CARRIES = st.sampled_from([-0.5, 0.0, 0.5])
 
 
 def _matrix(values: st.SearchStrategy[float], rows: int, columns: int) -> st.SearchStrategy[Tensor]:
@@ -147,8 +156,13 @@ def independent_cases(max_frames: int = 4, max_tokens: int = 3) -> st.SearchStra
 @st.composite
 def conditioned_cases(draw: st.DrawFn, max_frames: int = 4, max_tokens: int = 3) -> ConditionedCase:
     num_frames, num_tokens = draw(st.integers(1, max_frames)), draw(st.integers(1, max_tokens))
-    last, following = draw(_matrix(_WEIGHTS, num_tokens, 2)), draw(_matrix(_WEIGHTS, num_tokens + 1, 2))
-    return ConditionedCase(draw(logits(num_frames, num_tokens)), last, following, draw(st.integers(0, num_tokens - 1)))
+    conditioning = Conditioning(
+        draw(_matrix(_WEIGHTS, num_tokens, 2)),
+        draw(_matrix(_CARRIES, 2, 2)),
+        draw(_matrix(_WEIGHTS, num_tokens + 1, 2)),
+    )
+    start, gate = draw(_matrix(_WEIGHTS, 2, 2))
+    return ConditionedCase(draw(logits(num_frames, num_tokens)), conditioning, start, gate)
 
 
 def cases(max_frames: int = 4, max_tokens: int = 3) -> st.SearchStrategy[Case]:

@@ -6,9 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from vllm_ctc_spec.algorithm import conditioned_next_tokens, independent_next_tokens
+from vllm_ctc_spec.algorithm import Conditioning, conditioned_next_tokens, independent_next_tokens
 
 from .brute_force import Case, ConditionedCase, Prefix, cases, prefix_probabilities
 
@@ -16,8 +15,8 @@ from .brute_force import Case, ConditionedCase, Prefix, cases, prefix_probabilit
 def _next_tokens(case: Case, path: Prefix) -> list[int]:
     logits, text = case.logits[None], torch.tensor([path])
     if isinstance(case, ConditionedCase):
-        anchors = torch.tensor([case.anchor])
-        return conditioned_next_tokens(logits, anchors, text, case.condition_last, case.condition_next)[0].tolist()
+        condition = case.start[None], case.gate[None], case.conditioning
+        return conditioned_next_tokens(logits, *condition, text)[0].tolist()
     return independent_next_tokens(logits, text)[0].tolist()
 
 
@@ -33,18 +32,16 @@ def test_no_other_token_has_a_larger_prefix_probability(case: Case, data: st.Dat
         assert best == -1 or children[best] == pytest.approx(max(children), rel=1e-4)
 
 
-def _tables(num_tokens: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(num_tokens, 3), torch.randn(num_tokens + 1, 3)
-
-
 def test_requests_of_a_batch_do_not_see_each_other():
     torch.manual_seed(0)
-    logits, anchors, path, tables = torch.randn(5, 4, 8), torch.arange(5), torch.randint(7, (5, 4)), _tables(7)
-    conditioned = conditioned_next_tokens(logits, anchors, path, *tables)
+    logits, path, start, gate = torch.randn(5, 4, 8), torch.randint(7, (5, 4)), torch.randn(5, 3), torch.randn(5, 3)
+    tables = Conditioning(torch.randn(7, 3), torch.randn(3, 3), torch.randn(8, 3))
+    conditioned = conditioned_next_tokens(logits, start, gate, tables, path)
     independent = independent_next_tokens(logits, path)
     for i in range(5):
         one = slice(i, i + 1)
-        assert torch.equal(conditioned_next_tokens(logits[one], anchors[one], path[one], *tables), conditioned[one])
+        alone = conditioned_next_tokens(logits[one], start[one], gate[one], tables, path[one])
+        assert torch.equal(alone, conditioned[one])
         assert torch.equal(independent_next_tokens(logits[one], path[one]), independent[one])
 
 
@@ -52,6 +49,6 @@ def test_prefixes_far_below_single_precision_still_have_a_next_token():
     logits = torch.full((1, 3, 4), -200.0)
     logits[..., 1] = 0.0
     path = torch.tensor([[0, 2, 1]])
-    tables = torch.zeros(3, 1), torch.zeros(4, 1)
+    zero, tables = torch.zeros(1, 1), Conditioning(torch.zeros(3, 1), torch.zeros(1, 1), torch.zeros(4, 1))
     assert independent_next_tokens(logits, path).tolist() == [[1, 1, 1]]
-    assert conditioned_next_tokens(logits, torch.tensor([0]), path, *tables).tolist() == [[1, 1, 1]]
+    assert conditioned_next_tokens(logits, zero, zero, tables, path).tolist() == [[1, 1, 1]]

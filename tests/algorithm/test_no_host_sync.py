@@ -9,30 +9,30 @@ import pytest
 import torch
 
 from vllm_ctc_spec.algorithm import (
+    Conditioning,
     accept_greedy,
     build_chains,
     build_prefix_trees,
     child_of,
     conditioned_emissions,
-    emissions,
     independent_emissions,
 )
 
 
 @pytest.mark.parametrize("build", [build_prefix_trees, build_chains])
 @pytest.mark.parametrize("conditioned", [False, True])
-@pytest.mark.parametrize("vocabulary_above_exact", [False, True])
-def test_all_shapes_are_known_without_any_value(
-    build: Callable, conditioned: bool, vocabulary_above_exact: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if vocabulary_above_exact:
-        monkeypatch.setattr(emissions, "EXACT_NORMALISER_MAX_VOCABULARY", 0)
-    logits = torch.empty(3, 8, 101, device="meta")
-    anchors = torch.empty(3, dtype=torch.int64, device="meta")
-    tables = torch.empty(100, 4, device="meta"), torch.empty(101, 4, device="meta")
-    made = conditioned_emissions(logits, anchors, *tables, 16) if conditioned else independent_emissions(logits, 16)
+def test_all_shapes_are_known_without_any_value(build: Callable, conditioned: bool) -> None:
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    logits, tokens = meta(3, 8, 101), meta(3, dtype=torch.int64)
+    tables = Conditioning(meta(100, 4), meta(4, 4), meta(101, 4))
+    if conditioned:
+        made = conditioned_emissions(logits, meta(3, 4), meta(3, 4), tables, 16)
+    else:
+        made = independent_emissions(logits, 16)
     trees = build(made, 32)
     assert {tuple(getattr(trees, field.name).shape) for field in fields(trees)} == {(3, 32), (3,)}
-    accepted = accept_greedy(trees, torch.empty(3, 33, dtype=torch.int64, device="meta"), max_depth=8)
+    accepted = accept_greedy(trees, meta(3, 33, dtype=torch.int64), max_depth=8)
     assert accepted.nodes.shape == (3, 8) and accepted.num_accepted.shape == (3,)
-    assert child_of(trees, anchors, anchors).shape == (3,)
+    assert child_of(trees, tokens, tokens).shape == (3,)

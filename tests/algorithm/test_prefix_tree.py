@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_ctc_spec.algorithm import (
+    Conditioning,
     TokenTrees,
     build_chains,
     build_prefix_trees,
@@ -113,12 +114,12 @@ def test_a_chain_steps_to_the_most_probable_child_each_time(case: Case, num_node
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_a_batch_gives_the_trees_of_its_requests(build, conditioned: bool) -> None:
     torch.manual_seed(0)
-    logits, anchors = 2 * torch.randn(5, 6, 41), torch.randint(40, (5,))
-    tables = torch.randn(40, 4), torch.randn(41, 4)
+    logits, start, gate = 2 * torch.randn(5, 6, 41), torch.randn(5, 4), torch.randn(5, 4)
+    tables = Conditioning(torch.randn(40, 4), torch.randn(4, 4) / 4, torch.randn(41, 4))
 
     def trees(rows: slice) -> TokenTrees:
         if conditioned:
-            return build(conditioned_emissions(logits[rows], anchors[rows], *tables, 12), 32)
+            return build(conditioned_emissions(logits[rows], start[rows], gate[rows], tables, 12), 32)
         return build(independent_emissions(logits[rows], 12), 32)
 
     batch = trees(slice(None))
@@ -133,8 +134,8 @@ def test_without_blank_and_bias_a_prefix_has_the_product_of_its_positions() -> N
     torch.manual_seed(0)
     logits = torch.randn(1, 5, 9)
     logits[..., -1] = -torch.inf
-    zeros = torch.zeros(8, 2), torch.zeros(9, 2)
-    trees = build_prefix_trees(conditioned_emissions(logits, torch.tensor([0]), *zeros, 8), 32)
+    zero, tables = torch.zeros(1, 2), Conditioning(torch.zeros(8, 2), torch.zeros(2, 2), torch.zeros(9, 2))
+    trees = build_prefix_trees(conditioned_emissions(logits, zero, zero, tables, 8), 32)
     logp = logits[0].log_softmax(-1)
     for prefix, believed in zip(node_prefixes(trees), trees.prefix_logp[0].tolist(), strict=True):
         assert believed == pytest.approx(sum(logp[frame, token].item() for frame, token in enumerate(prefix)), abs=1e-5)
@@ -143,15 +144,17 @@ def test_without_blank_and_bias_a_prefix_has_the_product_of_its_positions() -> N
 @pytest.mark.parametrize("num_nodes", [1, 16, 63])
 def test_parents_come_first_even_when_every_step_is_all_but_certain(num_nodes: int) -> None:
     torch.manual_seed(0)
-    anchors = torch.zeros(64, dtype=torch.int64)
+    start, gate, carry = torch.zeros(64, 3), torch.ones(64, 3), torch.randn(3, 3) / 3
+    biased = Conditioning(torch.randn(7, 3), carry, torch.randn(8, 3))
+    unbiased = Conditioning(torch.zeros(7, 3), carry, torch.zeros(8, 3))
     logits = torch.randn(64, 16, 8)
     logits[:, torch.arange(16), torch.arange(16) % 3] += 18.0
     hesitant = 2 + torch.randn(64, 16, 8)
     hesitant[..., 1:-1] -= 30.0
     for emissions in (
         independent_emissions(logits, 7),
-        conditioned_emissions(logits, anchors, torch.randn(7, 3), torch.randn(8, 3), 7),
-        conditioned_emissions(hesitant, anchors, torch.zeros(7, 3), torch.zeros(8, 3), 7),
+        conditioned_emissions(logits, start, gate, biased, 7),
+        conditioned_emissions(hesitant, start, gate, unbiased, 7),
     ):
         trees = build_prefix_trees(emissions, num_nodes)
         assert (trees.parents <= torch.arange(num_nodes)).all()

@@ -37,9 +37,10 @@ def run(model: CTCDrafter) -> list[Tensor]:
     def attend(layer: int, query: Tensor, own: KeyValue) -> Tensor:
         return query + own.value.mean(-3, keepdim=True).repeat_interleave(2, dim=-2)
 
-    frames = model(embedding, hidden, positions, attend)
+    last_tokens = torch.tensor([[4, 5], [6, 7], [5, 5]])
+    frames, start, gate = model(last_tokens, embedding, hidden, positions, attend)
     context = [x for pair in model.context(hidden, positions) for x in pair]
-    return [frames, model.blank_logits(frames), *context]
+    return [frames, start, gate, model.blank_logits(frames), *context]
 
 
 @pytest.mark.parametrize("emission", ["conditioned", "independent"])

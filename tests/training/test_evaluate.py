@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.algorithm.brute_force import Case, ConditionedCase, IndependentCase, Prefix, prefix_probabilities
 from tests.training.tiny_models import VOCAB, tiny_drafter, tiny_target
 from vllm_ctc_spec.config import CTCDrafterConfig, SpecOptions
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter import CTCDrafter, Draft
 from vllm_ctc_spec.training.evaluate import (
     CHAIN,
     PAPER_TREE,
@@ -55,7 +55,8 @@ class Problem:
         self.drafter = tiny_tables(emission)
         torch.manual_seed(3)
         self.logits = torch.randn(NUM_ANCHORS, NUM_FRAMES, NUM_TOKENS + 1)
-        self.anchors = torch.randint(NUM_TOKENS, (NUM_ANCHORS,))
+        rank = 0 if emission == "independent" else 2
+        self.draft = Draft(torch.empty(NUM_ANCHORS, 0), torch.randn(NUM_ANCHORS, rank), torch.randn(NUM_ANCHORS, rank))
         self.labels = torch.randint(NUM_TOKENS, (NUM_ANCHORS, NUM_FRAMES))
         self.rows = torch.arange(NUM_ANCHORS) // 7
         self.texts = [tuple(text) for text in self.labels.tolist()]
@@ -64,11 +65,11 @@ class Problem:
     def case(self, anchor: int) -> Case:
         if self.drafter.config.emission == "independent":
             return IndependentCase(self.logits[anchor])
-        tables = self.drafter.condition_last.weight, self.drafter.condition_next.weight
-        return ConditionedCase(self.logits[anchor], *tables, int(self.anchors[anchor]))
+        conditions = self.draft.start[anchor], self.draft.gate[anchor]
+        return ConditionedCase(self.logits[anchor], self.drafter.conditioning, *conditions)
 
     def observed(self) -> Observations:
-        return observe(self.drafter, self.logits, self.anchors, self.labels, self.rows, TREES)
+        return observe(self.drafter, self.draft, self.logits, self.labels, self.rows, TREES)
 
     def evaluation(self) -> Evaluation:
         return summarise(self.observed(), TREES, num_rows_left_out=0)
@@ -167,8 +168,11 @@ def test_a_drafter_is_found_calibrated_on_text_that_it_drew_itself():
         chances = {text: chance for text, chance in problem.case(anchor).outcomes().items() if len(text) == NUM_FRAMES}
         drawn = torch.multinomial(torch.tensor(list(chances.values())), 100, replacement=True)
         texts.append(torch.tensor(list(chances))[drawn])
-    logits, anchors = problem.logits.repeat_interleave(100, 0), problem.anchors.repeat_interleave(100)
-    observed = observe(problem.drafter, logits, anchors, torch.cat(texts), torch.arange(len(anchors)), TREES)
+    logits, draft = (
+        problem.logits.repeat_interleave(100, 0),
+        Draft(*(each.repeat_interleave(100, 0) for each in problem.draft)),
+    )
+    observed = observe(problem.drafter, draft, logits, torch.cat(texts), torch.arange(len(logits)), TREES)
     evaluation = summarise(observed, TREES, num_rows_left_out=0)
     for tree in evaluation.trees[:-1]:
         assert abs(tree.length - tree.expected) < 4 * tree.standard_error
@@ -182,7 +186,8 @@ def test_a_drafter_that_is_right_and_sure_has_the_known_numbers(emission: str):
     drafter = tiny_tables(emission)
     labels = torch.tensor([[0, 1, 2], [3, 2, 1]])
     logits = 100.0 * torch.nn.functional.one_hot(labels, NUM_TOKENS + 1)
-    observed = observe(drafter, logits, torch.tensor([1, 2]), labels, torch.tensor([0, 1]), TREES)
+    unbiased = Draft(torch.empty(2, 0), *torch.zeros(2, 2, 2))
+    observed = observe(drafter, unbiased, logits, labels, torch.tensor([0, 1]), TREES)
     evaluation = summarise(observed, TREES, num_rows_left_out=5)
     for tree in evaluation.trees:
         full = 1.0 if tree.num_nodes >= NUM_FRAMES else 0.0
@@ -285,7 +290,7 @@ def test_a_missing_matplotlib_is_named_with_its_remedy(problem: Problem, tmp_pat
 def test_trees_do_not_depend_on_which_others_are_judged_beside_them(problem: Problem):
     together = problem.evaluation().trees
     for choice, expected in zip(TREES, together, strict=True):
-        arguments = problem.drafter, problem.logits, problem.anchors, problem.labels, problem.rows, [choice]
+        arguments = problem.drafter, problem.draft, problem.logits, problem.labels, problem.rows, [choice]
         (alone,) = summarise(observe(*arguments), [choice], 0).trees
         assert alone == expected
 
@@ -296,8 +301,8 @@ def test_a_gpu_sees_what_the_cpu_sees(problem: Problem):
     def on_gpu(values: Tensor) -> Tensor:
         return values.cuda()
 
-    tensors = map(on_gpu, (problem.logits, problem.anchors, problem.labels, problem.rows))
-    observed = observe(tiny_tables(problem.drafter.config.emission).cuda(), *tensors, TREES)
+    draft, tensors = Draft(*map(on_gpu, problem.draft)), map(on_gpu, (problem.logits, problem.labels, problem.rows))
+    observed = observe(tiny_tables(problem.drafter.config.emission).cuda(), draft, *tensors, TREES)
     assert torch.equal(observed.num_accepted, problem.observed().num_accepted)
     assert torch.equal(observed.right_next, problem.observed().right_next)
     torch.testing.assert_close(observed.believed, problem.observed().believed)

@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
-from vllm_ctc_spec.training.loss import alignment_loss, conditioned_loss, has_alignment, independent_loss
+from vllm_ctc_spec.algorithm import Conditioning
+from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig, Draft
+from vllm_ctc_spec.training.loss import (
+    alignment_loss,
+    conditioned_loss,
+    has_alignment,
+    independent_loss,
+    sampled_softmax,
+)
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(2, 4), st.integers(0, 10_000)).filter(
     lambda size: size[1] <= size[0]
@@ -21,21 +28,23 @@ sizes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(2, 4), st.in
 def random_case(num_frames: int, num_labels: int, vocab: int, seed: int) -> tuple[Tensor, ...]:
     torch.manual_seed(seed)
     logits = 2 * torch.randn(3, num_frames, vocab + 1)
-    anchors, labels = torch.randint(vocab, (3,)), torch.randint(vocab, (3, num_labels))
-    return logits, anchors, labels, torch.randn(vocab, 5), torch.randn(vocab + 1, 5)
+    start, gate, labels = torch.randn(3, 5), torch.randn(3, 5), torch.randint(vocab, (3, num_labels))
+    return logits, start, gate, labels, torch.randn(vocab, 5), torch.randn(5, 5) / 5, torch.randn(vocab + 1, 5)
 
 
-def conditioned_brute_force(logits: Tensor, anchor: int, labels: list[int], last: Tensor, following: Tensor) -> float:
+def conditioned_brute_force(
+    logits: Tensor, start: Tensor, gate: Tensor, labels: list[int], last: Tensor, carry: Tensor, following: Tensor
+) -> float:
     """One row: the summed probability of the placements of the labels among the frames."""
     num_frames, blank = len(logits), logits.shape[1] - 1
     total = 0.0
     for frames in itertools.combinations(range(num_frames), len(labels)):
-        probability, emitted = 1.0, 0
+        probability, emitted, state = 1.0, 0, start
         for t in range(num_frames):
-            previous = anchor if emitted == 0 else labels[emitted - 1]
-            p = (logits[t] + following @ last[previous]).softmax(-1)
+            p = (logits[t] + following @ (gate * state)).softmax(-1)
             if t in frames:
                 probability *= float(p[labels[emitted]])
+                state = last[labels[emitted]] + carry @ state
                 emitted += 1
             else:
                 probability *= float(p[blank])
@@ -57,17 +66,17 @@ def independent_brute_force(logits: Tensor, labels: list[int]) -> float:
 @settings(max_examples=40, deadline=None)
 @given(sizes)
 def test_conditioned_loss_is_the_sum_over_alignments(size):
-    logits, anchors, labels, last, following = random_case(*size)
-    losses = conditioned_loss(logits, anchors, labels, last, following)
+    logits, start, gate, labels, *tables = random_case(*size)
+    losses = conditioned_loss(logits, start, gate, Conditioning(*tables), labels)
     for row, loss in enumerate(losses.tolist()):
-        total = conditioned_brute_force(logits[row], int(anchors[row]), labels[row].tolist(), last, following)
+        total = conditioned_brute_force(logits[row], start[row], gate[row], labels[row].tolist(), *tables)
         assert math.exp(-loss) == pytest.approx(total, rel=1e-4)
 
 
 @settings(max_examples=40, deadline=None)
 @given(sizes)
 def test_independent_loss_is_the_sum_over_alignments(size):
-    logits, _, labels, _, _ = random_case(*size)
+    logits, _, _, labels, *_ = random_case(*size)
     losses, possible = independent_loss(logits, labels), has_alignment(labels, logits.shape[1])
     for row, loss in enumerate(losses.tolist()):
         total = independent_brute_force(logits[row], labels[row].tolist())
@@ -76,39 +85,79 @@ def test_independent_loss_is_the_sum_over_alignments(size):
 
 
 def test_without_slack_the_conditioned_loss_is_cross_entropy_per_position():
-    logits, anchors, labels, last, following = random_case(4, 4, 7, seed=3)
-    previous = torch.cat((anchors[:, None], labels[:, :-1]), dim=1)
-    scores = logits + last[previous] @ following.T
+    logits, start, gate, labels, last, carry, following = random_case(4, 4, 7, seed=3)
+    states = [start]
+    for label in labels.T[:-1]:
+        states.append(last[label] + states[-1] @ carry.T)
+    scores = logits + (torch.stack(states, dim=1) * gate[:, None]) @ following.T
     expected = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none").view(3, 4).sum(1)
-    torch.testing.assert_close(conditioned_loss(logits, anchors, labels, last, following), expected)
+    losses = conditioned_loss(logits, start, gate, Conditioning(last, carry, following), labels)
+    torch.testing.assert_close(losses, expected)
 
 
 def test_extreme_logits_keep_loss_and_gradient_finite():
-    logits, anchors, labels, last, following = random_case(4, 2, 7, seed=4)
-    inputs = [(x * 40).requires_grad_() for x in (logits, last, following)]
-    loss = conditioned_loss(inputs[0], anchors, labels, inputs[1], inputs[2]).sum()
+    logits, start, gate, labels, last, carry, following = random_case(4, 2, 7, seed=4)
+    inputs = [(x * 40).requires_grad_() for x in (logits, start, last, following)]
+    loss = conditioned_loss(*inputs[:2], gate, Conditioning(inputs[2], carry, inputs[3]), labels).sum()
     loss.backward()
     assert loss.isfinite()
     assert all(x.grad.isfinite().all() for x in inputs)
 
 
+def test_tokens_that_stand_for_the_vocabulary_have_its_weight_and_every_label_among_them():
+    torch.manual_seed(0)
+    labels, frequent = torch.randint(90, 100, (6, 3)), torch.arange(10)
+    tokens, offsets, columns = sampled_softmax(labels, frequent, vocab_size=100)
+    certain = torch.cat((frequent, labels.unique()))
+    assert torch.equal(tokens[columns], labels)
+    assert len(tokens.unique()) == len(tokens) == len(certain) + len(frequent)
+    assert set(tokens[offsets == 0].tolist()) == set(certain.tolist())
+    assert float(offsets.exp().sum()) == pytest.approx(100)
+
+
+@torch.no_grad()
+def test_the_estimated_normaliser_is_right_on_average():
+    drafter = small_drafter(num_frames=1, label_length=1, condition_rank=5)
+    draft, lm_head, labels = random_draft(drafter)
+    everything = alignment_loss(drafter, draft, lm_head, labels, torch.arange(11)).mean
+    torch.testing.assert_close(everything, alignment_loss(drafter, draft, lm_head, labels).mean)
+    # One frame of one anchor: its loss is the normaliser's logarithm, but for a constant.
+    one, label = Draft(*(each[:1] for each in draft)), labels[:1]
+    exact = float(alignment_loss(drafter, one, lm_head, label).mean.exp())
+    # The label and two tokens stand for themselves; two are drawn for the other eight.
+    losses = [alignment_loss(drafter, one, lm_head, label, torch.tensor([0, 7])).mean for _ in range(500)]
+    estimates = torch.stack(losses).exp()
+    assert float(estimates.mean()) == pytest.approx(exact, rel=0.1)
+    assert float(estimates.std()) > 0
+
+
 def small_drafter(**fields: object) -> CTCDrafter:
     torch.manual_seed(0)
-    return CTCDrafter(CTCDrafterConfig(hidden_size=8, vocab_size=11, label_length=3, **fields))
+    return CTCDrafter(CTCDrafterConfig(**{"hidden_size": 8, "vocab_size": 11, "label_length": 3} | fields))
+
+
+def random_draft(drafter: CTCDrafter) -> tuple[Draft, Tensor, Tensor]:
+    """Of ten anchors, an LM head, and labels, the first of which are all equal."""
+    torch.manual_seed(1)
+    rank = 0 if drafter.config.emission == "independent" else drafter.config.condition_rank
+    frames = torch.randn(10, drafter.config.num_frames, 8).requires_grad_()
+    draft = Draft(frames, *(torch.randn(10, rank).requires_grad_() for _ in range(2)))
+    lm_head, labels = torch.randn(11, 8), torch.randint(11, (10, drafter.config.label_length))
+    labels[0] = 5
+    return draft, lm_head, labels
 
 
 def losses_and_gradients(drafter: CTCDrafter) -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    frames, lm_head = torch.randn(10, drafter.config.num_frames, 8).requires_grad_(), torch.randn(11, 8)
-    anchors, labels = torch.randint(11, (10,)), torch.randint(11, (10, 3))
-    labels[0] = 5
+    draft, lm_head, labels = random_draft(drafter)
     drafter.zero_grad()
-    loss = alignment_loss(drafter, frames, lm_head, anchors, labels)
+    loss = alignment_loss(drafter, draft, lm_head, labels)
     (3 * loss.mean).backward()
     independent = drafter.config.emission == "independent"
     assert int(loss.num_impossible) == independent * int((~has_alignment(labels, drafter.config.num_frames)).sum())
     gradients = {name: weight.grad for name, weight in drafter.named_parameters() if weight.grad is not None}
-    return {"loss": loss.mean.detach(), "frames": frames.grad} | gradients
+    inputs = {name: value.grad for name, value in draft._asdict().items() if value.grad is not None}
+    assert len(inputs) == (1 if independent else 3)
+    return {"loss": loss.mean.detach()} | inputs | gradients
 
 
 @pytest.mark.parametrize("fields", [
@@ -131,10 +180,9 @@ def test_the_fused_loss_and_its_gradients_are_those_of_the_sum_over_alignments(r
     drafter = small_drafter(num_frames=3, condition_rank=rank)
     fused = losses_and_gradients(drafter)
 
-    def summed(drafter: CTCDrafter, frames: Tensor, lm_head: Tensor, anchors: Tensor, labels: Tensor) -> Tensor:
-        logits = torch.cat((frames @ lm_head.T, drafter.blank_logits(frames)[..., None]), dim=-1)
-        tables = drafter.condition_last.weight, drafter.condition_next.weight
-        return conditioned_loss(logits, anchors, labels, *tables).sum()
+    def summed(drafter: CTCDrafter, draft: Draft, lm_head: Tensor, labels: Tensor, frequent: Tensor | None) -> Tensor:
+        logits = torch.cat((draft.frames @ lm_head.T, drafter.blank_logits(draft.frames)[..., None]), dim=-1)
+        return conditioned_loss(logits, draft.start, draft.gate, drafter.conditioning, labels).sum()
 
     monkeypatch.setattr("vllm_ctc_spec.training.loss._without_slack", summed)
     torch.testing.assert_close(losses_and_gradients(drafter), fused)

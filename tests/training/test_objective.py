@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.training.tiny_models import VOCAB, tiny_drafter, tiny_target
-from vllm_ctc_spec.drafter import KeyValue
+from vllm_ctc_spec.drafter import Draft, KeyValue
 from vllm_ctc_spec.training.objective import DraftObjective, target_hidden
 
 ANCHORS = torch.tensor([[1, 5, 19], [7, 2, 8]])
 
 
-def one_anchor_frames(objective: DraftObjective, input_ids: Tensor, anchor: int) -> Tensor:
-    """[T, H] as a serving step computes it: the text up to the anchor is all there is."""
+def one_anchor(objective: DraftObjective, input_ids: Tensor, anchor: int) -> Draft:
+    """As a serving step computes it: the text up to the anchor is all there is."""
     hidden = target_hidden(objective.target, input_ids[None, :anchor])[0]
     context = objective.drafter.context(hidden, torch.arange(anchor))
 
@@ -23,7 +23,7 @@ def one_anchor_frames(objective: DraftObjective, input_ids: Tensor, anchor: int)
         return out[0].transpose(0, 1)
 
     embedding = objective.target.get_input_embeddings()(input_ids[anchor])
-    return objective.drafter(embedding, hidden[-1], torch.tensor(anchor), attend)
+    return objective.drafter(input_ids[anchor - 1 : anchor + 1], embedding, hidden[-1], torch.tensor(anchor), attend)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -32,25 +32,26 @@ def test_many_anchors_in_one_pass_equal_one_step_each(num_layers):
     target = tiny_target()
     objective = DraftObjective(tiny_drafter(target, num_hidden_layers=num_layers), target)
     input_ids = torch.randint(VOCAB, (2, 20))
-    frames = objective.frames(input_ids, target_hidden(target, input_ids), ANCHORS)
+    draft = objective.draft(input_ids, target_hidden(target, input_ids), ANCHORS)
     for row, anchors in enumerate(ANCHORS.tolist()):
         for column, anchor in enumerate(anchors):
-            alone = one_anchor_frames(objective, input_ids[row], anchor)
-            torch.testing.assert_close(frames[row, column], alone, atol=1e-5, rtol=1e-4)
+            alone = one_anchor(objective, input_ids[row], anchor)
+            for together, single in zip(draft, alone, strict=True):
+                torch.testing.assert_close(together[row, column], single, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_nothing_at_or_after_the_anchor_but_the_anchor_reaches_its_frames():
+def test_nothing_at_or_after_the_anchor_but_the_anchor_reaches_its_draft():
     target = tiny_target()
     objective = DraftObjective(tiny_drafter(target), target)
     input_ids = torch.randint(VOCAB, (1, 20))
     anchors = torch.tensor([[9]])
-    frames = objective.frames(input_ids, target_hidden(target, input_ids), anchors)
+    draft = objective.draft(input_ids, target_hidden(target, input_ids), anchors)
     for position, same in ((8, False), (9, False), (10, True), (19, True)):
         changed = input_ids.clone()
         changed[0, position] = (changed[0, position] + 1) % VOCAB
-        others = objective.frames(changed, target_hidden(target, changed), anchors)
-        assert torch.allclose(frames, others, atol=1e-6) == same
+        others = objective.draft(changed, target_hidden(target, changed), anchors)
+        assert all(torch.allclose(own, other, atol=1e-6) == same for own, other in zip(draft, others, strict=True))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -6,7 +6,13 @@ knows vLLM or transformers.
 """
 
 from .ctc import ConditionedPrefix, IndependentPrefix, collapse
-from .emissions import ConditionedEmissions, IndependentEmissions, conditioned_emissions, independent_emissions
+from .emissions import (
+    ConditionedEmissions,
+    Conditioning,
+    IndependentEmissions,
+    conditioned_emissions,
+    independent_emissions,
+)
 from .next_token import conditioned_next_tokens, independent_next_tokens
 from .prefix_tree import build_chains, build_prefix_trees
 from .template_tree import build_template_trees
@@ -17,6 +23,7 @@ __all__ = [
     "AcceptedPaths",
     "ConditionedEmissions",
     "ConditionedPrefix",
+    "Conditioning",
     "IndependentEmissions",
     "IndependentPrefix",
     "TokenTrees",

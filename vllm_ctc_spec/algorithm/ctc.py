@@ -3,14 +3,14 @@
 The oracle of the batched code in prefix_tree.py. Two families of emission over V tokens and a blank:
 
 * independent (Graves et al. 2006, section 3.2): repeats merge, blanks drop;
-* conditioned: one label per frame, the rest blank, nothing merges, and the frame's
-  distribution depends on the last emitted token.
+* conditioned: one label per frame, the rest blank, nothing merges, and the frame's distribution depends on the
+  emitted prefix, through a state that is a linear recurrence over its tokens.
 
 Both are a frozen record with a method `extend` from a prefix h to h.c, a `prefix_logp` = log psi(h), the log
 probability that the collapsed output starts with h, and an `end_logp`, that it is h and no more. Impossible
 events are -inf and never become NaN.
 
-Letters: T frames, V vocabulary without blank (which is column V), r rank of the condition table.
+Letters: T frames, V vocabulary without blank (which is column V), r rank of the condition tables.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from torch import Tensor
+
+from .emissions import Conditioning
 
 _IMPOSSIBLE = -math.inf
 
@@ -71,28 +73,27 @@ class IndependentPrefix:
 
 @dataclass(frozen=True)
 class ConditionedPrefix:
-    """A prefix h with its forward variable over frames 0 .. T, where p_t(c | u) = softmax_c(frame_t[c] + A[u].B[c])."""
+    """A prefix h with its forward variable over frames 0 .. T, where p_t(c | h) = softmax_c(frame_t[c] + s(h).B[c])
+    and s(h.c) = A[c] + W s(h).
+    """
 
     frames: Tensor
     """[T, V + 1] frame logits."""
-    condition_last: Tensor
-    """[V, r], the table A."""
-    condition_next: Tensor
-    """[V + 1, r], the table B."""
-    last: int
-    """The last emitted token, at the root the anchor."""
+    conditioning: Conditioning
+    state: Tensor
+    """[r], s(h); at the root the start."""
     forward_logp: tuple[float, ...]
     """log alpha: frames 1 .. t emit exactly h."""
     prefix_logp: float
     """log psi(h)."""
 
     @classmethod
-    def root(cls, frames: Tensor, condition_last: Tensor, condition_next: Tensor, anchor: int) -> ConditionedPrefix:
-        before = cls(frames, condition_last, condition_next, anchor, (), 0.0)
+    def root(cls, frames: Tensor, conditioning: Conditioning, start: Tensor) -> ConditionedPrefix:
+        before = cls(frames, conditioning, start, (), 0.0)
         forward = [0.0]
         for frame in before.emission_logp().tolist():
             forward.append(forward[-1] + frame[-1])
-        return cls(frames, condition_last, condition_next, anchor, tuple(forward), 0.0)
+        return cls(frames, conditioning, start, tuple(forward), 0.0)
 
     @property
     def end_logp(self) -> float:
@@ -100,19 +101,18 @@ class ConditionedPrefix:
         return self.forward_logp[-1]
 
     def emission_logp(self) -> Tensor:
-        """[T, V + 1] log p_t(k | last)."""
-        return (self.frames + self.condition_next @ self.condition_last[self.last]).log_softmax(-1)
+        """[T, V + 1] log p_t(k | h)."""
+        return (self.frames + self.conditioning.following @ self.state).log_softmax(-1)
 
     def extend(self, token: int) -> ConditionedPrefix:
-        child = ConditionedPrefix(self.frames, self.condition_last, self.condition_next, token, (), 0.0)
+        state = self.conditioning.last[token] + self.conditioning.carry @ self.state
+        child = ConditionedPrefix(self.frames, self.conditioning, state, (), 0.0)
         forward, new_logp = [_IMPOSSIBLE], [_IMPOSSIBLE]
         frames = zip(self.emission_logp().tolist(), child.emission_logp()[:, -1].tolist(), strict=True)
         for t, (emission, child_blank) in enumerate(frames):
             new_logp.append(self.forward_logp[t] + emission[token])
             forward.append(_log_add((forward[t] + child_blank, new_logp[-1])))
-        return ConditionedPrefix(
-            self.frames, self.condition_last, self.condition_next, token, tuple(forward), _log_add(new_logp)
-        )
+        return ConditionedPrefix(self.frames, self.conditioning, state, tuple(forward), _log_add(new_logp))
 
 
 def _log_add(values: Iterable[float]) -> float:

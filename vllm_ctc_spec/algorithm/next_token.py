@@ -3,7 +3,7 @@
 A tree holds the few children that made it into its node budget; here every token c competes with
 psi(h.c) = sum_t phi_{t-1}(h) p_t(c | h), from the forward variables phi of ctc.py, batched and in log space.
 
-Letters: R requests, T frames, U tokens of text, V vocabulary without blank, r rank of the tables.
+Letters: R requests, T frames, U tokens of text, V vocabulary without blank, r rank of the conditioning.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .emissions import Conditioning
 
 
 def independent_next_tokens(logits: Tensor, path: Tensor) -> Tensor:
@@ -38,22 +40,22 @@ def independent_next_tokens(logits: Tensor, path: Tensor) -> Tensor:
 
 
 def conditioned_next_tokens(
-    logits: Tensor, anchors: Tensor, path: Tensor, condition_last: Tensor, condition_next: Tensor
+    logits: Tensor, start: Tensor, gate: Tensor, conditioning: Conditioning, path: Tensor
 ) -> Tensor:
-    """[R, U]: argmax_c psi(path[:d].c) for d = 0 .. U - 1, each frame given the last token; -1 where all are 0.
+    """[R, U]: argmax_c psi(path[:d].c) for d = 0 .. U - 1, each frame given the prefix; -1 where all are 0.
 
-    logits: [R, T, V + 1], blank last. anchors: [R] int64. path: [R, U] int64, U <= T.
-    condition_last: [V, r]. condition_next: [V + 1, r].
+    logits: [R, T, V + 1], blank last. start, gate: [R, r], see emissions.py. path: [R, U] int64, U <= T.
     """
     frames = logits.float()
     arrival_logp = _certain_start(frames[..., -1])
-    best = []
-    for last, token in zip(torch.cat((anchors[:, None], path[:, :-1]), dim=1).T, path.T, strict=True):
-        bias = (condition_last[last] @ condition_next.T).float()
+    best, state = [], start
+    for token in path.T:
+        bias = ((state * gate) @ conditioning.following.T).float()
         logp = (frames + bias[:, None]).log_softmax(-1)
         forward_logp = _forward(arrival_logp, logp[..., -1])
         best.append(_most_probable(_children(forward_logp, forward_logp, logp[..., :-1].exp())))
         arrival_logp = _arrival(forward_logp, _column(logp, token))
+        state = conditioning.advance(state, token)
     return torch.stack(best, dim=1)
 
 

@@ -6,12 +6,18 @@ Both families of emissions are read as one process. The state of a prefix h = y_
 
 so psi(h) = sum_t arrive_t(h), and one more token c costs one product with a T x T matrix:
 
-    arrive_t(h.c) = p_t(c | y_j) * sum_{s < t} arrive_s(h) * wait_{s,t}(y_j)
+    arrive_t(h.c) = p_t(c | h) * before_t(h),    before_t(h) = sum_{s < t} arrive_s(h) * wait_{s,t}(h)
 
-where wait_{s,t}(u) = P(nothing is added in frames s+1 .. t-1 after u was emitted at s). In the conditioned family
-that is a run of blanks. In the independent one it is a run of u, then a run of blanks (Graves et al. 2006,
-section 3.2, whose gamma_n + gamma_b at t-1 it sums to); if c repeats u, at least one blank must lie between.
+where wait_{s,t}(h) = P(nothing is added in frames s+1 .. t-1 after h was completed at s). In the conditioned family
+that is a run of blanks. In the independent one it is a run of the last token u, then a run of blanks (Graves et al.
+2006, section 3.2, whose gamma_n + gamma_b at t-1 it sums to); if c repeats u, at least one blank must lie between.
 The sums over s are the forward variables of the paper, unrolled.
+
+An emission is a product of what the frame says, what the prefix says and a normaliser of the two,
+
+    p_t(c | h) = frame_t(c) * lift_h(c) / total_t(h),
+
+so that psi of all children of all prefixes of a level is one product over the frames, before they exist.
 
 psi never grows along a path, so the N largest form a connected tree, and it is the N-node tree with the largest
 expected accepted length. Each level therefore keeps its best N, and the best N of all
@@ -19,14 +25,16 @@ levels are the tree.
 
 The work is done on float32 probabilities, not logarithms: it only adds and multiplies non-negative numbers, so
 nothing cancels and the relative error stays within a few T ulps; what underflows (below 1e-38) could not
-contribute to an expected length anyway and counts as impossible. Logarithms return at the boundary.
+contribute to an expected length anyway and counts as impossible. So does a token for which frame and prefix disagree
+by more than 87 nats. Logarithms return at the boundary.
 
-Letters: R requests, T frames, N nodes, C candidates, M prefixes kept at a level.
+Letters: R requests, T frames, N nodes, C candidates, M prefixes kept at a level, r rank of the conditioning.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +42,8 @@ from torch import Tensor
 
 from .emissions import ConditionedEmissions, IndependentEmissions
 from .token_tree import TokenTrees
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def build_prefix_trees(
@@ -55,20 +65,6 @@ def build_chains(emissions: IndependentEmissions | ConditionedEmissions, num_nod
 
 
 @dataclass(frozen=True)
-class _Process:
-    """What the level loop needs of either family, as probabilities."""
-
-    first: Tensor
-    """[R, C, T] arrive of the prefixes of one token."""
-    emit: Tensor
-    """[R, C, C, T] p_t(c | u) with u before c, or [R, 1, C, T] where u does not matter."""
-    wait: Tensor
-    """[R, C, T, T] wait_{s,t}(u), zero unless s < t."""
-    wait_repeat: Tensor | None
-    """[R, C, T, T] the same for c = u where repeats merge, else None."""
-
-
-@dataclass(frozen=True)
 class _Level:
     """The prefixes kept at one depth, in descending psi."""
 
@@ -80,6 +76,86 @@ class _Level:
     """[R, M] index among the prefixes kept at the depth above."""
     psi: Tensor
     """[R, M]"""
+    states: Tensor
+    """[R, M, r], where emissions are conditioned, else r = 0."""
+
+
+@dataclass(frozen=True)
+class _Chances:
+    """What the children of M prefixes are made of."""
+
+    weight: Tensor
+    """[R, M, T] before_t(h) / total_t(h)"""
+    lift: Tensor | None
+    """[R, M, C], None if it is 1."""
+    repeat_weight: Tensor | None
+    """[R, M, T] the weight for c = u where repeats merge, else None."""
+
+
+class _Process(Protocol):
+    """What the level loop needs of either family, as probabilities."""
+
+    frames: Tensor
+    """[R, T, C] frame_t(c)"""
+
+    def root(self) -> tuple[_Chances, Tensor]:
+        """Of the empty prefix, and its state [R, 1, r]."""
+
+    def chances(self, level: _Level) -> _Chances: ...
+
+    def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """[R, M, r]"""
+
+
+class _Independent:
+    def __init__(self, emissions: IndependentEmissions) -> None:
+        self.frames = emissions.token_logp.exp()
+        token_runs = _runs(self.frames.mT)
+        self._blank = emissions.blank_logp.exp()
+        blank_runs = _runs(self._blank)[:, None]
+        self._wait = _before(token_runs @ blank_runs)
+        self._wait_repeat = _before(token_runs @ blank_runs.triu(1))
+
+    def root(self) -> tuple[_Chances, Tensor]:
+        before = _all_blank(self._blank[:, None])
+        return _Chances(before, None, None), before[..., :0]
+
+    def chances(self, level: _Level) -> _Chances:
+        last = _request_rows(level.candidates), level.candidates
+        arrive = level.arrive[:, :, None]
+        return _Chances((arrive @ self._wait[last])[:, :, 0], None, (arrive @ self._wait_repeat[last])[:, :, 0])
+
+    def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
+        return states
+
+
+class _Conditioned:
+    def __init__(self, emissions: ConditionedEmissions) -> None:
+        self._emissions = emissions
+        self.frames = emissions.token_logp.exp()
+        self._labels = torch.cat((self.frames, emissions.blank_logp.exp()[..., None]), dim=-1)
+
+    def _given(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """lift [R, M, C] and total [R, M, T], each relative to the largest bias, and p_t(blank | h) [R, M, T]."""
+        bias = (states @ self._emissions.following.mT).float()
+        peak = bias.amax(-1, keepdim=True).clamp_(min=0.0)
+        lift = bias.sub_(peak).exp_()
+        total = lift @ self._labels.mT
+        total = total.addcmul_((-peak).exp_(), self._emissions.outside[:, None]).clamp_(min=_TINY)
+        return lift[..., :-1], total, lift[..., -1:] * self._labels[:, None, :, -1] / total
+
+    def root(self) -> tuple[_Chances, Tensor]:
+        start = self._emissions.start[:, None]
+        lift, total, blank = self._given(start)
+        return _Chances(_all_blank(blank) / total, lift, None), start
+
+    def chances(self, level: _Level) -> _Chances:
+        lift, total, blank = self._given(level.states)
+        before = (level.arrive[:, :, None] @ _before(_runs(blank)))[:, :, 0]
+        return _Chances(before / total, lift, None)
+
+    def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
+        return self._emissions.conditioning.advance(states, tokens)
 
 
 def _build(
@@ -87,38 +163,27 @@ def _build(
 ) -> TokenTrees:
     if num_nodes < 1:
         raise ValueError(f"num_nodes={num_nodes}: a token tree needs a node budget of at least 1.")
-    process = _conditioned(emissions) if isinstance(emissions, ConditionedEmissions) else _independent(emissions)
-    certain = torch.ones_like(process.first[:, :1, 0])
-    levels = [_keep(process.first[:, None], certain, width)]
-    for _ in range(min(process.first.shape[-1], num_nodes) - 1):
-        levels.append(_keep(_extend(process, levels[-1]), levels[-1].psi, width))
+    process: _Process
+    if isinstance(emissions, ConditionedEmissions):
+        process = _Conditioned(emissions)
+    else:
+        process = _Independent(emissions)
+    chances, start = process.root()
+    certain = torch.ones_like(chances.weight[..., 0])
+    nowhere = torch.zeros_like(certain, dtype=torch.int64)
+    level = _Level(chances.weight, nowhere, nowhere, certain, start)
+    levels: list[_Level] = []
+    for depth in range(min(process.frames.shape[1], num_nodes)):
+        if depth:
+            chances = process.chances(level)
+        level = _keep(process, chances, level, emissions.tokens, width)
+        levels.append(level)
     return _assemble(levels, emissions.tokens, num_nodes, min_psi)
 
 
-def _conditioned(emissions: ConditionedEmissions) -> _Process:
-    return _Process(
-        first=_first(emissions.root_logp, emissions.root_blank_logp),
-        emit=emissions.pair_logp.permute(0, 2, 3, 1).contiguous().exp_(),
-        wait=_before(_runs(emissions.pair_blank_logp.mT.exp())),
-        wait_repeat=None,
-    )
-
-
-def _independent(emissions: IndependentEmissions) -> _Process:
-    emit = emissions.token_logp.mT.exp()
-    token_runs, blank_runs = _runs(emit), _runs(emissions.blank_logp.exp())[:, None]
-    return _Process(
-        first=_first(emissions.token_logp, emissions.blank_logp),
-        emit=emit[:, None],
-        wait=_before(token_runs @ blank_runs),
-        wait_repeat=_before(token_runs @ blank_runs.triu(1)),
-    )
-
-
-def _first(token_logp: Tensor, blank_logp: Tensor) -> Tensor:
-    """[R, C, T] probability that token c [R, T, C] in frame t is the first that is no blank [R, T]."""
-    all_blank = F.pad(blank_logp.exp().cumprod(-1)[:, :-1], (1, 0), value=1.0)
-    return token_logp.mT.exp() * all_blank[:, None]
+def _all_blank(blank: Tensor) -> Tensor:
+    """[..., T] from [..., T]: the probability that all frames before each are blank."""
+    return F.pad(blank.cumprod(-1)[..., :-1], (1, 0), value=1.0)
 
 
 def _runs(label: Tensor) -> Tensor:
@@ -132,30 +197,31 @@ def _before(at: Tensor) -> Tensor:
     return F.pad(at[..., :-1], (1, 0))
 
 
-def _extend(process: _Process, level: _Level) -> Tensor:
-    """[R, M, C, T] arrive of every child of the prefixes kept at a level."""
-    last = _request_rows(level.candidates), level.candidates
-    arrive = level.arrive[:, :, None]
-    before = arrive @ process.wait[last]
-    if process.wait_repeat is None:
-        return before * process.emit[last]
-    children = before * process.emit
-    repeated = (arrive @ process.wait_repeat[last]) * process.emit[:, 0][last][:, :, None]
-    return children.scatter_(2, level.candidates[:, :, None, None].expand_as(repeated), repeated)
-
-
-def _keep(children: Tensor, parent_psi: Tensor, width: int) -> _Level:
-    """The `width` children [R, M, C, T] with the largest psi."""
-    num_candidates = children.shape[2]
+def _keep(process: _Process, chances: _Chances, parents: _Level, tokens: Tensor, width: int) -> _Level:
+    """The `width` children of all parents with the largest psi."""
+    frames, weight = process.frames, chances.weight
+    psi = weight @ frames
+    if chances.lift is not None:
+        psi = psi.mul_(chances.lift)
+    if chances.repeat_weight is not None:
+        last = parents.candidates[..., None]
+        repeated = (chances.repeat_weight * frames.mT[_request_rows(last[..., 0]), last[..., 0]]).sum(-1, keepdim=True)
+        psi = psi.scatter_(2, last, repeated)
     # Rounding must not lift a child above its parent, or the order would not be that of a tree.
-    psi = children.sum(-1).minimum(parent_psi[..., None]).flatten(1)
+    psi = psi.minimum(parents.psi[..., None]).flatten(1)
+    num_candidates = tokens.shape[1]
     best = psi.topk(min(width, psi.shape[1]), dim=1)
-    return _Level(
-        arrive=children.flatten(1, 2)[_request_rows(best.indices), best.indices],
-        candidates=best.indices % num_candidates,
-        parents=best.indices // num_candidates,
-        psi=best.values,
-    )
+    row, column = best.indices // num_candidates, best.indices % num_candidates
+    request = _request_rows(row)
+    own_weight = weight[request, row]
+    if chances.repeat_weight is not None:
+        repeats = (parents.candidates[request, row] == column)[..., None]
+        own_weight = chances.repeat_weight[request, row].where(repeats, own_weight)
+    arrive = own_weight * frames.mT[request, column]
+    if chances.lift is not None:
+        arrive = arrive * chances.lift[request, row, column][..., None]
+    states = process.advance(parents.states[request, row], tokens[request, column])
+    return _Level(arrive, column, row, best.values, states)
 
 
 def _assemble(levels: list[_Level], tokens: Tensor, num_nodes: int, min_psi: float) -> TokenTrees:

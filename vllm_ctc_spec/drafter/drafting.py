@@ -21,7 +21,7 @@ from vllm_ctc_spec.algorithm import (
     independent_emissions,
 )
 from vllm_ctc_spec.config import SpecOptions
-from vllm_ctc_spec.drafter.modeling import CTCDrafter
+from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft
 
 
 def emission_logits(drafter: CTCDrafter, frames: Tensor, lm_head: Callable[[Tensor], Tensor]) -> Tensor:
@@ -31,23 +31,19 @@ def emission_logits(drafter: CTCDrafter, frames: Tensor, lm_head: Callable[[Tens
 
 
 def emissions(
-    drafter: CTCDrafter, logits: Tensor, anchors: Tensor, candidates: int
+    drafter: CTCDrafter, draft: Draft, logits: Tensor, candidates: int
 ) -> ConditionedEmissions | IndependentEmissions:
-    """Emission probabilities over the candidate tokens; `candidates` per frame, anchors [R] int64."""
+    """Emission probabilities over `candidates` tokens for each frame; logits: [R, T, V + 1] of the draft's frames."""
     num_candidates = candidates * logits.shape[1]
     if drafter.config.emission == "independent":
         return independent_emissions(logits, num_candidates)
-    return conditioned_emissions(
-        logits, anchors, drafter.condition_last.weight, drafter.condition_next.weight, num_candidates
-    )
+    return conditioned_emissions(logits, draft.start, draft.gate, drafter.conditioning, num_candidates)
 
 
-def draft_trees(
-    drafter: CTCDrafter, logits: Tensor, anchors: Tensor, num_nodes: int, options: SpecOptions
-) -> TokenTrees:
+def draft_trees(drafter: CTCDrafter, draft: Draft, logits: Tensor, num_nodes: int, options: SpecOptions) -> TokenTrees:
     if options.tree == "template":
         return build_template_trees(logits, num_nodes)
-    table = emissions(drafter, logits, anchors, options.candidates)
+    table = emissions(drafter, draft, logits, options.candidates)
     if options.tree == "chain":
         return build_chains(table, num_nodes)
     return build_prefix_trees(table, num_nodes, options.min_prefix_probability)

@@ -1,11 +1,12 @@
 """The CTC drafter: one module for training, for the reference loop and for vLLM.
 
-Letters: R requests (or anchors), T frames, H hidden size, V vocabulary without blank.
+Letters: T frames, H hidden size, V vocabulary without blank, r rank of the conditioning (0 if there is none).
 
 From every verified position i the target's last hidden state h_i gives keys and values; they depend on
 nothing later, so a prefix cache may share them. At a step the drafter runs 1 + T queries per request, at
 positions n + 1 ... n + 1 + T: the anchor, then T frames, all conditioned on h_n. Queries see the context
 [0, n] and each other. How keys are stored and attended is the caller's business: it passes `attend`.
+What comes out at the anchor opens and closes the directions of the conditioning (the gate).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vllm_ctc_spec.algorithm import Conditioning
 from vllm_ctc_spec.config import CTCDrafterConfig
 
 
@@ -26,6 +28,17 @@ class KeyValue(NamedTuple):
     """[..., num_key_value_heads, head_dim], rotated to its position."""
     value: Tensor
     """[..., num_key_value_heads, head_dim]"""
+
+
+class Draft(NamedTuple):
+    """What the drafter says about the tokens after an anchor."""
+
+    frames: Tensor
+    """[..., T, H], to be fed to the target's LM head and to `blank_logits`."""
+    start: Tensor
+    """[..., r], the conditioning's state of the empty prefix, which the two last tokens make."""
+    gate: Tensor
+    """[..., r]"""
 
 
 Attend = Callable[[int, Tensor, KeyValue], Tensor]
@@ -108,6 +121,8 @@ class CTCDrafter(PreTrainedModel):
         if config.emission == "conditioned":
             self.condition_last = nn.Embedding(config.vocab_size, config.condition_rank)
             self.condition_next = nn.Embedding(config.vocab_size + 1, config.condition_rank)
+            self.condition_carry = nn.Linear(config.condition_rank, config.condition_rank, bias=False)
+            self.condition_gate = nn.Linear(size, config.condition_rank, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -130,11 +145,16 @@ class CTCDrafter(PreTrainedModel):
         """
         return [cast(DrafterLayer, layer).context(hidden, positions) for layer in self.layers]
 
-    def forward(self, anchor_embedding: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Frames [..., T, H], to be fed to the target's LM head and to `blank_logits`.
+    @property
+    def conditioning(self) -> Conditioning:
+        """Of a drafter whose emissions are conditioned."""
+        return Conditioning(self.condition_last.weight, self.condition_carry.weight, self.condition_next.weight)
 
-        anchor_embedding: [..., H], the target's embedding of the anchor; hidden: [..., H], h_n;
-        positions: [...] int64, the anchor's position n + 1.
+    def forward(
+        self, last_tokens: Tensor, anchor_embedding: Tensor, hidden: Tensor, positions: Tensor, attend: Attend
+    ) -> Draft:
+        """last_tokens: [..., 2] int64, the token at position n and the anchor; anchor_embedding: [..., H], the target's
+        embedding of the anchor; hidden: [..., H], h_n; positions: [...] int64, the anchor's position n + 1.
         """
         fused = self.fuse_proj(torch.cat((self.anchor_norm(anchor_embedding), self.hidden_norm(hidden)), dim=-1))
         x = fused[..., None, :] + self.frame_queries
@@ -142,7 +162,13 @@ class CTCDrafter(PreTrainedModel):
         query_positions = positions[..., None] + offsets
         for index, layer in enumerate(self.layers):
             x = layer(x, query_positions, lambda query, own, index=index: attend(index, query, own))
-        return self.norm(x[..., 1:, :])
+        outputs = self.norm(x)
+        anchor, frames = outputs[..., 0, :], outputs[..., 1:, :]
+        if self.config.emission == "independent":
+            return Draft(frames, anchor[..., :0], anchor[..., :0])
+        before, last = last_tokens.unbind(-1)
+        start = self.conditioning.advance(self.condition_last(before), last)
+        return Draft(frames, start, 1 + self.condition_gate(anchor))
 
     def blank_logits(self, frames: Tensor) -> Tensor:
         """[..., T] from frames [..., T, H]; the blank is column V of the emission logits."""

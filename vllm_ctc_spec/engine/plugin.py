@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 METHOD = "ctc"
 PROPOSER = "vllm_ctc_spec.engine.proposer.CTCProposer"
-WORKER = "vllm_ctc_spec.engine.worker.CTCCPUWorker"
+WORKERS = {
+    "cpu": "vllm_ctc_spec.engine.cpu_worker.CTCCPUWorker",
+    "cuda": "vllm_ctc_spec.engine.worker.CTCGPUWorker",
+}
+"""By vLLM's device type; `resolve_settings` refuses other platforms."""
 
 
 def is_ctc(speculative_config: SpeculativeConfig | None) -> bool:
@@ -66,6 +70,9 @@ def _create_speculative_config(
     if settings is None or not _asks_for_ctc(settings):
         return original(self, target_model_config, target_parallel_config)
     require_supported_vllm()
+    from vllm.platforms import current_platform
+
+    from vllm_ctc_spec.engine.devices import with_piecewise_graphs
     from vllm_ctc_spec.engine.settings import resolve_settings
 
     resolved = resolve_settings(settings, self, target_model_config, target_parallel_config)
@@ -77,7 +84,9 @@ def _create_speculative_config(
         "num_speculative_tokens": resolved.num_nodes,
     }
     self.spec_method = self.spec_model = self.spec_tokens = None
-    target_parallel_config.worker_cls = WORKER
+    target_parallel_config.worker_cls = WORKERS[current_platform.device_type]
+    if current_platform.is_cuda():
+        self.compilation_config = with_piecewise_graphs(self.compilation_config)
     try:
         return original(self, target_model_config, target_parallel_config)
     finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from vllm_ctc_spec.algorithm import TokenTrees
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.checkpoint import load_drafter
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
-from vllm_ctc_spec.drafter.modeling import CTCDrafter, KeyValue
-from vllm_ctc_spec.engine.attention.cpu import PagedContext, attend_paged, frame_bias, write_cache
+from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft, KeyValue
+from vllm_ctc_spec.engine.attention.cpu import CPUTreeAttention
+from vllm_ctc_spec.engine.attention.interface import PagedContext, TreeAttention
 from vllm_ctc_spec.engine.sampler import HostTree
 from vllm_ctc_spec.engine.settings import EngineSettings
 
@@ -49,8 +50,8 @@ class VerifiedRows:
 class DraftRequests:
     """Requests that draft after this step."""
 
-    anchors: Tensor
-    """[R] int64, the token that the target has just sampled."""
+    last_tokens: Tensor
+    """[R, 2] int64: the token of the last verified position n, and the anchor, which the target has just sampled."""
     last_rows: Tensor
     """[R] int64, row in VerifiedRows of the last verified position n."""
     context: PagedContext
@@ -77,6 +78,9 @@ class DrafterCacheLayer(AttentionLayerBase):
 class CTCProposer:
     """What vLLM instantiates for `method="custom_class"`; our runner calls `propose` with tensors."""
 
+    attention: TreeAttention = CPUTreeAttention([])
+    """That of the target's backend, which the runner knows once the layers have their caches."""
+
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.vllm_config = vllm_config
         self.settings = EngineSettings.from_dict(vllm_config.additional_config["ctc_spec"])
@@ -85,6 +89,7 @@ class CTCProposer:
     def load_model(self, target: nn.Module) -> None:
         self.target: Any = target
         self.drafter: CTCDrafter = load_drafter(self.settings.drafter, self.vllm_config.model_config.dtype)
+        self.drafter.to(self.vllm_config.device_config.device)
         forward_context = self.vllm_config.compilation_config.static_forward_context
         attention_layers = get_layers_from_vllm_config(self.vllm_config, Attention)
         like = next(iter(attention_layers.values()))
@@ -111,7 +116,7 @@ class CTCProposer:
     def _store(self, verified: VerifiedRows) -> None:
         context = self.drafter.context(verified.hidden, verified.positions)
         for layer, own in zip(self.cache_layers, context):
-            write_cache(layer.kv_cache, verified.slots, own.key, own.value)
+            self.attention.write(layer.kv_cache, verified.slots, own.key, own.value)
 
     def propose(self, verified: VerifiedRows, requests: DraftRequests | None) -> list[HostTree]:
         """Store the drafter's context of the verified rows, then one tree for each drafting request."""
@@ -120,26 +125,39 @@ class CTCProposer:
         self._store(verified)
         if requests is None:
             return []
-        frames = self._frames(verified.hidden[requests.last_rows], requests)
-        logits = emission_logits(self.drafter, frames, self.target.compute_logits)
-        return self._trees(logits, requests)
+        drafted = self._draft(verified.hidden[requests.last_rows], requests)
+        logits = emission_logits(self.drafter, drafted.frames, self.target.compute_logits)
+        return self._trees(drafted, logits, requests)
 
-    def _frames(self, hidden: Tensor, requests: DraftRequests) -> Tensor:
-        """[R, T, H]"""
+    @torch.inference_mode()
+    def profile(self, num_requests: int) -> None:
+        """Takes the memory that drafting for so many requests takes; before there is a cache, so without attention."""
+        attention, self.attention = self.attention, cast(TreeAttention, NoAttention())
+        try:
+            weight = self.drafter.blank
+            zeros = torch.zeros(num_requests, 2, dtype=torch.int64, device=weight.device)
+            verified = VerifiedRows(weight.new_zeros(num_requests, len(weight)), zeros[:, 0], zeros[:, 0])
+            context = PagedContext(zeros, zeros[:, 0])
+            self.propose(verified, DraftRequests(zeros, zeros[:, 0], context, [False] * num_requests))
+        finally:
+            self.attention = attention
+
+    def _draft(self, hidden: Tensor, requests: DraftRequests) -> Draft:
+        """Of the R requests, with the target's hidden states [R, H] of their last verified positions."""
         config, context = self.drafter.config, requests.context
-        block_size = self.cache_layers[0].kv_cache.shape[2]
-        group = config.num_attention_heads // config.num_key_value_heads
-        bias = frame_bias(context, block_size, config.num_frames + 1, group, hidden.dtype)
+        first = self.cache_layers[0].kv_cache
+        frames = self.attention.frames(context, config.num_frames + 1, config.num_attention_heads, first, hidden.dtype)
 
         def attend(layer: int, query: Tensor, own: KeyValue) -> Tensor:
             cache = self.cache_layers[layer].kv_cache
-            return attend_paged(query, cache, context, own.key, own.value, bias, self.scale)
+            return self.attention.attend_frames(query, own.key, own.value, cache, frames, self.scale)
 
-        return self.drafter(self.target.embed_input_ids(requests.anchors), hidden, context.lens, attend)
+        embedding = self.target.embed_input_ids(requests.last_tokens[:, 1])
+        return self.drafter(requests.last_tokens, embedding, hidden, context.lens, attend)
 
-    def _trees(self, logits: Tensor, requests: DraftRequests) -> list[HostTree]:
+    def _trees(self, drafted: Draft, logits: Tensor, requests: DraftRequests) -> list[HostTree]:
         def draft(options: SpecOptions) -> list[HostTree]:
-            return to_host(draft_trees(self.drafter, logits, requests.anchors, self.settings.num_nodes, options))
+            return to_host(draft_trees(self.drafter, drafted, logits, self.settings.num_nodes, options))
 
         trees = draft(self.settings.options)
         if any(requests.wants_chain):
@@ -148,7 +166,24 @@ class CTCProposer:
         return trees
 
 
+class NoAttention:
+    """In place of TreeAttention where only the rest is run."""
+
+    def frames(self, *args: Any) -> None:
+        return None
+
+    def attend_frames(self, query: Tensor, *args: Any) -> Tensor:
+        return query
+
+    def write(self, *args: Any) -> None:
+        return None
+
+
 def to_host(trees: TokenTrees) -> list[HostTree]:
-    fields = (trees.tokens, trees.parents, trees.depths, trees.prefix_logp.exp())
-    rows = zip(*(field.tolist() for field in fields), strict=True)
-    return [HostTree(*row).cut(count) for row, count in zip(rows, trees.num_nodes.tolist())]
+    # In one tensor, because a GPU is waited for at each copy.
+    probabilities = trees.prefix_logp.exp().double().view(torch.int64)
+    fields = torch.stack((trees.tokens, trees.parents, trees.depths, probabilities))
+    packed = torch.cat((fields.flatten(), trees.num_nodes)).cpu()
+    tokens, parents, depths, bits = packed[: fields.numel()].view(fields.shape)
+    rows = zip(*(field.tolist() for field in (tokens, parents, depths, bits.view(torch.float64))), strict=True)
+    return [HostTree(*row).cut(count) for row, count in zip(rows, packed[fields.numel() :].tolist())]

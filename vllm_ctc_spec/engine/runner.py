@@ -4,12 +4,16 @@ One step, in the order of vLLM's `execute_model` and `sample_tokens`: lay out th
 (`_prepare_inputs`), give attention their ancestor masks (`_build_attention_metadata`), walk them with vLLM's
 sampler and move the accepted keys and values (`_sample`), draft the next trees (`propose_draft_token_ids`).
 The scheduler sees lists of draft tokens and needs nothing else.
+
+The trees of a step live on the host. On a GPU the host waits for the device where it reads the walk's choices (once
+for a greedy batch, else once for each token of the longest path), once where it reads the drafted trees (and once more
+for the chains of structured output), and where somebody asked for log probabilities. What the device needs of the
+host's lists goes there without waiting.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,14 +21,16 @@ import torch
 from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_ctc_spec.engine.attention.cpu import PagedContext, TreeAttentionMetadata, TreeRows, move_slots
+from vllm_ctc_spec.engine.attention.interface import tree_attention_of
 from vllm_ctc_spec.engine.budget import NodeBudget, measure_target
 from vllm_ctc_spec.engine.proposer import CTCProposer, DraftRequests, VerifiedRows
 from vllm_ctc_spec.engine.sampler import EMPTY_TREE, HostTree, TreeWalker
-from vllm_ctc_spec.ops.reference import tail_bias, unpack_ancestor_masks
+from vllm_ctc_spec.engine.step import Step
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -32,27 +38,9 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import SamplerOutput
 
 
-@dataclass
-class Step:
-    """The requests of one step, in batch order."""
+class TreeModelRunner(GPUModelRunner):
+    """Device-neutral: tensors are made on `self.device`, and attention is behind `attention.interface`."""
 
-    trees: list[HostTree]
-    starts: list[int]
-    """First row of each request."""
-    num_rows: list[int]
-    num_computed: list[int]
-    """Verified positions before this step: the position of each request's first row."""
-    accepted_nodes: list[list[int]] = field(default_factory=list)
-
-    def verified_rows(self, index: int) -> list[int]:
-        """Rows of a request that are certain after the walk, by position."""
-        start = self.starts[index]
-        if not self.trees[index].tokens:
-            return list(range(start, start + self.num_rows[index]))
-        return [start, *(start + node for node in self.accepted_nodes[index])]
-
-
-class TreeCPUModelRunner(CPUModelRunner):
     drafter: CTCProposer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -75,18 +63,27 @@ class TreeCPUModelRunner(CPUModelRunner):
     @torch.inference_mode()
     def _run_target(self, num_rows: int) -> None:
         self.model.compute_logits(self._dummy_run(num_rows)[0])
+        self._sync_device()
 
-    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
-        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, *args: Any, **kwargs: Any
+    ) -> None:
+        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
+        if is_profiling:
+            return
         if len(self.kv_cache_config.kv_cache_groups) != 1:
             raise ValueError(
                 'speculative method "ctc" needs a target whose attention layers are all of one kind; this one has '
                 f"{len(self.kv_cache_config.kv_cache_groups)} groups. Serve it without speculative_config."
             )
-        layers = get_layers_from_vllm_config(self.vllm_config, Attention).values()
-        self.group = next(layer.num_heads // layer.num_kv_heads for layer in layers)
-        # Layers that share a cache must have their slots moved once.
-        self.target_caches = list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers}.values())
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+        block_size = self.cache_config.block_size
+        for own in {layer.kv_cache.shape[2] for layer in layers.values()} - {block_size}:
+            raise ValueError(
+                f"block_size={block_size}: the attention backend splits blocks into pieces of {own}, which speculative "
+                f'method "ctc" does not support. Set --block-size {own}.'
+            )
+        self.attention = self.drafter.attention = tree_attention_of(list(layers.values()))
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
@@ -99,11 +96,11 @@ class TreeCPUModelRunner(CPUModelRunner):
         )
         # Padding must be a token that the embedding has; nothing can accept it, whatever it is.
         self.input_ids.gpu[: scheduler_output.total_num_scheduled_tokens].clamp_(min=0)
-        for tree, start, computed in zip(self.step.trees, self.step.starts, self.step.num_computed):
-            if not tree.is_chain:
-                # Rotary positions follow depth; cache slots stay sequential, vLLM has already assigned them.
-                depths = torch.tensor(tree.depths, device=self.positions.device)
-                self.positions[start + 1 : start + 1 + len(tree.depths)] = computed + depths
+        rows, positions = self.step.tree_positions()
+        if rows:
+            # Rotary positions follow depth; cache slots stay sequential, vLLM has already assigned them.
+            at, values = async_tensor_h2d([rows, positions], self.device)
+            self.positions[at] = values
         return prepared
 
     def _scheduled_tree(self, request: str, scheduler_output: SchedulerOutput) -> HostTree:
@@ -119,35 +116,11 @@ class TreeCPUModelRunner(CPUModelRunner):
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         attn_metadata, common = super()._build_attention_metadata(*args, **kwargs)
-        if self.step is not None and any(not tree.is_chain for tree in self.step.trees):
-            per_group = {id(metadata): metadata for metadata in attn_metadata.values()}
-            for metadata in per_group.values():
-                metadata.tree_rows = self._tree_rows(self.step, metadata)
+        trees = self.step.branching_trees() if self.step is not None else None
+        if trees is not None:
+            for metadata in {id(metadata): metadata for metadata in attn_metadata.values()}.values():
+                self.attention.attach(metadata, trees)
         return attn_metadata, common
-
-    def _tree_rows(self, step: Step, metadata: TreeAttentionMetadata) -> TreeRows:
-        branching = [index for index, tree in enumerate(step.trees) if not tree.is_chain]
-        num_rows = max(step.num_rows[index] for index in branching)
-        rows = torch.tensor([step.starts[index] for index in branching])[:, None].repeat(1, num_rows)
-        is_real = torch.zeros(len(branching), num_rows, dtype=torch.bool)
-        # Padding rows see row 0, because a row that sees nothing is NaN.
-        masks = torch.ones(len(branching), num_rows, dtype=torch.int64)
-        for row, index in enumerate(branching):
-            count = step.num_rows[index]
-            rows[row, :count] += torch.arange(count)
-            is_real[row, :count] = True
-            masks[row, :count] = torch.tensor(step.trees[index].ancestor_masks())
-        context = self._paged_context(
-            branching, [step.num_computed[index] for index in branching], metadata.block_table
-        )
-        max_context = context.max_len(self.cache_config.block_size)
-        bias = tail_bias(context.lens, max_context, unpack_ancestor_masks(masks, num_rows), self.group, self.dtype)
-        is_batch = len(branching) == len(step.trees) and bool(is_real.all())
-        return TreeRows(rows, is_real, context, bias, is_batch)
-
-    def _paged_context(self, indices: list[int], lens: list[int], block_table: Tensor) -> PagedContext:
-        num_blocks = -(-max(lens) // self.cache_config.block_size)
-        return PagedContext(block_table[indices, :num_blocks].long(), torch.tensor(lens))
 
     def _sample(self, logits: Tensor | None, spec_decode_metadata: Any) -> SamplerOutput:
         step = self.step
@@ -164,16 +137,13 @@ class TreeCPUModelRunner(CPUModelRunner):
         return walked.sampler_output
 
     def _move_accepted(self, step: Step) -> None:
-        """Verification wrote node i's keys and values to the i-th slot; its place is the slot of its depth."""
-        sources, targets = [], []
-        for start, nodes in zip(step.starts, step.accepted_nodes):
-            for depth, node in enumerate(nodes, 1):
-                if node != depth:
-                    sources.append(start + node)
-                    targets.append(start + depth)
-        if sources:
-            slots = self.input_batch.block_table[0].slot_mapping.gpu
-            move_slots(self.target_caches, slots[sources], slots[targets])
+        sources, targets = step.moves()
+        if any(sources):
+            self.attention.move(self.input_batch.block_table[0].slot_mapping.gpu, sources, targets)
+
+    def _to_list(self, sampled_token_ids: Tensor) -> list[list[int]]:
+        # The walk's tokens are on the host already; vLLM would wait for the device.
+        return sampled_token_ids.tolist()
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
         # vLLM takes back the draw of a discarded sample, which its CPU generators cannot do (they have no offset).
@@ -213,7 +183,8 @@ class TreeCPUModelRunner(CPUModelRunner):
             positions.extend(range(computed, computed + len(verified)))
             lasts.append(len(rows) - 1)
         slots = self.input_batch.block_table[0].slot_mapping.gpu
-        verified_rows = VerifiedRows(hidden_states[rows], torch.tensor(positions), slots[slot_rows])
+        at, at_slots, at_positions = async_tensor_h2d([rows, slot_rows, positions], self.device)
+        verified_rows = VerifiedRows(hidden_states[at], at_positions, slots[at_slots])
         rests = self.budget is not None and not self.budget.wants_drafts(len(step.trees))
         drafting = [
             index for index, tokens in enumerate(sampled_token_ids) if tokens and not rests and self._may_draft(index)
@@ -222,7 +193,10 @@ class TreeCPUModelRunner(CPUModelRunner):
         if rests and self._has_same_requests():
             self.drafter.remember(verified_rows)
         else:
-            requests = self._draft_requests(drafting, lasts, positions, sampled_token_ids, common_attn_metadata)
+            last_rows = [rows[last] for last in lasts]
+            requests = self._draft_requests(
+                drafting, lasts, last_rows, positions, sampled_token_ids, common_attn_metadata
+            )
             trees = self.drafter.propose(verified_rows, requests)
         if self.budget is not None:
             self._observe(self.budget, step)
@@ -249,15 +223,32 @@ class TreeCPUModelRunner(CPUModelRunner):
         return self.last_step is not None and self.last_step[0] == self.input_batch.req_ids
 
     def _draft_requests(
-        self, drafting: list[int], lasts: list[int], positions: list[int], sampled: list[list[int]], common: Any
+        self,
+        drafting: list[int],
+        lasts: list[int],
+        last_rows: list[int],
+        positions: list[int],
+        sampled: list[list[int]],
+        common: Any,
     ) -> DraftRequests | None:
         if not drafting:
             return None
         lens = [positions[lasts[index]] + 1 for index in drafting]
+        at_request, at_last, at_row, at_len, anchors = async_tensor_h2d(
+            [
+                drafting,
+                [lasts[index] for index in drafting],
+                [last_rows[index] for index in drafting],
+                lens,
+                [sampled[index][-1] for index in drafting],
+            ],
+            self.device,
+        )
+        num_blocks = -(-max(lens) // self.cache_config.block_size)
         return DraftRequests(
-            torch.tensor([sampled[index][-1] for index in drafting]),
-            torch.tensor([lasts[index] for index in drafting]),
-            self._paged_context(drafting, lens, common.block_table_tensor),
+            torch.stack((self.input_ids.gpu[at_row].long(), anchors), dim=1),
+            at_last,
+            self.attention.context(common.block_table_tensor[:, :num_blocks], at_request, at_len),
             [self._sampling_params(index).structured_outputs is not None for index in drafting],
         )
 
@@ -267,6 +258,19 @@ class TreeCPUModelRunner(CPUModelRunner):
     def _may_draft(self, index: int) -> bool:
         # vLLM counts thinking tokens per emitted chunk, so such a request decodes one token a step.
         return self._sampling_params(index).thinking_token_budget is None
+
+
+class TreeGPUModelRunner(TreeModelRunner):
+    """For vLLM's CUDA backend."""
+
+    def profile_run(self, *args: Any, **kwargs: Any) -> None:
+        super().profile_run(*args, **kwargs)
+        # vLLM gives the cache what memory is left, so drafting must have been seen as well.
+        self.drafter.profile(self.max_num_reqs)
+
+
+class TreeCPUModelRunner(TreeModelRunner, CPUModelRunner):
+    """For vLLM's CPU backend."""
 
 
 def _cut(budget: NodeBudget, trees: list[HostTree], num_requests: int) -> list[HostTree]:

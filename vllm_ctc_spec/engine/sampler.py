@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -156,7 +157,7 @@ class TreeWalker:
         along with their generator taken away: a seeded generator is drawn once for each emitted token, no more.
         """
         generators = {index: draw for index, draw in metadata.generators.items() if walks[index].active}
-        rows = torch.tensor([walk.row for walk in walks], device=logits.device)
+        rows = async_tensor_h2d([walk.row for walk in walks], logits.device)
         level = dataclasses.replace(metadata, generators=generators, spec_token_ids=[[] for _ in walks])
         return self.sampler(logits=logits[rows], sampling_metadata=level)
 

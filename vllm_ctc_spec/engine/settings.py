@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_ctc_spec.config import CTCDrafterConfig, SpecOptions, check_node_budget
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
+from vllm_ctc_spec.engine.devices import check_device
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -48,17 +49,17 @@ def resolve_settings(
     config = check_drafter(drafter)
     _check_engine(engine_args, parallel)
     _check_target(target)
+    check_device(engine_args, target, parallel)
     _check_fit(config, drafter, target)
     return EngineSettings(os.path.abspath(drafter), num_nodes, options)
 
 
 def _check_engine(engine_args: Any, parallel: ParallelConfig) -> None:
-    from vllm.platforms import current_platform
+    from vllm import envs
 
-    if not current_platform.is_cpu():
+    if envs.VLLM_USE_V2_MODEL_RUNNER:
         raise ValueError(
-            f'speculative method "ctc" runs on vLLM\'s CPU backend, not on {current_platform.device_type!r}. '
-            f"Install the CPU build: pip install 'vllm-ctc-spec[cpu]'."
+            'VLLM_USE_V2_MODEL_RUNNER=1: speculative method "ctc" has a model runner of its own. Unset it.'
         )
     if parallel.worker_cls != "auto":
         raise ValueError(
@@ -72,15 +73,6 @@ def _check_engine(engine_args: Any, parallel: ParallelConfig) -> None:
         raise ValueError(
             'kv_transfer_config: speculative method "ctc" moves keys and values after verification, which a KV '
             "connector does not see. Remove one of the two."
-        )
-    if engine_args.kv_cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
-        raise ValueError(
-            f'kv_cache_dtype={engine_args.kv_cache_dtype!r}: speculative method "ctc" needs an unquantized cache. '
-            f'Use "auto".'
-        )
-    if engine_args.block_size is not None and engine_args.block_size % 32:
-        raise ValueError(
-            f'block_size={engine_args.block_size}: speculative method "ctc" needs a multiple of 32. Use 128.'
         )
 
 
@@ -101,11 +93,6 @@ def _check_target(target: ModelConfig) -> None:
                 f'target {target.model!r} has {what}, which speculative method "ctc" does not support. '
                 f"Serve it without speculative_config, or with another method."
             )
-    if target.get_head_size() % 32:
-        raise ValueError(
-            f'target {target.model!r} has head size {target.get_head_size()}; speculative method "ctc" needs a '
-            f"multiple of 32. Serve it without speculative_config."
-        )
 
 
 def _check_fit(config: CTCDrafterConfig, drafter: str, target: ModelConfig) -> None:

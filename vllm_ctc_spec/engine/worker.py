@@ -1,26 +1,40 @@
-"""The worker: installs our attention backend and builds our runner, each in place of vLLM's."""
+"""The worker: installs our attention backends and builds our runner, each in place of vLLM's.
+
+Nothing here may import vllm.v1.worker.cpu_worker, which replaces parts of torch for a process without a GPU.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.worker import cpu_worker, gpu_model_runner
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker import gpu_model_runner
+from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_ctc_spec.engine.attention import cpu as cpu_attention
 from vllm_ctc_spec.engine.logits_processors import build_logitsprocs
-from vllm_ctc_spec.engine.runner import TreeCPUModelRunner
+from vllm_ctc_spec.engine.runner import TreeGPUModelRunner
 
 
-class CTCCPUWorker(CPUWorker):
+class CTCWorker(Worker):
+    """What does not depend on the device."""
+
     def init_device(self) -> Any:
-        cpu_attention.register()
-        # Both names are looked up in their modules when vLLM builds the runner; this process serves only us.
+        # Looked up in its module when vLLM builds the runner; this process serves only us.
         gpu_model_runner.build_logitsprocs = build_logitsprocs
-        cpu_worker.CPUModelRunner = TreeCPUModelRunner
         return super().init_device()
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
         self.model_runner.measure_step_cost()
         return times
+
+
+class CTCGPUWorker(CTCWorker):
+    def init_device(self) -> Any:
+        # Not above, because the CPU's worker has this one as its base and needs no Triton.
+        from vllm_ctc_spec.engine.attention import triton
+
+        triton.register()
+        return super().init_device()
+
+    def _make_model_runner(self) -> TreeGPUModelRunner:
+        return TreeGPUModelRunner(self.vllm_config, self.device)

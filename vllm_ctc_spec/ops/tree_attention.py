@@ -142,7 +142,7 @@ def _as_cached(tile, scale_ptr, like, element: tl.constexpr, FP8_MAX: tl.constex
     return tl.clamp(scaled, -FP8_MAX, FP8_MAX).to(element).to(like.dtype)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits", "block_table_row"])
 def _attend_kernel(
     out_ptr,
     partial_ptr,

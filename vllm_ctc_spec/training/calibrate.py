@@ -5,21 +5,20 @@ token of it, so the product believes too little until the drafter tells easy tex
 One temperature mends most of it (Guo et al. 2017, arXiv 1706.04599), here fitted on what matters: that the sum of psi
 over a tree's nodes, its expected accepted length, is the accepted length.
 
-Letters: S anchors, T frames, H hidden size.
+Letters: S anchors, T frames.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vllm_ctc_spec.config import SpecOptions
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter import CTCDrafter, Draft
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
 from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, TrainingRow, with_anchors
 from vllm_ctc_spec.training.evaluate import walk_text
@@ -34,14 +33,8 @@ ANCHORS_PER_ROW = 8
 BATCH_SIZE = 16
 
 
-@dataclass(frozen=True)
-class _Drafts:
-    frames: Tensor
-    """[S, T, H]"""
-    anchors: Tensor
-    """[S] int64, token ids."""
-    labels: Tensor
-    """[S, T] int64, the target's text."""
+_Drafted = tuple[Draft, Tensor]
+"""Of S anchors, and the target's text after them, [S, T] int64."""
 
 
 def split_rows(
@@ -86,15 +79,16 @@ def calibrate(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int 
 @torch.no_grad()
 def scale_logits(drafter: CTCDrafter, factor: float) -> None:
     """Multiply all emission logits, conditioning included."""
-    scaled: list[Tensor] = [drafter.norm.weight, drafter.blank_bias]
+    drafter.norm.weight.mul_(factor)
+    drafter.blank_bias.mul_(factor)
     if drafter.config.emission == "conditioned":
-        scaled.append(drafter.condition_last.weight)
-    for weight in scaled:
-        weight.mul_(factor)
+        drafter.condition_last.weight.mul_(factor)
+        # The gate reads what the norm writes, and must stay what it is.
+        drafter.condition_gate.weight.div_(factor)
 
 
 @torch.no_grad()
-def _draft(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int) -> list[_Drafts]:
+def _draft(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int) -> list[_Drafted]:
     num_frames, device = objective.drafter.config.num_frames, objective.target.device
     dataset = AnchorDataset(with_anchors(rows, num_frames), num_frames, ANCHORS_PER_ROW, seed)
     drafts = []
@@ -102,20 +96,21 @@ def _draft(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int) ->
         input_ids, anchors, valid, labels = (
             batch[name].to(device) for name in ("input_ids", "anchors", "valid", "labels")
         )
-        frames = objective.frames(input_ids, target_hidden(objective.target, input_ids), anchors)
-        drafts.append(_Drafts(frames[valid], input_ids.gather(1, anchors)[valid], labels[valid]))
+        draft = objective.draft(input_ids, target_hidden(objective.target, input_ids), anchors)
+        drafts.append((Draft(*(each[valid] for each in draft)), labels[valid]))
     return drafts
 
 
 @torch.no_grad()
-def _expectations(objective: DraftObjective, drafts: Sequence[_Drafts], factor: float) -> tuple[float, float]:
+def _expectations(objective: DraftObjective, drafts: Sequence[_Drafted], factor: float) -> tuple[float, float]:
     """Drafts believed to be accepted, and accepted, with all logits multiplied by `factor`."""
     scaled = copy.deepcopy(objective.drafter)
     scale_logits(scaled, factor)
     believed = accepted = 0.0
-    for each in drafts:
-        logits = emission_logits(scaled, each.frames * factor, objective.target.get_output_embeddings())
-        trees = draft_trees(scaled, logits, each.anchors, NUM_NODES, SpecOptions())
+    for draft, labels in drafts:
+        louder = Draft(draft.frames * factor, draft.start * factor, draft.gate)
+        logits = emission_logits(scaled, louder.frames, objective.target.get_output_embeddings())
+        trees = draft_trees(scaled, louder, logits, NUM_NODES, SpecOptions())
         believed += float(trees.prefix_logp.exp().sum())
-        accepted += float(walk_text(trees, each.labels).num_accepted.sum())
+        accepted += float(walk_text(trees, labels).num_accepted.sum())
     return believed, accepted

@@ -116,6 +116,14 @@ def with_anchors(rows: Sequence[TrainingRow], label_length: int) -> list[Trainin
     return [row for row in rows if len(row.usable_anchors(label_length))]
 
 
+def most_frequent(rows: Sequence[TrainingRow], vocab_size: int, num_tokens: int) -> Tensor:
+    """[num_tokens] int64, of the tokens that the drafter learns to predict."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for row in rows:
+        counts += torch.bincount(row.token_ids[row.trained], minlength=vocab_size)
+    return counts.topk(num_tokens).indices
+
+
 def read_rows(
     source: str | Path,
     tokenizer: PreTrainedTokenizerBase,

@@ -24,7 +24,7 @@ from vllm_ctc_spec.algorithm import (
     independent_next_tokens,
 )
 from vllm_ctc_spec.config import MAX_FRAMES, MAX_NODES, SpecOptions, check_node_budget
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter import CTCDrafter, Draft
 from vllm_ctc_spec.drafter.checkpoint import check_drafter, load_drafter
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
 from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, read_rows, with_anchors
@@ -166,20 +166,20 @@ def evaluate(
 def _observe_batch(objective: DraftObjective, batch: dict[str, Tensor], trees: Sequence[TreeChoice]) -> Observations:
     """Of the valid anchors; rows are counted within the batch."""
     input_ids, anchors, valid = batch["input_ids"], batch["anchors"], batch["valid"]
-    frames = objective.frames(input_ids, target_hidden(objective.target, input_ids), anchors)[valid]
-    logits = emission_logits(objective.drafter, frames, objective.target.get_output_embeddings())
-    anchor_ids, rows = input_ids.gather(1, anchors)[valid], valid.nonzero()[:, 0]
-    return observe(objective.drafter, logits, anchor_ids, batch["labels"][valid], rows, trees)
+    drafts = objective.draft(input_ids, target_hidden(objective.target, input_ids), anchors)
+    draft, rows = Draft(*(each[valid] for each in drafts)), valid.nonzero()[:, 0]
+    logits = emission_logits(objective.drafter, draft.frames, objective.target.get_output_embeddings())
+    return observe(objective.drafter, draft, logits, batch["labels"][valid], rows, trees)
 
 
 def observe(
-    drafter: CTCDrafter, logits: Tensor, anchors: Tensor, labels: Tensor, rows: Tensor, trees: Sequence[TreeChoice]
+    drafter: CTCDrafter, draft: Draft, logits: Tensor, labels: Tensor, rows: Tensor, trees: Sequence[TreeChoice]
 ) -> Observations:
-    """logits: [S, T, V + 1], blank last; anchors, rows: [S]; labels: [S, T], the text after the anchor."""
+    """draft: of S anchors; logits: [S, T, V + 1], blank last; rows: [S]; labels: [S, T], the text after the anchor."""
     largest: dict[SpecOptions, int] = {}
     for options, num_nodes in (*trees, CALIBRATION_TREE):
         largest[options] = max(largest.get(options, 0), check_node_budget(num_nodes))
-    built = {options: draft_trees(drafter, logits, anchors, largest[options], options) for options in largest}
+    built = {options: draft_trees(drafter, draft, logits, largest[options], options) for options in largest}
     judged = [_first_nodes(built[options], num_nodes) for options, num_nodes in trees]
 
     tree = built[CALIBRATION_TREE[0]]
@@ -195,7 +195,7 @@ def observe(
         on_path=on_path,
         accepted=with_next > 0,
         first_choice=_best_of_siblings(tree).gather(1, (with_next - 1).clamp(min=0)),
-        right_next=(_next_tokens(drafter, logits, anchors, labels) == labels)[:, 1:],
+        right_next=(_next_tokens(drafter, draft, logits, labels) == labels)[:, 1:],
     )
     return Observations(*(getattr(observed, field.name).cpu() for field in dataclasses.fields(observed)))
 
@@ -277,13 +277,11 @@ def _best_of_siblings(trees: TokenTrees) -> Tensor:
     return ~siblings.tril(-1).any(-1)
 
 
-def _next_tokens(drafter: CTCDrafter, logits: Tensor, anchors: Tensor, labels: Tensor) -> Tensor:
+def _next_tokens(drafter: CTCDrafter, draft: Draft, logits: Tensor, labels: Tensor) -> Tensor:
     """[S, T]: the drafter's most probable token after 0 .. T - 1 tokens of `labels`."""
     if drafter.config.emission == "independent":
         return independent_next_tokens(logits, labels)
-    return conditioned_next_tokens(
-        logits, anchors, labels, drafter.condition_last.weight, drafter.condition_next.weight
-    )
+    return conditioned_next_tokens(logits, draft.start, draft.gate, drafter.conditioning, labels)
 
 
 def _concatenate(parts: Sequence[Observations]) -> Observations:

@@ -1,11 +1,12 @@
 """Exact alignment-sum losses of both emission families, with their plain gradients.
 
-Letters: S anchors, T frames, U labels, V vocabulary without blank, r rank of the conditioning tables.
+Letters: S anchors, T frames, U labels, V vocabulary without blank, r rank of the conditioning.
 Column V of any logits is the blank.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.algorithm import Conditioning
+from vllm_ctc_spec.drafter import CTCDrafter, Draft
 from vllm_ctc_spec.training.fused import ConditionedCrossEntropy
 
 IMPOSSIBLE = -1e30
@@ -33,60 +35,94 @@ class AlignmentLoss:
 
 
 def alignment_loss(
-    drafter: CTCDrafter, frames: Tensor, lm_head: Tensor, anchors: Tensor, labels: Tensor
+    drafter: CTCDrafter, draft: Draft, lm_head: Tensor, labels: Tensor, frequent: Tensor | None = None
 ) -> AlignmentLoss:
-    """Loss of `frames` [S, T, H] for `labels` [S, U] that follow `anchors` [S], with the target's `lm_head` [V, H].
+    """Loss of the `draft` of S anchors for the `labels` [S, U] that follow them, with the target's `lm_head` [V, H].
 
-    The logits exist in chunks only, so that memory grows neither with S nor with V.
+    The logits exist in chunks only, so that memory grows neither with S nor with V. frequent: tokens [K] of which the
+    normaliser is estimated, together with as many others, see `sampled_softmax`; None for the whole vocabulary.
     """
-    num_impossible = torch.zeros((), dtype=torch.int64, device=frames.device)
-    if drafter.config.emission == "conditioned" and frames.shape[1] == labels.shape[1]:
-        total = _without_slack(drafter, frames, lm_head, anchors, labels)
+    num_impossible = torch.zeros((), dtype=torch.int64, device=labels.device)
+    if drafter.config.emission == "conditioned" and draft.frames.shape[1] == labels.shape[1]:
+        total = _without_slack(drafter, draft, lm_head, labels, frequent)
         return AlignmentLoss(total / max(len(labels), 1), num_impossible)
 
-    def chunk_loss(frames: Tensor, anchors: Tensor, labels: Tensor) -> Tensor:
+    def chunk_loss(frames: Tensor, start: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
         logits = torch.cat((frames @ lm_head.T, drafter.blank_logits(frames)[..., None]), dim=-1)
         if drafter.config.emission == "independent":
             return independent_loss(logits, labels)
-        return conditioned_loss(logits, anchors, labels, drafter.condition_last.weight, drafter.condition_next.weight)
+        return conditioned_loss(logits, start, gate, drafter.conditioning, labels)
 
-    num_anchors = max(1, LOGITS_PER_CHUNK // (frames.shape[1] * len(lm_head)))
-    chunks = zip(*(x.split(num_anchors) for x in (frames, anchors, labels)), strict=True)
+    num_anchors = max(1, LOGITS_PER_CHUNK // (draft.frames.shape[1] * len(lm_head)))
+    chunks = zip(*(x.split(num_anchors) for x in (*draft, labels)), strict=True)
     losses = torch.cat([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks])
     if drafter.config.emission == "independent":
-        num_impossible = (~has_alignment(labels, frames.shape[1])).sum()
+        num_impossible = (~has_alignment(labels, draft.frames.shape[1])).sum()
     return AlignmentLoss(losses.sum() / (len(losses) - num_impossible).clamp_min(1), num_impossible)
 
 
-def _without_slack(drafter: CTCDrafter, frames: Tensor, lm_head: Tensor, anchors: Tensor, labels: Tensor) -> Tensor:
+def _without_slack(
+    drafter: CTCDrafter, draft: Draft, lm_head: Tensor, labels: Tensor, frequent: Tensor | None
+) -> Tensor:
     """[] float32, the sum of `conditioned_loss` where T = U, so that label t can only stand at frame t."""
-    last = drafter.condition_last(torch.cat((anchors[:, None], labels[:, :-1]), dim=1))
+    states = _states(drafter.conditioning, draft.start, labels[:, :-1]) * draft.gate[:, None]
+    condition_next = drafter.condition_next.weight
+    if frequent is None:
+        offsets, columns = torch.zeros(len(lm_head), device=labels.device), labels
+    else:
+        tokens, offsets, columns = sampled_softmax(labels, frequent, len(lm_head))
+        lm_head = lm_head[tokens]
+        condition_next = torch.cat((condition_next[tokens], condition_next[-1:]))
     total: Tensor = ConditionedCrossEntropy.apply(
-        frames.flatten(0, 1),
+        draft.frames.flatten(0, 1),
         lm_head,
-        last.flatten(0, 1),
-        drafter.condition_next.weight,
-        drafter.blank_logits(frames).flatten(),
-        labels.flatten(),
+        states.flatten(0, 1),
+        condition_next,
+        drafter.blank_logits(draft.frames).flatten(),
+        offsets,
+        columns.flatten(),
     )
     return total
 
 
-def conditioned_loss(
-    logits: Tensor, anchors: Tensor, labels: Tensor, condition_last: Tensor, condition_next: Tensor
-) -> Tensor:
+def sampled_softmax(labels: Tensor, frequent: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [K'] that stand for the vocabulary in this step's normaliser, their log weights [K'], and the labels'
+    columns among them.
+
+    The labels and the K `frequent` tokens stand for themselves; of all others, K drawn at random share the weight of
+    the rest, so that the normaliser's expectation is right (sampled softmax, Bengio and Senecal 2008).
+    """
+    stands = torch.zeros(vocab_size, dtype=torch.bool, device=labels.device)
+    stands[frequent] = True
+    stands[labels.flatten()] = True
+    certain, others = stands.nonzero()[:, 0], (~stands).nonzero()[:, 0]
+    drawn = others[torch.randperm(len(others), device=labels.device)[: len(frequent)]]
+    offsets = torch.zeros(len(certain) + len(drawn), device=labels.device)
+    offsets[len(certain) :] = math.log(max(len(others), 1) / max(len(drawn), 1))
+    columns = stands.cumsum(0) - 1
+    return torch.cat((certain, drawn)), offsets, columns[labels]
+
+
+def _states(conditioning: Conditioning, start: Tensor, labels: Tensor) -> Tensor:
+    """[S, U + 1, r], the states after 0 .. U of the labels [S, U]; start: [S, r]."""
+    states = [start]
+    for label in labels.T:
+        states.append(conditioning.advance(states[-1], label))
+    return torch.stack(states, dim=1)
+
+
+def conditioned_loss(logits: Tensor, start: Tensor, gate: Tensor, conditioning: Conditioning, labels: Tensor) -> Tensor:
     """[S] float32, -log of the summed probability of all alignments, one label per frame and the rest blank.
 
-    p_t(c | u) = softmax_c(logits_t[c] + condition_last[u] . condition_next[c]), u the last emitted label (at first
-    the anchor), and alpha_t(j) = alpha_{t-1}(j) p_t(blank | y_j) + alpha_{t-1}(j-1) p_t(y_j | y_{j-1}), the
+    p_t(c | h) = softmax_c(logits_t[c] + (s(h) * gate) . following[c]), h the labels emitted so far (emissions.py), and
+    alpha_t(j) = alpha_{t-1}(j) p_t(blank | y_1 .. y_j) + alpha_{t-1}(j-1) p_t(y_j | y_1 .. y_{j-1}), the
     forward recursion of Graves (2012, arXiv 1211.3711) on the monotonic topology. With T = U it is the
     cross-entropy of label t at frame t.
 
-    logits: [S, T, V + 1]; anchors: [S]; labels: [S, U]; condition_last: [V, r]; condition_next: [V + 1, r].
+    logits: [S, T, V + 1]; start, gate: [S, r]; labels: [S, U].
     """
     num_frames, blank = logits.shape[1], logits.shape[2] - 1
-    last = torch.cat((anchors[:, None], labels), dim=1)
-    bias = F.embedding(last, condition_last) @ condition_next.T
+    bias = (_states(conditioning, start, labels) * gate[:, None]) @ conditioning.following.T
     with torch.autocast(logits.device.type, enabled=False):
         logits, bias = logits.float(), bias.float()
         normalizer = _pairwise_normalizer(logits, bias)

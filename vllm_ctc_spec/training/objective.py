@@ -10,17 +10,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vllm_ctc_spec.drafter import CTCDrafter, KeyValue
+from vllm_ctc_spec.drafter import CTCDrafter, Draft, KeyValue
 from vllm_ctc_spec.training.loss import AlignmentLoss, alignment_loss
+
+ALONE = 1 / 8
+"""Share of anchors that are trained without conditioning: the tree's candidates are chosen by the frames alone."""
 
 
 class DraftObjective(nn.Module):
-    """Holds the drafter, which learns, and the target, which is frozen and only read."""
+    """Holds the drafter, which learns, and the target, which is frozen and only read.
 
-    def __init__(self, drafter: CTCDrafter, target: PreTrainedModel) -> None:
+    frequent: see `alignment_loss`.
+    """
+
+    frequent: Tensor | None
+
+    def __init__(self, drafter: CTCDrafter, target: PreTrainedModel, frequent: Tensor | None = None) -> None:
         super().__init__()
         self.drafter = drafter
         self.target = target.requires_grad_(False).eval()
+        self.register_buffer("frequent", frequent, persistent=False)
 
     def train(self, mode: bool = True) -> DraftObjective:
         super().train(mode)
@@ -34,21 +43,24 @@ class DraftObjective(nn.Module):
         `target_hidden`, computed if not given."""
         if hidden is None:
             hidden = target_hidden(self.target, input_ids)
-        frames = self.frames(input_ids, hidden, anchors)
-        anchor_ids = input_ids.gather(1, anchors)
-        lm_head = self.target.get_output_embeddings().weight
-        return alignment_loss(self.drafter, frames[valid], lm_head, anchor_ids[valid], labels[valid])
+        draft = Draft(*(each[valid] for each in self.draft(input_ids, hidden, anchors)))
+        conditioned = torch.rand(len(draft.gate), 1, device=draft.gate.device) >= ALONE
+        draft = draft._replace(gate=draft.gate * conditioned)
+        return alignment_loss(
+            self.drafter, draft, self.target.get_output_embeddings().weight, labels[valid], self.frequent
+        )
 
-    def frames(self, input_ids: Tensor, hidden: Tensor, anchors: Tensor) -> Tensor:
-        """[B, M, T, H], of every anchor in one pass; hidden: [B, L, H] from `target_hidden`."""
+    def draft(self, input_ids: Tensor, hidden: Tensor, anchors: Tensor) -> Draft:
+        """[B, M, ...], of every anchor in one pass; hidden: [B, L, H] from `target_hidden`."""
         context = self.drafter.context(hidden, torch.arange(input_ids.shape[1], device=input_ids.device))
-        embedding = self.target.get_input_embeddings()(input_ids.gather(1, anchors))
+        last_tokens = torch.stack((input_ids.gather(1, anchors - 1), input_ids.gather(1, anchors)), dim=-1)
+        embedding = self.target.get_input_embeddings()(last_tokens[..., 1])
         last_hidden = hidden.gather(1, (anchors - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
 
         def attend(layer: int, query: Tensor, own: KeyValue) -> Tensor:
             return attend_before_anchor(query, own, context[layer], anchors)
 
-        return self.drafter(embedding, last_hidden, anchors, attend)
+        return self.drafter(last_tokens, embedding, last_hidden, anchors, attend)
 
 
 @torch.no_grad()

@@ -20,13 +20,24 @@ from vllm_ctc_spec.training.atomic import atomic_folder, write_atomically
 from vllm_ctc_spec.training.budget import Budget, BudgetCallback
 from vllm_ctc_spec.training.cache import HiddenCache, write_cache
 from vllm_ctc_spec.training.calibrate import calibrate, split_rows
-from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, TrainingRow, read_rows, with_anchors
+from vllm_ctc_spec.training.data import (
+    AnchorCollator,
+    AnchorDataset,
+    TrainingRow,
+    most_frequent,
+    read_rows,
+    with_anchors,
+)
 from vllm_ctc_spec.training.loop import drop_checkpoints, loop_arguments, processes, report, train_or_resume
 from vllm_ctc_spec.training.objective import DraftObjective
 from vllm_ctc_spec.training.optimizer import MuonAdamW
 from vllm_ctc_spec.training.resume import claim
 from vllm_ctc_spec.training.target import drafter_config, load_target, target_dtype
 from vllm_ctc_spec.training.timing import StepTimes
+
+FEWEST_SAMPLED, SAMPLED_SHARE = 2048, 4
+"""Of a vocabulary of V tokens, max(FEWEST_SAMPLED, V / SAMPLED_SHARE) make the normaliser of a training step: half of
+them the most frequent, half drawn at random. Per step the loss falls as with all V, and a step takes less time."""
 
 DRY_RUN_LINES = 1000
 NOT_RESUMED = ("save_steps", "log_steps")
@@ -79,7 +90,7 @@ def fit(
     rows, calibration_rows = split_rows(rows)
     hidden = _cached_hidden(settings.cache, target, target_path, rows)
     dataset = AnchorDataset(rows, config.label_length, settings.anchors_per_row, settings.seed, hidden)
-    objective = DraftObjective(drafter, target)
+    objective = DraftObjective(drafter, target, _frequent(rows, config))
     try:
         training = _train(objective, dataset, checkpoints, settings)
     except torch.cuda.OutOfMemoryError as error:
@@ -139,6 +150,14 @@ def _usable_rows(
             f"{config.label_length} needs. Use longer rows or a smaller label_length."
         )
     return usable
+
+
+def _frequent(rows: Sequence[TrainingRow], config: CTCDrafterConfig) -> Tensor | None:
+    """Tokens that stand for the vocabulary in the loss, where that is worth it."""
+    num_sampled = max(FEWEST_SAMPLED, config.vocab_size // SAMPLED_SHARE)
+    if num_sampled >= config.vocab_size:
+        return None
+    return most_frequent(rows, config.vocab_size, num_sampled // 2)
 
 
 def _resumable(target_path: str, data: str | Path, settings: FitSettings) -> dict[str, Any]:

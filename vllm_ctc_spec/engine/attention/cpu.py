@@ -11,6 +11,7 @@ Letters: R tree requests, Q rows per request (padded), K key-value heads, D head
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,22 +26,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from vllm_ctc_spec.ops.reference import attend_with_bias, tail_bias
+from vllm_ctc_spec.engine.attention.interface import PagedContext, StepTrees, refuse_features
+from vllm_ctc_spec.ops.reference import attend_with_bias, tail_bias, unpack_ancestor_masks
 
 ISA = "vec"
-
-
-@dataclass(frozen=True)
-class PagedContext:
-    """Where the contexts of R requests lie in the paged cache."""
-
-    block_table: Tensor
-    """[R, blocks of the longest context] int64"""
-    lens: Tensor
-    """[R] int64"""
-
-    def max_len(self, block_size: int) -> int:
-        return self.block_table.shape[1] * block_size
 
 
 @dataclass(frozen=True)
@@ -109,17 +98,18 @@ class TreeCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for name, present in (
-            ("attention logit soft-capping", bool(self.logits_soft_cap)),
-            ("ALiBi", self.alibi_slopes is not None),
-            ("attention sinks", self.sinks is not None),
-            ("sliding-window attention", self.sliding_window != -1),
-        ):
-            if present:
-                raise ValueError(
-                    f'the target has {name}, which speculative method "ctc" does not support. '
-                    f"Serve it without speculative_config, or with another method."
-                )
+        refuse_features(
+            {
+                "attention logit soft-capping": bool(self.logits_soft_cap),
+                "ALiBi": self.alibi_slopes is not None,
+                "attention sinks": self.sinks is not None,
+                "sliding-window attention": self.sliding_window != -1,
+            }
+        )
+
+    @staticmethod
+    def tree_attention(layers: list[Any]) -> CPUTreeAttention:
+        return CPUTreeAttention(layers)
 
     def forward(
         self,
@@ -143,6 +133,68 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         return output
 
 
+@dataclass(frozen=True)
+class TreeFrames:
+    """The drafter's rows, all of which see one another."""
+
+    context: PagedContext
+    bias: Tensor
+    """See ops.reference.tail_bias."""
+
+
+class CPUTreeAttention:
+    """TreeAttention over caches of isa "vec"; a context's block table is int64."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        """The target's."""
+
+    def attach(self, metadata: TreeAttentionMetadata, trees: StepTrees) -> None:
+        metadata.tree_rows = self._tree_rows(metadata.block_table, trees)
+
+    def _tree_rows(self, block_table: Tensor, trees: StepTrees) -> TreeRows:
+        num_rows = max(map(len, trees.masks))
+        rows = torch.tensor(trees.starts)[:, None].repeat(1, num_rows)
+        is_real = torch.zeros(len(trees.masks), num_rows, dtype=torch.bool)
+        # Padding rows see row 0, because a row that sees nothing is NaN.
+        masks = torch.ones(len(trees.masks), num_rows, dtype=torch.int64)
+        for row, own in enumerate(trees.masks):
+            rows[row, : len(own)] += torch.arange(len(own))
+            is_real[row, : len(own)] = True
+            masks[row, : len(own)] = torch.tensor(own)
+        layer = self.layers[0]
+        block_size = layer.kv_cache.shape[2]
+        num_blocks = -(-max(trees.context_lens) // block_size)
+        lens = torch.tensor(trees.context_lens)
+        context = self.context(block_table[:, :num_blocks], torch.tensor(trees.requests), lens)
+        allowed, group = unpack_ancestor_masks(masks, num_rows), layer.num_heads // layer.num_kv_heads
+        bias = tail_bias(lens, context.max_len(block_size), allowed, group, layer.dtype)
+        return TreeRows(rows, is_real, context, bias, trees.are_whole_step and bool(is_real.all()))
+
+    def context(self, block_table: Tensor, requests: Tensor, lens: Tensor) -> PagedContext:
+        return PagedContext(block_table[requests].long(), lens)
+
+    def frames(
+        self, context: PagedContext, num_rows: int, num_heads: int, kv_cache: Tensor, dtype: torch.dtype
+    ) -> TreeFrames:
+        everything = torch.ones(len(context.lens), num_rows, num_rows, dtype=torch.bool)
+        max_context, group = context.max_len(kv_cache.shape[2]), num_heads // kv_cache.shape[1]
+        return TreeFrames(context, tail_bias(context.lens, max_context, everything, group, dtype))
+
+    def attend_frames(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, frames: TreeFrames, scale: float
+    ) -> Tensor:
+        return attend_paged(query, kv_cache, frames.context, key, value, frames.bias, scale)
+
+    def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        write_cache(kv_cache, slots, key, value)
+
+    def move(self, slots: Tensor, sources: list[list[int]], targets: list[list[int]]) -> None:
+        # Layers that share a cache must have their slots moved once.
+        kv_caches = list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in self.layers}.values())
+        move_slots(kv_caches, *(slots[list(chain.from_iterable(rows))] for rows in (sources, targets)))
+
+
 def attend_paged(
     query: Tensor, kv_cache: Tensor, context: PagedContext, key: Tensor, value: Tensor, bias: Tensor, scale: float
 ) -> Tensor:
@@ -151,12 +203,6 @@ def attend_paged(
     keys = _join(key_blocks.transpose(-1, -2), context.block_table, key)
     values = _join(value_blocks, context.block_table, value)
     return attend_with_bias(query, keys, values, bias, scale)
-
-
-def frame_bias(context: PagedContext, block_size: int, num_rows: int, group: int, dtype: torch.dtype) -> Tensor:
-    """Every one of the drafter's rows sees every other."""
-    everything = torch.ones(context.lens.shape[0], num_rows, num_rows, dtype=torch.bool)
-    return tail_bias(context.lens, context.max_len(block_size), everything, group, dtype)
 
 
 def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,108 @@
+"""Does the whole engine say on a GPU what plain vLLM says, and how fast? One command, two dtypes.
+
+    python -m benchmarks.gpu.engine_check RESULTS [--target FOLDER --drafter FOLDER --prompts FILE.jsonl]
+
+Without folders it builds the tests' tiny target and drafter (about a minute), whose speed says nothing; it is their
+tokens that count. In float32 they must be plain vLLM's, greedy and seeded; in bfloat16, greedy, up to near-ties of the
+top two logits. Engines take turns in rounds, as in `vllm-ctc-spec bench`, which does the work: RESULTS gets a folder
+for each dtype with what that command writes, and engine_check.json with the verdicts.
+
+Exit status: 1 if a token differs, an engine fails or nothing was accepted, 2 without a CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import torch
+from rich.console import Console
+
+from vllm_ctc_spec.bench.config import BenchConfig, Method, PromptSource
+from vllm_ctc_spec.bench.report import to_terminal
+from vllm_ctc_spec.bench.run import Bench
+from vllm_ctc_spec.demo.build import build_demo
+from vllm_ctc_spec.demo.scale import DemoScale
+
+TEMPERATURES = {"float32": (0.0, 1.0), "bfloat16": (0.0,)}
+BATCHES = (1, 8)
+CACHE_BYTES = 2 << 30
+"""Of each engine; two are alive at once."""
+
+
+def bench_config(dtype: str, options: argparse.Namespace) -> BenchConfig:
+    def ctc(num_nodes: int) -> dict[str, Any]:
+        return {
+            "method": "ctc",
+            "model": str(options.drafter),
+            "num_speculative_tokens": num_nodes,
+            "adaptive_budget": False,
+        }
+
+    return BenchConfig(
+        target=str(options.target),
+        methods=(Method("plain", None, {}), *(Method(f"ctc-{nodes}", ctc(nodes), {}) for nodes in options.nodes)),
+        prompts={"prompts": PromptSource(str(options.prompts))},
+        engine={"dtype": dtype, "max_model_len": 1024, "kv_cache_memory_bytes": CACHE_BYTES},
+        batch_sizes=BATCHES,
+        temperatures=TEMPERATURES[dtype],
+        max_tokens=options.max_tokens,
+        num_prompts=max(BATCHES),
+        rounds=options.rounds,
+    )
+
+
+def verdicts(dtype: str, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One per cell and method."""
+    rows = []
+    for cell in results["cells"]:
+        where = {"dtype": dtype, "batch": cell["batch_size"], "temperature": cell["temperature"]}
+        for name, method in cell["methods"].items():
+            length = method["acceptance_length"]
+            is_right = method["equality"]["exact"] and (name == "plain" or length > 1)
+            rows.append({**where, "method": name, "acceptance_length": length, "ok": bool(is_right)})
+        rows += [{**where, "method": name, "error": error, "ok": False} for name, error in cell["errors"].items()]
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--target", type=Path)
+    parser.add_argument("--drafter", type=Path)
+    parser.add_argument("--prompts", type=Path, help="JSONL, as for `vllm-ctc-spec bench`")
+    parser.add_argument("--dtypes", nargs="+", choices=list(TEMPERATURES), default=list(TEMPERATURES))
+    parser.add_argument("--nodes", nargs="+", type=int, default=[32], help="node budgets")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    paths = options.target, options.drafter, options.prompts
+    if any(paths) and not all(paths):
+        parser.error("--target, --drafter and --prompts belong together")
+    if not torch.cuda.is_available():
+        print("engine_check: torch sees no CUDA device; run this on a machine with an NVIDIA GPU.", file=sys.stderr)
+        return 2
+    if not any(paths):
+        pair = build_demo(options.results / "pair", DemoScale.tiny())
+        options.target, options.drafter, options.prompts = pair.target, pair.drafter, pair.prompts
+    found = {dtype: Bench(bench_config(dtype, options), options.results / dtype) for dtype in options.dtypes}
+    results = {
+        dtype: bench.run(lambda title, done: print(title) if not done else None) for dtype, bench in found.items()
+    }
+    checks = [row for dtype, each in results.items() for row in verdicts(dtype, each)]
+    wrong = [row for row in checks if not row["ok"]]
+    (options.results / "engine_check.json").write_text(json.dumps({"checks": checks, "results": results}, indent=1))
+    for dtype, each in results.items():
+        Console().print(dtype, to_terminal(each))
+    print(f"{torch.cuda.get_device_name()}: {len(checks) - len(wrong)} of {len(checks)} right", *wrong, sep="\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""A worker that takes the GPU's path on a CPU: vLLM's TRITON_ATTN backend and our kernels, by Triton's interpreter.
+
+Needs TRITON_INTERPRET=1 in its environment: Triton decides when a kernel is defined whether it is interpreted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import torch
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from vllm_ctc_spec.engine.cpu_worker import CTCCPUWorker
+
+VLLMS_KERNELS = (
+    "vllm.v1.attention.ops.triton_attention_helpers",
+    "vllm.v1.attention.ops.triton_reshape_and_cache_flash",
+    "vllm.v1.attention.ops.triton_unified_attention",
+    "vllm.v1.attention.backends.triton_attn",
+)
+
+
+def interpret_vllms_kernels() -> None:
+    """vLLM for CPU has a placeholder for Triton: load its kernels once more, with the real one."""
+    import triton
+    from vllm import triton_utils
+
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    triton_utils.triton, triton_utils.tl = triton, triton.language
+    for name in VLLMS_KERNELS:
+        importlib.reload(importlib.import_module(name))
+    # vLLM's kernels choose tile sizes by it.
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+
+
+class InterpretedWorker(CTCCPUWorker):
+    def init_device(self) -> Any:
+        super().init_device()
+        interpret_vllms_kernels()
+        # Only now, because it takes its base classes from the modules that were loaded again.
+        from vllm_ctc_spec.engine.attention.triton import TreeTritonAttentionBackend as backend
+
+        register_backend(AttentionBackendEnum.CPU_ATTN, f"{backend.__module__}.{backend.__name__}")
+
+    def determine_available_memory(self) -> int:
+        # What the GPU's runner does while vLLM looks at its memory, before there is a cache.
+        self.model_runner.drafter.profile(self.model_runner.max_num_reqs)
+        return super().determine_available_memory()
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self.seen = {"attention": type(self.model_runner.attention).__name__, "whole": 0, "mixed": 0, "moves": 0}
+        self._watch(self.model_runner.attention)
+        return times
+
+    def _watch(self, attention: Any) -> None:
+        attach, move = attention.attach, attention.move
+
+        def watched_attach(metadata: Any, trees: Any) -> None:
+            self.seen["whole" if trees.are_whole_step else "mixed"] += 1
+            attach(metadata, trees)
+
+        def watched_move(*args: Any) -> None:
+            self.seen["moves"] += 1
+            move(*args)
+
+        attention.attach, attention.move = watched_attach, watched_move
+
+    def what_was_seen(self) -> dict[str, Any]:
+        """The class that attends, steps of trees alone, steps with other rows beside trees, and K/V moves."""
+        return self.seen

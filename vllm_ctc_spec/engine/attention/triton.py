@@ -1,0 +1,227 @@
+"""vLLM's FLASH_ATTN and TRITON_ATTN backends, with rows of token trees attending to their ancestors.
+
+Prefill, plain decode and chains keep vLLM's kernels; rows of branching trees go to `ops.tree_attention`. Both backends
+keep a layer's cache as [blocks, K, B, 2 * D], keys before values in the last dimension (vllm/v1/kv_cache_interface.py),
+in any physical order: our kernels follow the strides. `_check_layout` proves it at start-up.
+
+Letters: R requests, Q query rows of each, M rows of the whole step, P places of a path, H query heads,
+K key-value heads, B block size, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import async_tensor_h2d, is_quantized_kv_cache
+from vllm.v1.attention.backend import AttentionImpl
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
+
+from vllm_ctc_spec.engine.attention.interface import PagedContext, StepTrees, refuse_features
+from vllm_ctc_spec.ops.kv_move import CacheTable, move_slots
+from vllm_ctc_spec.ops.launch import Launch, plan_launch
+from vllm_ctc_spec.ops.tree_attention import tree_attention
+from vllm_ctc_spec.ops.tree_batch import TreeBatch
+
+
+@dataclass(frozen=True)
+class TreeRows:
+    """The rows of a step that belong to branching trees."""
+
+    batch: TreeBatch
+    are_whole_step: bool
+
+
+class TreeAttentionImpl(AttentionImpl):
+    """Before one of vLLM's implementations in the order of base classes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        refuse_features(
+            {
+                "attention logit soft-capping": bool(self.logits_soft_cap),
+                "ALiBi": self.alibi_slopes is not None,
+                "attention sinks": self.sinks is not None,
+                "sliding-window attention": self.sliding_window != (-1, -1),
+                "layers that share their keys and values": self.kv_sharing_target_layer_name is not None,
+            }
+        )
+
+    @staticmethod
+    def tree_attention(layers: list[Any]) -> TritonTreeAttention:
+        return TritonTreeAttention(layers)
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        return False
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        trees = tree_rows(attn_metadata)
+        if trees is None or not trees.are_whole_step:
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        if trees is not None:
+            scale = self.scale
+            if query.dtype != key.dtype:
+                # vLLM quantizes queries for a float8 cache.
+                query, scale = query.to(key.dtype), scale * layer._q_scale_float
+            cache, k_scale, v_scale = self.kernel_cache(kv_cache, layer)
+            tree_attention(query, key, value, cache, trees.batch, scale, output, k_scale=k_scale, v_scale=v_scale)
+        return output
+
+    def kernel_cache(self, kv_cache: Tensor, layer: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """A cache as our kernels take it, and the scales of its keys and values, which an unquantized one lacks."""
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            return kv_cache.view(current_platform.fp8_dtype()), layer._k_scale, layer._v_scale
+        return kv_cache, None, None
+
+
+class TreeFlashAttentionImpl(TreeAttentionImpl, FlashAttentionImpl):
+    pass
+
+
+class TreeTritonAttentionImpl(TreeAttentionImpl, TritonAttentionImpl):
+    pass
+
+
+class TreeFlashAttentionBackend(FlashAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[TreeFlashAttentionImpl]:
+        return TreeFlashAttentionImpl
+
+
+class TreeTritonAttentionBackend(TritonAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[TreeTritonAttentionImpl]:
+        return TreeTritonAttentionImpl
+
+
+def register() -> None:
+    """Takes the places of FLASH_ATTN and TRITON_ATTN; which of them serves, if any, stays vLLM's choice."""
+    for name, backend in (
+        (AttentionBackendEnum.FLASH_ATTN, TreeFlashAttentionBackend),
+        (AttentionBackendEnum.TRITON_ATTN, TreeTritonAttentionBackend),
+    ):
+        register_backend(name, f"{backend.__module__}.{backend.__name__}")
+
+
+def tree_rows(metadata: Any) -> TreeRows | None:
+    """What `TritonTreeAttention.attach` added to vLLM's metadata, whose classes differ from backend to backend."""
+    return getattr(metadata, "tree_rows", None)
+
+
+class TritonTreeAttention:
+    """TreeAttention over caches [blocks, K, B, 2 * D]; a context's block table and lengths are int32."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        refuse_features({"scales of each head for its K/V cache": any(each._k_scale.numel() > 1 for each in layers)})
+        self.layer = layers[0]
+        self.table = CacheTable.of([layer.kv_cache for layer in layers])
+        self.device = self.layer.kv_cache.device
+        unit = torch.ones((), device=self.device)
+        self.drafter_scales = SimpleNamespace(_k_scale=unit, _v_scale=unit)
+        """The drafter's keys and values are its own, so the target's scales do not fit them."""
+        self._check_layout()
+
+    def attach(self, metadata: Any, trees: StepTrees) -> None:
+        counts = [len(masks) for masks in trees.masks]
+        ancestors = np.zeros(trees.num_rows, dtype=np.int64)
+        for start, masks in zip(trees.starts, trees.masks):
+            ancestors[start : start + len(masks)] = masks
+        fields = np.array([trees.requests, trees.starts, counts, trees.context_lens])
+        packed = async_tensor_h2d(np.concatenate((fields.ravel(), ancestors)), self.device)
+        requests, starts, num_rows, lens = packed[: fields.size].view(fields.shape)
+        block_size = self.layer.kv_cache.shape[2]
+        num_blocks = -(-max(trees.context_lens) // block_size)
+        batch = TreeBatch(
+            row_starts=starts.int(),
+            num_rows=num_rows.int(),
+            ancestor_masks=packed[fields.size :],
+            context_lens=lens.int(),
+            block_table=metadata.block_table[requests, :num_blocks],
+            max_rows=max(counts),
+            launch=self._launch(len(counts), max(counts), num_blocks, self.layer.num_heads, self.layer.dtype),
+        )
+        metadata.tree_rows = TreeRows(batch, trees.are_whole_step)
+
+    def _launch(self, num_requests: int, max_rows: int, num_blocks: int, num_heads: int, dtype: torch.dtype) -> Launch:
+        """The longest context is rounded up, so that few plans serve all steps."""
+        _, num_kv_heads, block_size, packed = self.layer.kv_cache.shape
+        max_context = block_size << (num_blocks - 1).bit_length()
+        return plan_launch(
+            num_requests, max_rows, max_context, num_heads, num_kv_heads, packed // 2, dtype, self.device
+        )
+
+    def context(self, block_table: Tensor, requests: Tensor, lens: Tensor) -> PagedContext:
+        return PagedContext(block_table[requests], lens.int())
+
+    def frames(
+        self, context: PagedContext, num_rows: int, num_heads: int, kv_cache: Tensor, dtype: torch.dtype
+    ) -> TreeBatch:
+        num_requests, num_blocks = context.block_table.shape
+        return TreeBatch(
+            row_starts=num_rows * torch.arange(num_requests, dtype=torch.int32, device=self.device),
+            num_rows=torch.full((num_requests,), num_rows, dtype=torch.int32, device=self.device),
+            ancestor_masks=torch.full((num_requests * num_rows,), -1, dtype=torch.int64, device=self.device),
+            context_lens=context.lens,
+            block_table=context.block_table,
+            max_rows=num_rows,
+            launch=self._launch(num_requests, num_rows, num_blocks, num_heads, dtype),
+        )
+
+    def attend_frames(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, frames: TreeBatch, scale: float
+    ) -> Tensor:
+        cache, k_scale, v_scale = self.layer.impl.kernel_cache(kv_cache, self.drafter_scales)
+        query, key, value = (rows.flatten(0, 1) for rows in (query, key, value))
+        out = torch.empty_like(query)
+        tree_attention(query, key, value, cache, frames, scale, out, k_scale=k_scale, v_scale=v_scale)
+        return out.unflatten(0, (-1, frames.max_rows))
+
+    def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        self.layer.impl.do_kv_cache_update(self.drafter_scales, key, value, kv_cache, slots)
+
+    def move(self, slots: Tensor, sources: list[list[int]], targets: list[list[int]]) -> None:
+        num_places = max(map(len, sources))
+        padded = np.array([[[*path, *[-1] * (num_places - len(path))] for path in rows] for rows in (sources, targets)])
+        rows = async_tensor_h2d(padded, self.device)
+        move_slots(self.table, *torch.where(rows >= 0, slots[rows], -1))
+
+    def _check_layout(self) -> None:
+        """Write a known pattern with vLLM's kernel and read it through our view. Raises RuntimeError.
+
+        It goes to the block that vLLM keeps for padding, which nothing reads, and is taken away again.
+        """
+        kv_cache = self.layer.kv_cache
+        _, num_kv_heads, block_size, packed = kv_cache.shape
+        generator = torch.Generator().manual_seed(0)
+        # Whole numbers, which float8 has, too.
+        pattern = torch.randint(-16, 17, (2, block_size, num_kv_heads, packed // 2), generator=generator)
+        key, value = pattern.to(self.device, self.layer.dtype)
+        self.write(kv_cache, torch.arange(block_size, device=self.device), key, value)
+        cache, _, _ = self.layer.impl.kernel_cache(kv_cache, self.drafter_scales)
+        found = cache[0].transpose(0, 1).to(self.layer.dtype)
+        is_right = torch.equal(found, torch.cat((key, value), dim=-1))
+        kv_cache[0].zero_()
+        if not is_right:
+            raise RuntimeError(
+                f"the K/V cache of {self.layer.get_attn_backend().get_name()}, {tuple(kv_cache.shape)} with strides "
+                f'{kv_cache.stride()}, is not laid out as speculative method "ctc" expects. '
+                f"Serve without speculative_config and report this."
+            )

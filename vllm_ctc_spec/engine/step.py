@@ -1,0 +1,61 @@
+"""One step's requests and their trees, on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm_ctc_spec.engine.attention.interface import StepTrees
+from vllm_ctc_spec.engine.sampler import HostTree
+
+
+@dataclass
+class Step:
+    """The requests of one step, in batch order."""
+
+    trees: list[HostTree]
+    starts: list[int]
+    """First row of each request."""
+    num_rows: list[int]
+    num_computed: list[int]
+    """Verified positions before this step: the position of each request's first row."""
+    accepted_nodes: list[list[int]] = field(default_factory=list)
+
+    def verified_rows(self, index: int) -> list[int]:
+        """Rows of a request that are certain after the walk, by position."""
+        start = self.starts[index]
+        if not self.trees[index].tokens:
+            return list(range(start, start + self.num_rows[index]))
+        return [start, *(start + node for node in self.accepted_nodes[index])]
+
+    def tree_positions(self) -> tuple[list[int], list[int]]:
+        """Rows of branching trees' nodes, and their positions: one after their parent's."""
+        rows: list[int] = []
+        positions: list[int] = []
+        for tree, start, computed in zip(self.trees, self.starts, self.num_computed):
+            if not tree.is_chain:
+                rows.extend(range(start + 1, start + 1 + len(tree.depths)))
+                positions.extend(computed + depth for depth in tree.depths)
+        return rows, positions
+
+    def branching_trees(self) -> StepTrees | None:
+        requests = [index for index, tree in enumerate(self.trees) if not tree.is_chain]
+        if not requests:
+            return None
+        return StepTrees(
+            requests,
+            [self.starts[index] for index in requests],
+            [self.num_computed[index] for index in requests],
+            [self.trees[index].ancestor_masks() for index in requests],
+            sum(self.num_rows),
+        )
+
+    def moves(self) -> tuple[list[list[int]], list[list[int]]]:
+        """For each request, rows whose keys and values verification wrote to the wrong slots, and the rows of the right
+        ones: node i is in the i-th slot, its place is the slot of its depth.
+        """
+        sources, targets = [], []
+        for start, nodes in zip(self.starts, self.accepted_nodes):
+            moved = [(start + node, start + depth) for depth, node in enumerate(nodes, 1) if node != depth]
+            sources.append([source for source, _ in moved])
+            targets.append([target for _, target in moved])
+        return sources, targets
