@@ -163,11 +163,7 @@ def _build(
 ) -> TokenTrees:
     if num_nodes < 1:
         raise ValueError(f"num_nodes={num_nodes}: a token tree needs a node budget of at least 1.")
-    process: _Process
-    if isinstance(emissions, ConditionedEmissions):
-        process = _Conditioned(emissions)
-    else:
-        process = _Independent(emissions)
+    process = _Conditioned(emissions) if isinstance(emissions, ConditionedEmissions) else _Independent(emissions)
     chances, start = process.root()
     certain = torch.ones_like(chances.weight[..., 0])
     nowhere = torch.zeros_like(certain, dtype=torch.int64)
