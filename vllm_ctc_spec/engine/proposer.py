@@ -25,7 +25,6 @@ from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.checkpoint import load_drafter
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
 from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft, KeyValue
-from vllm_ctc_spec.engine.attention.cpu import CPUTreeAttention
 from vllm_ctc_spec.engine.attention.interface import PagedContext, TreeAttention
 from vllm_ctc_spec.engine.sampler import HostTree
 from vllm_ctc_spec.engine.settings import EngineSettings
@@ -78,7 +77,7 @@ class DrafterCacheLayer(AttentionLayerBase):
 class CTCProposer:
     """What vLLM instantiates for `method="custom_class"`; our runner calls `propose` with tensors."""
 
-    attention: TreeAttention = CPUTreeAttention([])
+    attention: TreeAttention
     """That of the target's backend, which the runner knows once the layers have their caches."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
