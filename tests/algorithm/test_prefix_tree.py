@@ -21,7 +21,7 @@ from vllm_ctc_spec.algorithm import (
 
 from .brute_force import Case, Prefix, cases, node_prefixes, prefix_probabilities
 
-_settings = settings(max_examples=60, deadline=None)
+_settings = settings(max_examples=40, deadline=None)
 
 
 def _best_connected_sum(psi: dict[Prefix, float], num_nodes: int) -> float:

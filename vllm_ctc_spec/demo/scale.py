@@ -49,7 +49,7 @@ class DemoScale:
             num_prompts=1152,
             num_heldout_prompts=128,
             num_new_tokens=128,
-            drafter_budget=Budget(max_steps=2000, max_seconds=110),
+            drafter_budget=Budget(max_steps=2000, max_seconds=80),
         )
 
     @classmethod
