@@ -122,7 +122,7 @@ def test_the_estimated_normaliser_is_right_on_average():
     everything = alignment_loss(drafter, draft, lm_head, labels, torch.arange(11)).mean
     torch.testing.assert_close(everything, alignment_loss(drafter, draft, lm_head, labels).mean)
     # One frame of one anchor: its loss is the normaliser's logarithm, but for a constant.
-    one, label = Draft(*(each[:1] for each in draft)), labels[:1]
+    one, label = draft.of(torch.tensor([0])), labels[:1]
     exact = float(alignment_loss(drafter, one, lm_head, label).mean.exp())
     # The label and two tokens stand for themselves; two are drawn for the other eight.
     losses = [alignment_loss(drafter, one, lm_head, label, torch.tensor([0, 7])).mean for _ in range(500)]

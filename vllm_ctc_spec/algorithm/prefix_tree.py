@@ -167,13 +167,11 @@ def _build(
     chances, start = process.root()
     certain = torch.ones_like(chances.weight[..., 0])
     nowhere = torch.zeros_like(certain, dtype=torch.int64)
-    level = _Level(chances.weight, nowhere, nowhere, certain, start)
-    levels: list[_Level] = []
-    for depth in range(min(process.frames.shape[1], num_nodes)):
-        if depth:
-            chances = process.chances(level)
-        level = _keep(process, chances, level, emissions.tokens, width)
-        levels.append(level)
+    # Nobody asks when the empty prefix arrived: its chances are known.
+    root = _Level(chances.weight, nowhere, nowhere, certain, start)
+    levels = [_keep(process, chances, root, emissions.tokens, width)]
+    for _ in range(min(process.frames.shape[1], num_nodes) - 1):
+        levels.append(_keep(process, process.chances(levels[-1]), levels[-1], emissions.tokens, width))
     return _assemble(levels, emissions.tokens, num_nodes, min_psi)
 
 
@@ -200,9 +198,9 @@ def _keep(process: _Process, chances: _Chances, parents: _Level, tokens: Tensor,
     if chances.lift is not None:
         psi = psi.mul_(chances.lift)
     if chances.repeat_weight is not None:
-        last = parents.candidates[..., None]
-        repeated = (chances.repeat_weight * frames.mT[_request_rows(last[..., 0]), last[..., 0]]).sum(-1, keepdim=True)
-        psi = psi.scatter_(2, last, repeated)
+        last = parents.candidates
+        repeated = (chances.repeat_weight * frames.mT[_request_rows(last), last]).sum(-1, keepdim=True)
+        psi = psi.scatter_(2, last[..., None], repeated)
     # Rounding must not lift a child above its parent, or the order would not be that of a tree.
     psi = psi.minimum(parents.psi[..., None]).flatten(1)
     num_candidates = tokens.shape[1]

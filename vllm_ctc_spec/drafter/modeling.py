@@ -40,6 +40,10 @@ class Draft(NamedTuple):
     gate: Tensor
     """[..., r]"""
 
+    def of(self, chosen: Tensor) -> Draft:
+        """Of some anchors only; chosen: a mask of, or indices into, the leading dimensions."""
+        return Draft(*(each[chosen] for each in self))
+
 
 Attend = Callable[[int, Tensor, KeyValue], Tensor]
 """attend(layer, query [..., num_attention_heads, head_dim], own keys and values) -> like query."""

@@ -77,13 +77,12 @@ class DrafterCacheLayer(AttentionLayerBase):
 class CTCProposer:
     """What vLLM instantiates for `method="custom_class"`; our runner calls `propose` with tensors."""
 
-    attention: TreeAttention
-    """That of the target's backend, which the runner knows once the layers have their caches."""
-
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.vllm_config = vllm_config
         self.settings = EngineSettings.from_dict(vllm_config.additional_config["ctc_spec"])
         self.remembered: list[VerifiedRows] = []
+        self.attention: TreeAttention = cast(TreeAttention, NoAttention())
+        """That of the target's backend, once the runner knows it: when the layers have their caches."""
 
     def load_model(self, target: nn.Module) -> None:
         self.target: Any = target

@@ -193,10 +193,7 @@ class TreeModelRunner(GPUModelRunner):
         if rests and self._has_same_requests():
             self.drafter.remember(verified_rows)
         else:
-            last_rows = [rows[last] for last in lasts]
-            requests = self._draft_requests(
-                drafting, lasts, last_rows, positions, sampled_token_ids, common_attn_metadata
-            )
+            requests = self._draft_requests(drafting, lasts, at, positions, sampled_token_ids, common_attn_metadata)
             trees = self.drafter.propose(verified_rows, requests)
         if self.budget is not None:
             self._observe(self.budget, step)
@@ -226,7 +223,7 @@ class TreeModelRunner(GPUModelRunner):
         self,
         drafting: list[int],
         lasts: list[int],
-        last_rows: list[int],
+        rows: Tensor,
         positions: list[int],
         sampled: list[list[int]],
         common: Any,
@@ -234,11 +231,10 @@ class TreeModelRunner(GPUModelRunner):
         if not drafting:
             return None
         lens = [positions[lasts[index]] + 1 for index in drafting]
-        at_request, at_last, at_row, at_len, anchors = async_tensor_h2d(
+        at_request, at_last, at_len, anchors = async_tensor_h2d(
             [
                 drafting,
                 [lasts[index] for index in drafting],
-                [last_rows[index] for index in drafting],
                 lens,
                 [sampled[index][-1] for index in drafting],
             ],
@@ -246,7 +242,7 @@ class TreeModelRunner(GPUModelRunner):
         )
         num_blocks = -(-max(lens) // self.cache_config.block_size)
         return DraftRequests(
-            torch.stack((self.input_ids.gpu[at_row].long(), anchors), dim=1),
+            torch.stack((self.input_ids.gpu[rows[at_last]].long(), anchors), dim=1),
             at_last,
             self.attention.context(common.block_table_tensor[:, :num_blocks], at_request, at_len),
             [self._sampling_params(index).structured_outputs is not None for index in drafting],

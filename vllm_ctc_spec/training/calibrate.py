@@ -97,7 +97,7 @@ def _draft(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int) ->
             batch[name].to(device) for name in ("input_ids", "anchors", "valid", "labels")
         )
         draft = objective.draft(input_ids, target_hidden(objective.target, input_ids), anchors)
-        drafts.append((Draft(*(each[valid] for each in draft)), labels[valid]))
+        drafts.append((draft.of(valid), labels[valid]))
     return drafts
 
 

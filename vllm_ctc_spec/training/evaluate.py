@@ -166,8 +166,8 @@ def evaluate(
 def _observe_batch(objective: DraftObjective, batch: dict[str, Tensor], trees: Sequence[TreeChoice]) -> Observations:
     """Of the valid anchors; rows are counted within the batch."""
     input_ids, anchors, valid = batch["input_ids"], batch["anchors"], batch["valid"]
-    drafts = objective.draft(input_ids, target_hidden(objective.target, input_ids), anchors)
-    draft, rows = Draft(*(each[valid] for each in drafts)), valid.nonzero()[:, 0]
+    draft = objective.draft(input_ids, target_hidden(objective.target, input_ids), anchors).of(valid)
+    rows = valid.nonzero()[:, 0]
     logits = emission_logits(objective.drafter, draft.frames, objective.target.get_output_embeddings())
     return observe(objective.drafter, draft, logits, batch["labels"][valid], rows, trees)
 

@@ -43,7 +43,7 @@ class DraftObjective(nn.Module):
         `target_hidden`, computed if not given."""
         if hidden is None:
             hidden = target_hidden(self.target, input_ids)
-        draft = Draft(*(each[valid] for each in self.draft(input_ids, hidden, anchors)))
+        draft = self.draft(input_ids, hidden, anchors).of(valid)
         conditioned = torch.rand(len(draft.gate), 1, device=draft.gate.device) >= ALONE
         draft = draft._replace(gate=draft.gate * conditioned)
         return alignment_loss(

@@ -26,7 +26,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from vllm_ctc_spec.engine.attention.interface import PagedContext, StepTrees, refuse_features
+from vllm_ctc_spec.engine.attention.interface import PagedContext, StepTrees, features_of, refuse_features
 from vllm_ctc_spec.ops.reference import attend_with_bias, tail_bias, unpack_ancestor_masks
 
 ISA = "vec"
@@ -98,14 +98,7 @@ class TreeCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse_features(
-            {
-                "attention logit soft-capping": bool(self.logits_soft_cap),
-                "ALiBi": self.alibi_slopes is not None,
-                "attention sinks": self.sinks is not None,
-                "sliding-window attention": self.sliding_window != -1,
-            }
-        )
+        refuse_features(features_of(self))
 
     @staticmethod
     def tree_attention(layers: list[Any]) -> CPUTreeAttention:
@@ -148,6 +141,8 @@ class CPUTreeAttention:
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
         """The target's."""
+        # Layers that share a cache must have their slots moved once.
+        self.target_caches = list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers}.values())
 
     def attach(self, metadata: TreeAttentionMetadata, trees: StepTrees) -> None:
         metadata.tree_rows = self._tree_rows(metadata.block_table, trees)
@@ -190,9 +185,7 @@ class CPUTreeAttention:
         write_cache(kv_cache, slots, key, value)
 
     def move(self, slots: Tensor, sources: list[list[int]], targets: list[list[int]]) -> None:
-        # Layers that share a cache must have their slots moved once.
-        kv_caches = list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in self.layers}.values())
-        move_slots(kv_caches, *(slots[list(chain.from_iterable(rows))] for rows in (sources, targets)))
+        move_slots(self.target_caches, *(slots[list(chain.from_iterable(rows))] for rows in (sources, targets)))
 
 
 def attend_paged(

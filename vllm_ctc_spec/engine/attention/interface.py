@@ -94,6 +94,16 @@ def tree_attention_of(layers: list[Any]) -> TreeAttention:
     return attention
 
 
+def features_of(impl: Any) -> dict[str, bool]:
+    """What `refuse_features` takes, of any of vLLM's attention implementations."""
+    return {
+        "attention logit soft-capping": bool(impl.logits_soft_cap),
+        "ALiBi": impl.alibi_slopes is not None,
+        "attention sinks": impl.sinks is not None,
+        "sliding-window attention": impl.sliding_window not in (-1, (-1, -1)),
+    }
+
+
 def refuse_features(features: dict[str, bool]) -> None:
     """features: what a layer's attention would have to do beside attending -> whether it must. Raises ValueError."""
     for name, present in features.items():

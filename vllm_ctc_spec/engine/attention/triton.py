@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAt
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
-from vllm_ctc_spec.engine.attention.interface import PagedContext, StepTrees, refuse_features
+from vllm_ctc_spec.engine.attention.interface import PagedContext, StepTrees, features_of, refuse_features
 from vllm_ctc_spec.ops.kv_move import CacheTable, move_slots
 from vllm_ctc_spec.ops.launch import Launch, plan_launch
 from vllm_ctc_spec.ops.tree_attention import tree_attention
@@ -44,15 +44,8 @@ class TreeAttentionImpl(AttentionImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse_features(
-            {
-                "attention logit soft-capping": bool(self.logits_soft_cap),
-                "ALiBi": self.alibi_slopes is not None,
-                "attention sinks": self.sinks is not None,
-                "sliding-window attention": self.sliding_window != (-1, -1),
-                "layers that share their keys and values": self.kv_sharing_target_layer_name is not None,
-            }
-        )
+        shares = {"layers that share their keys and values": self.kv_sharing_target_layer_name is not None}
+        refuse_features(features_of(self) | shares)
 
     @staticmethod
     def tree_attention(layers: list[Any]) -> TritonTreeAttention:
