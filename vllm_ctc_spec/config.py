@@ -74,6 +74,11 @@ class CTCDrafterConfig(PretrainedConfig):
                 f"needs 1 <= label_length <= num_frames <= {MAX_FRAMES}."
             )
 
+    @property
+    def has_blank(self) -> bool:
+        """Whether a frame may be blank: conditioned labels without slack stand at a frame each."""
+        return self.emission == "independent" or self.label_length < self.num_frames
+
 
 @dataclass(frozen=True)
 class SpecOptions:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -33,6 +34,10 @@ Prefix = tuple[int, ...]
 class IndependentCase:
     logits: Tensor
     """[T, V + 1]"""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.logits.shape[1] - 1
 
     def outcomes(self) -> dict[Prefix, float]:
         """P(collapsed output), over all alignments; repeats merged and blanks dropped label by label."""
@@ -59,15 +64,19 @@ class IndependentCase:
 @dataclass(frozen=True)
 class ConditionedCase:
     logits: Tensor
-    """[T, V + 1]"""
+    """[T, V + 1], or without blank [T, V]"""
     conditioning: Conditioning
     start: Tensor
     """[r]"""
     gate: Tensor
     """[r]"""
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.conditioning.last)
+
     def _given(self, prefix: Prefix) -> list[list[float]]:
-        """[T][V + 1] p_t(k | prefix)"""
+        """[T][V + 1] or [T][V] p_t(k | prefix)"""
         state = self.start.double()
         for token in prefix:
             state = self.conditioning.last[token].double() + self.conditioning.carry.double() @ state
@@ -76,26 +85,28 @@ class ConditionedCase:
 
     def outcomes(self) -> dict[Prefix, float]:
         """P(output), over all alignments: one label per frame, blanks dropped, nothing merged."""
-        num_frames, num_labels = self.logits.shape
+        num_frames, num_tokens = len(self.logits), self.num_tokens
         total: dict[Prefix, float] = defaultdict(float)
         alignments: list[tuple[Prefix, float]] = [((), 1.0)]
         for frame in range(num_frames):
             longer = []
             for prefix, chance in alignments:
                 labels = self._given(prefix)[frame]
-                longer += [((*prefix, token), chance * labels[token]) for token in range(num_labels - 1)]
-                longer.append((prefix, chance * labels[-1]))
+                longer += [((*prefix, token), chance * labels[token]) for token in range(num_tokens)]
+                longer += [(prefix, chance * blank) for blank in labels[num_tokens:]]
             alignments = longer
         for prefix, chance in alignments:
             total[prefix] += chance
         return total
 
-    def _gated(self) -> Conditioning:
-        following = self.conditioning.following.double() * self.gate.double()
-        return Conditioning(self.conditioning.last.double(), self.conditioning.carry.double(), following)
-
     def root(self) -> ConditionedPrefix:
-        return ConditionedPrefix.root(self.logits.double(), self._gated(), self.start.double())
+        last, carry, following = (
+            table.double() for table in (self.conditioning.last, self.conditioning.carry, self.conditioning.following)
+        )
+        logits, following = self.logits.double(), following * self.gate.double()
+        if len(following) == len(last):
+            logits, following = F.pad(logits, (0, 1), value=-math.inf), F.pad(following, (0, 0, 0, 1))
+        return ConditionedPrefix.root(logits, Conditioning(last, carry, following), self.start.double())
 
     def emissions(self) -> ConditionedEmissions:
         return conditioned_emissions(
@@ -142,27 +153,28 @@ def _matrix(values: st.SearchStrategy[float], rows: int, columns: int) -> st.Sea
 
 
 @st.composite
-def logits(draw: st.DrawFn, num_frames: int, num_tokens: int) -> Tensor:
-    matrix = draw(_matrix(_LOGITS, num_frames, num_tokens + 1))
+def logits(draw: st.DrawFn, num_frames: int, num_labels: int) -> Tensor:
+    matrix = draw(_matrix(_LOGITS, num_frames, num_labels))
     possible = matrix.isfinite().any(-1, keepdim=True)
     return matrix.where(possible, 0.0)
 
 
 def independent_cases(max_frames: int = 4, max_tokens: int = 3) -> st.SearchStrategy[IndependentCase]:
     shapes = st.tuples(st.integers(1, max_frames), st.integers(1, max_tokens))
-    return shapes.flatmap(lambda shape: logits(*shape)).map(IndependentCase)
+    return shapes.flatmap(lambda shape: logits(shape[0], shape[1] + 1)).map(IndependentCase)
 
 
 @st.composite
 def conditioned_cases(draw: st.DrawFn, max_frames: int = 4, max_tokens: int = 3) -> ConditionedCase:
     num_frames, num_tokens = draw(st.integers(1, max_frames)), draw(st.integers(1, max_tokens))
+    num_labels = max(2, num_tokens + draw(st.integers(0, 1)))
     conditioning = Conditioning(
         draw(_matrix(_WEIGHTS, num_tokens, 2)),
         draw(_matrix(_CARRIES, 2, 2)),
-        draw(_matrix(_WEIGHTS, num_tokens + 1, 2)),
+        draw(_matrix(_WEIGHTS, num_labels, 2)),
     )
     start, gate = draw(_matrix(_WEIGHTS, 2, 2))
-    return ConditionedCase(draw(logits(num_frames, num_tokens)), conditioning, start, gate)
+    return ConditionedCase(draw(logits(num_frames, num_labels)), conditioning, start, gate)
 
 
 def cases(max_frames: int = 4, max_tokens: int = 3) -> st.SearchStrategy[Case]:

@@ -32,8 +32,8 @@ def test_collapse_merges_repeats_before_it_drops_blanks(alignment: list[int], ou
 def test_prefix_and_end_probability_equal_the_sum_over_alignments(case: Case) -> None:
     outcomes = case.outcomes()
     psi = prefix_probabilities(outcomes)
-    num_frames, num_labels = case.logits.shape
-    for prefix in all_prefixes(num_labels - 1, num_frames + 1):
+    num_frames = len(case.logits)
+    for prefix in all_prefixes(case.num_tokens, num_frames + 1):
         state = _extended(case, prefix)
         assert math.exp(state.prefix_logp) == pytest.approx(psi.get(prefix, 0.0) if prefix else 1.0, abs=1e-12)
         assert math.exp(state.end_logp) == pytest.approx(outcomes.get(prefix, 0.0), abs=1e-12)
@@ -42,8 +42,8 @@ def test_prefix_and_end_probability_equal_the_sum_over_alignments(case: Case) ->
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_children_and_end_share_out_the_prefix_probability(case: Case) -> None:
-    num_frames, num_labels = case.logits.shape
-    for prefix in all_prefixes(num_labels - 1, num_frames - 1):
+    num_frames = len(case.logits)
+    for prefix in all_prefixes(case.num_tokens, num_frames - 1):
         state = _extended(case, prefix)
-        children = sum(math.exp(state.extend(token).prefix_logp) for token in range(num_labels - 1))
+        children = sum(math.exp(state.extend(token).prefix_logp) for token in range(case.num_tokens))
         assert children + math.exp(state.end_logp) == pytest.approx(math.exp(state.prefix_logp), abs=1e-12)

@@ -23,11 +23,11 @@ def _next_tokens(case: Case, path: Prefix) -> list[int]:
 @settings(max_examples=150, deadline=None)
 @given(cases(), st.data())
 def test_no_other_token_has_a_larger_prefix_probability(case: Case, data: st.DataObject):
-    num_frames, num_labels = case.logits.shape
-    path = tuple(data.draw(st.lists(st.integers(0, num_labels - 2), min_size=num_frames, max_size=num_frames)))
+    num_frames = len(case.logits)
+    path = tuple(data.draw(st.lists(st.integers(0, case.num_tokens - 1), min_size=num_frames, max_size=num_frames)))
     psi = prefix_probabilities(case.outcomes())
     for depth, best in enumerate(_next_tokens(case, path)):
-        children = [psi.get((*path[:depth], token), 0.0) for token in range(num_labels - 1)]
+        children = [psi.get((*path[:depth], token), 0.0) for token in range(case.num_tokens)]
         assert (best == -1) == (max(children) == 0)
         assert best == -1 or children[best] == pytest.approx(max(children), rel=1e-4)
 

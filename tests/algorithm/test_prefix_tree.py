@@ -111,14 +111,15 @@ def test_a_chain_steps_to_the_most_probable_child_each_time(case: Case, num_node
 
 
 @pytest.mark.parametrize("build", [build_prefix_trees, build_chains])
-@pytest.mark.parametrize("conditioned", [False, True])
-def test_a_batch_gives_the_trees_of_its_requests(build, conditioned: bool) -> None:
+@pytest.mark.parametrize("family", ["independent", "conditioned", "without blank"])
+def test_a_batch_gives_the_trees_of_its_requests(build, family: str) -> None:
     torch.manual_seed(0)
-    logits, start, gate = 2 * torch.randn(5, 6, 41), torch.randn(5, 4), torch.randn(5, 4)
-    tables = Conditioning(torch.randn(40, 4), torch.randn(4, 4) / 4, torch.randn(41, 4))
+    num_labels = 40 if family == "without blank" else 41
+    logits, start, gate = 2 * torch.randn(5, 6, num_labels), torch.randn(5, 4), torch.randn(5, 4)
+    tables = Conditioning(torch.randn(40, 4), torch.randn(4, 4) / 4, torch.randn(num_labels, 4))
 
     def trees(rows: slice) -> TokenTrees:
-        if conditioned:
+        if family != "independent":
             return build(conditioned_emissions(logits[rows], start[rows], gate[rows], tables, 12), 32)
         return build(independent_emissions(logits[rows], 12), 32)
 
@@ -132,9 +133,8 @@ def test_a_batch_gives_the_trees_of_its_requests(build, conditioned: bool) -> No
 
 def test_without_blank_and_bias_a_prefix_has_the_product_of_its_positions() -> None:
     torch.manual_seed(0)
-    logits = torch.randn(1, 5, 9)
-    logits[..., -1] = -torch.inf
-    zero, tables = torch.zeros(1, 2), Conditioning(torch.zeros(8, 2), torch.zeros(2, 2), torch.zeros(9, 2))
+    logits = torch.randn(1, 5, 8)
+    zero, tables = torch.zeros(1, 2), Conditioning(torch.zeros(8, 2), torch.zeros(2, 2), torch.zeros(8, 2))
     trees = build_prefix_trees(conditioned_emissions(logits, zero, zero, tables, 8), 32)
     logp = logits[0].log_softmax(-1)
     for prefix, believed in zip(node_prefixes(trees), trees.prefix_logp[0].tolist(), strict=True):
@@ -149,11 +149,13 @@ def test_parents_come_first_even_when_every_step_is_all_but_certain(num_nodes: i
     unbiased = Conditioning(torch.zeros(7, 3), carry, torch.zeros(8, 3))
     logits = torch.randn(64, 16, 8)
     logits[:, torch.arange(16), torch.arange(16) % 3] += 18.0
+    aligned = Conditioning(biased.last, carry, biased.following[:-1])
     hesitant = 2 + torch.randn(64, 16, 8)
     hesitant[..., 1:-1] -= 30.0
     for emissions in (
         independent_emissions(logits, 7),
         conditioned_emissions(logits, start, gate, biased, 7),
+        conditioned_emissions(logits[..., :-1], start, gate, aligned, 7),
         conditioned_emissions(hesitant, start, gate, unbiased, 7),
     ):
         trees = build_prefix_trees(emissions, num_nodes)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_ctc_spec.training.budget import FINAL_RATE, Budget, BudgetCallback
+from vllm_ctc_spec.training.budget import FINAL_RATE, Budget, BudgetBar, BudgetCallback
 
 
 def test_the_rate_rises_then_falls_to_its_final_value():
@@ -23,6 +23,15 @@ def test_time_alone_ends_training_at_the_final_rate():
     clock.on_step_end(None, SimpleNamespace(global_step=3), control)
     assert control.should_training_stop
     assert clock.rate(3) == pytest.approx(FINAL_RATE)
+
+
+def test_the_bar_is_full_when_the_budget_ends():
+    clock = BudgetCallback(Budget(max_steps=10**6, max_seconds=50))
+    bar, state = BudgetBar(clock), SimpleNamespace(global_step=0, max_steps=10**6, is_world_process_zero=True)
+    bar.on_train_begin(None, state, None)
+    for state.global_step, clock.elapsed, total in ((5, 10.0, 25), (20, 25.0, 40), (36, 51.0, 36)):
+        bar.on_step_end(None, state, None)
+        assert (bar.training_bar.n, bar.training_bar.total) == (state.global_step, total)
 
 
 def test_an_empty_budget_is_refused():

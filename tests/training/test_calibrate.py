@@ -13,10 +13,11 @@ from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, TrainingR
 from vllm_ctc_spec.training.objective import DraftObjective
 
 
-@pytest.mark.parametrize("emission", ["conditioned", "independent"])
-def test_scaling_multiplies_every_logit(emission):
-    drafter = tiny_drafter(tiny_target(), emission=emission)
-    drafter.blank_bias.data.fill_(0.7)
+@pytest.mark.parametrize(("emission", "label_length"), [("conditioned", 4), ("conditioned", 3), ("independent", 3)])
+def test_scaling_multiplies_every_logit(emission, label_length):
+    drafter = tiny_drafter(tiny_target(), emission=emission, label_length=label_length)
+    if drafter.config.has_blank:
+        drafter.blank_bias.data.fill_(0.7)
     scaled = copy.deepcopy(drafter)
     scale_logits(scaled, 1.5)
     x, lm_head = torch.randn(2, 4, 32), torch.nn.Linear(32, VOCAB, bias=False)

@@ -35,15 +35,21 @@ from vllm_ctc_spec.training.report import to_json, to_png, to_table
 NUM_ANCHORS, NUM_FRAMES, NUM_TOKENS = 60, 3, 4
 BUDGETS = (1, 4, 16, 63)
 TREES = (CHAIN, *((SpecOptions(), num_nodes) for num_nodes in BUDGETS), PAPER_TREE)
-EMISSIONS = pytest.mark.parametrize("emission", ["independent", "conditioned"])
+FAMILIES = {
+    "independent": ("independent", NUM_FRAMES),
+    "conditioned": ("conditioned", NUM_FRAMES - 1),
+    "without blank": ("conditioned", NUM_FRAMES),
+}
+"""Emission and label length."""
 
 
-def tiny_tables(emission: str, num_tokens: int = NUM_TOKENS) -> CTCDrafter:
+def tiny_tables(family: str, num_tokens: int = NUM_TOKENS) -> CTCDrafter:
     """A drafter of which only the emission family and its tables matter here."""
     torch.manual_seed(2)
+    emission, label_length = FAMILIES[family]
     config = CTCDrafterConfig(
         hidden_size=8, vocab_size=num_tokens, num_attention_heads=1, num_key_value_heads=1, head_dim=8,
-        num_frames=NUM_FRAMES, label_length=NUM_FRAMES, emission=emission, condition_rank=2, initializer_range=1.0,
+        num_frames=NUM_FRAMES, label_length=label_length, emission=emission, condition_rank=2, initializer_range=1.0,
     )  # fmt: skip
     return CTCDrafter(config).requires_grad_(False)
 
@@ -51,11 +57,11 @@ def tiny_tables(emission: str, num_tokens: int = NUM_TOKENS) -> CTCDrafter:
 class Problem:
     """Random frames and texts of one drafter, and what there is to know about each of its anchors."""
 
-    def __init__(self, emission: str) -> None:
-        self.drafter = tiny_tables(emission)
+    def __init__(self, family: str) -> None:
+        self.family, self.drafter = family, tiny_tables(family)
         torch.manual_seed(3)
-        self.logits = torch.randn(NUM_ANCHORS, NUM_FRAMES, NUM_TOKENS + 1)
-        rank = 0 if emission == "independent" else 2
+        self.logits = torch.randn(NUM_ANCHORS, NUM_FRAMES, NUM_TOKENS + self.drafter.config.has_blank)
+        rank = 0 if family == "independent" else 2
         self.draft = Draft(torch.empty(NUM_ANCHORS, 0), torch.randn(NUM_ANCHORS, rank), torch.randn(NUM_ANCHORS, rank))
         self.labels = torch.randint(NUM_TOKENS, (NUM_ANCHORS, NUM_FRAMES))
         self.rows = torch.arange(NUM_ANCHORS) // 7
@@ -75,7 +81,7 @@ class Problem:
         return summarise(self.observed(), TREES, num_rows_left_out=0)
 
 
-@pytest.fixture(scope="module", params=["independent", "conditioned"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def problem(request: pytest.FixtureRequest) -> Problem:
     return Problem(request.param)
 
@@ -160,12 +166,11 @@ def test_reliability_bins_hold_every_node_and_every_accepted_one(problem: Proble
 
 
 def test_a_drafter_is_found_calibrated_on_text_that_it_drew_itself():
-    problem = Problem("conditioned")
-    # Without blank every output has T tokens, as the labels do.
-    problem.logits[..., -1] = -torch.inf
+    # Every output has T tokens, as the labels do.
+    problem = Problem("without blank")
     texts = []
     for anchor in range(NUM_ANCHORS):
-        chances = {text: chance for text, chance in problem.case(anchor).outcomes().items() if len(text) == NUM_FRAMES}
+        chances = problem.case(anchor).outcomes()
         drawn = torch.multinomial(torch.tensor(list(chances.values())), 100, replacement=True)
         texts.append(torch.tensor(list(chances))[drawn])
     logits, draft = (
@@ -181,11 +186,11 @@ def test_a_drafter_is_found_calibrated_on_text_that_it_drew_itself():
         assert abs(each.accepted.share - each.mean_psi) < 4 * spread
 
 
-@EMISSIONS
-def test_a_drafter_that_is_right_and_sure_has_the_known_numbers(emission: str):
-    drafter = tiny_tables(emission)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_drafter_that_is_right_and_sure_has_the_known_numbers(family: str):
+    drafter = tiny_tables(family)
     labels = torch.tensor([[0, 1, 2], [3, 2, 1]])
-    logits = 100.0 * torch.nn.functional.one_hot(labels, NUM_TOKENS + 1)
+    logits = 100.0 * torch.nn.functional.one_hot(labels, NUM_TOKENS + drafter.config.has_blank)
     unbiased = Draft(torch.empty(2, 0), *torch.zeros(2, 2, 2))
     observed = observe(drafter, unbiased, logits, labels, torch.tensor([0, 1]), TREES)
     evaluation = summarise(observed, TREES, num_rows_left_out=5)
@@ -229,7 +234,7 @@ def target_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@EMISSIONS
+@pytest.mark.parametrize("emission", ["independent", "conditioned"])
 def test_files_in_numbers_out_whatever_the_batch_size(target_path: str, emission: str, tmp_path, monkeypatch):
     target = tiny_target(tied=False)
     # In bfloat16 the padding of a batch moves the last digits.
@@ -302,7 +307,7 @@ def test_a_gpu_sees_what_the_cpu_sees(problem: Problem):
         return values.cuda()
 
     draft, tensors = Draft(*map(on_gpu, problem.draft)), map(on_gpu, (problem.logits, problem.labels, problem.rows))
-    observed = observe(tiny_tables(problem.drafter.config.emission).cuda(), draft, *tensors, TREES)
+    observed = observe(tiny_tables(problem.family).cuda(), draft, *tensors, TREES)
     assert torch.equal(observed.num_accepted, problem.observed().num_accepted)
     assert torch.equal(observed.right_next, problem.observed().right_next)
     torch.testing.assert_close(observed.believed, problem.observed().believed)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_ctc_spec.algorithm import Conditioning
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig, Draft
+from vllm_ctc_spec.training.fused import ConditionedCrossEntropy
 from vllm_ctc_spec.training.loss import (
     alignment_loss,
     conditioned_loss,
@@ -30,6 +31,14 @@ def random_case(num_frames: int, num_labels: int, vocab: int, seed: int) -> tupl
     logits = 2 * torch.randn(3, num_frames, vocab + 1)
     start, gate, labels = torch.randn(3, 5), torch.randn(3, 5), torch.randint(vocab, (3, num_labels))
     return logits, start, gate, labels, torch.randn(vocab, 5), torch.randn(5, 5) / 5, torch.randn(vocab + 1, 5)
+
+
+def gated_states(start: Tensor, gate: Tensor, labels: Tensor, last: Tensor, carry: Tensor) -> Tensor:
+    """[3, U + 1, 5]"""
+    states = [start]
+    for label in labels.T:
+        states.append(last[label] + states[-1] @ carry.T)
+    return torch.stack(states, dim=1) * gate[:, None]
 
 
 def conditioned_brute_force(
@@ -67,7 +76,8 @@ def independent_brute_force(logits: Tensor, labels: list[int]) -> float:
 @given(sizes)
 def test_conditioned_loss_is_the_sum_over_alignments(size):
     logits, start, gate, labels, *tables = random_case(*size)
-    losses = conditioned_loss(logits, start, gate, Conditioning(*tables), labels)
+    states = gated_states(start, gate, labels, *tables[:2])
+    losses = conditioned_loss(logits, states, tables[2], labels)
     for row, loss in enumerate(losses.tolist()):
         total = conditioned_brute_force(logits[row], start[row], gate[row], labels[row].tolist(), *tables)
         assert math.exp(-loss) == pytest.approx(total, rel=1e-4)
@@ -86,19 +96,18 @@ def test_independent_loss_is_the_sum_over_alignments(size):
 
 def test_without_slack_the_conditioned_loss_is_cross_entropy_per_position():
     logits, start, gate, labels, last, carry, following = random_case(4, 4, 7, seed=3)
-    states = [start]
-    for label in labels.T[:-1]:
-        states.append(last[label] + states[-1] @ carry.T)
-    scores = logits + (torch.stack(states, dim=1) * gate[:, None]) @ following.T
+    states = gated_states(start, gate, labels, last, carry)
+    scores = logits + states[:, :-1] @ following.T
     expected = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none").view(3, 4).sum(1)
-    losses = conditioned_loss(logits, start, gate, Conditioning(last, carry, following), labels)
+    losses = conditioned_loss(logits, states, following, labels)
     torch.testing.assert_close(losses, expected)
 
 
 def test_extreme_logits_keep_loss_and_gradient_finite():
     logits, start, gate, labels, last, carry, following = random_case(4, 2, 7, seed=4)
     inputs = [(x * 40).requires_grad_() for x in (logits, start, last, following)]
-    loss = conditioned_loss(*inputs[:2], gate, Conditioning(inputs[2], carry, inputs[3]), labels).sum()
+    states = gated_states(inputs[1], gate, labels, inputs[2], carry)
+    loss = conditioned_loss(inputs[0], states, inputs[3], labels).sum()
     loss.backward()
     assert loss.isfinite()
     assert all(x.grad.isfinite().all() for x in inputs)
@@ -169,20 +178,27 @@ def losses_and_gradients(drafter: CTCDrafter) -> dict[str, Tensor]:
 def test_chunks_change_neither_loss_nor_gradient(fields, monkeypatch):
     drafter = small_drafter(**fields)
     whole = losses_and_gradients(drafter)
-    assert "blank" in whole
+    assert ("blank" in whole) == drafter.config.has_blank
     monkeypatch.setattr("vllm_ctc_spec.training.loss.LOGITS_PER_CHUNK", 11 * 4 * 3)
     monkeypatch.setattr("vllm_ctc_spec.training.fused.LOGITS_PER_CHUNK", 11 * 4)
     torch.testing.assert_close(losses_and_gradients(drafter), whole)
 
 
 @pytest.mark.parametrize("rank", [5, 0])
-def test_the_fused_loss_and_its_gradients_are_those_of_the_sum_over_alignments(rank, monkeypatch):
-    drafter = small_drafter(num_frames=3, condition_rank=rank)
-    fused = losses_and_gradients(drafter)
+def test_the_fused_loss_and_its_gradients_are_those_of_cross_entropy(rank):
+    torch.manual_seed(0)
+    inputs = torch.randn(10, 8), torch.randn(10, rank), torch.randn(11, rank)
+    lm_head, offsets, labels = torch.randn(11, 8), torch.rand(11), torch.randint(11, (10,))
 
-    def summed(drafter: CTCDrafter, draft: Draft, lm_head: Tensor, labels: Tensor, frequent: Tensor | None) -> Tensor:
-        logits = torch.cat((draft.frames @ lm_head.T, drafter.blank_logits(draft.frames)[..., None]), dim=-1)
-        return conditioned_loss(logits, draft.start, draft.gate, drafter.conditioning, labels).sum()
+    def plain(frames: Tensor, lm_head: Tensor, states: Tensor, following: Tensor, *rest: Tensor) -> Tensor:
+        offsets, labels = rest
+        logits = frames @ lm_head.T + states @ following.T + offsets
+        return F.cross_entropy(logits, labels, reduction="sum")
 
-    monkeypatch.setattr("vllm_ctc_spec.training.loss._without_slack", summed)
-    torch.testing.assert_close(losses_and_gradients(drafter), fused)
+    def loss_and_gradients(function: Callable[..., Tensor]) -> list[Tensor]:
+        frames, states, following = (x.clone().requires_grad_() for x in inputs)
+        loss = function(frames, lm_head, states, following, offsets, labels)
+        (3 * loss).backward()
+        return [loss.detach(), frames.grad, states.grad, following.grad]
+
+    torch.testing.assert_close(loss_and_gradients(ConditionedCrossEntropy.apply), loss_and_gradients(plain))

@@ -1,12 +1,12 @@
 """From frame logits to the probabilities of a few candidate tokens: what the tree builder reads.
 
-Two families of emission, both over V tokens and a blank, which is column V of the logits:
+Two families of emission, over V tokens and a blank, which is column V of the logits:
 
 * independent: p_t(c), plain CTC (Graves et al. 2006, section 3.1): repeats merge, blanks drop;
 * conditioned: p_t(c | h) = softmax_c(frame_t[c] + (s(h) * gate) . B[c]), h the emitted prefix, whose state is a linear
-  recurrence over its tokens, s(h.c) = A[c] + W s(h): one label per frame, the rest blank, nothing merges. A drafter
-  trained with cross-entropy per position is the case where blank has probability zero (logit -inf), and independent
-  positions are the case where A is zero as well, so neither needs a tree builder of its own.
+  recurrence over its tokens, s(h.c) = A[c] + W s(h): one label per frame, the rest blank, nothing merges. Without a
+  blank (no column V) token j can only stand at frame j, which is what a drafter trained with cross-entropy per position
+  says; independent positions are the case of rank 0.
 
 Everything has a fixed shape and nothing waits for the device, so the functions can be captured in a graph.
 
@@ -30,7 +30,7 @@ class Conditioning:
     carry: Tensor
     """[r, r], the matrix W."""
     following: Tensor
-    """[V + 1, r], the table B, blank last."""
+    """[V, r], the table B; with a blank [V + 1, r], blank last."""
 
     def advance(self, state: Tensor, tokens: Tensor) -> Tensor:
         """[..., r], the state s(h.c), from s(h) [..., r] and c [...] int64."""
@@ -57,14 +57,14 @@ class ConditionedEmissions:
     """[R, C] int64, distinct within a request."""
     token_logp: Tensor
     """[R, T, C] float32, log softmax(frame_t)[c]."""
-    blank_logp: Tensor
-    """[R, T] float32"""
+    blank_logp: Tensor | None
+    """[R, T] float32; None if no frame is blank."""
     outside: Tensor
     """[R, T] float32, the probability of all labels that are no candidates: no state changes it before normalising."""
     start: Tensor
     """[R, r], the state of the empty prefix."""
     following: Tensor
-    """[R, C + 1, r], rows gate * B of the candidates, then of blank."""
+    """[R, C, r], rows gate * B of the candidates; with a blank [R, C + 1, r], blank last."""
     conditioning: Conditioning
 
 
@@ -76,7 +76,7 @@ def independent_emissions(logits: Tensor, num_candidates: int) -> IndependentEmi
     """
     _check(logits, num_candidates)
     logp = logits.float().log_softmax(-1)
-    tokens = _top_tokens(logp, num_candidates)
+    tokens = _top_tokens(logp[..., :-1], num_candidates)
     return IndependentEmissions(tokens, _columns(logp, tokens), logp[..., -1])
 
 
@@ -88,24 +88,28 @@ def conditioned_emissions(
     The normaliser is exact where all V tokens are candidates. Otherwise all labels that are none enter it as one mass
     without bias: wrong by as much as a state's bias would move mass to or from them.
 
-    logits: [R, T, V + 1], blank last; start: [R, r], the state of the empty prefix; gate: [R, r].
+    logits: [R, T, V], or with a blank [R, T, V + 1], blank last; start: [R, r], the state of the empty prefix;
+    gate: [R, r].
     Raises ValueError if shapes disagree or num_candidates is unusable.
     """
     _check(logits, num_candidates)
-    num_labels = logits.shape[-1]
-    if len(conditioning.last) != num_labels - 1 or len(conditioning.following) != num_labels:
+    num_tokens, num_labels = len(conditioning.last), logits.shape[-1]
+    if len(conditioning.following) != num_labels or num_labels - num_tokens not in (0, 1):
         raise ValueError(
-            f"condition tables of {len(conditioning.last)} and {len(conditioning.following)} rows for logits over "
-            f"{num_labels} labels: the first needs one row per token, the second one more for blank."
+            f"condition tables of {num_tokens} and {len(conditioning.following)} rows for logits over {num_labels} "
+            f"labels: the first needs one row per token, the second one per label, blank included."
         )
     logp = logits.float().log_softmax(-1)
-    tokens = _top_tokens(logp, num_candidates)
-    token_logp, blank_logp = _columns(logp, tokens), logp[..., -1]
-    outside = (1 - token_logp.exp().sum(-1) - blank_logp.exp()).clamp_(min=0.0)
-    if tokens.shape[1] == num_labels - 1:
+    tokens = _top_tokens(logp[..., :num_tokens], num_candidates)
+    token_logp, labels, blank_logp = _columns(logp, tokens), tokens, None
+    outside = 1 - token_logp.exp().sum(-1)
+    if num_labels > num_tokens:
+        labels, blank_logp = F.pad(tokens, (0, 1), value=num_tokens), logp[..., -1]
+        outside -= blank_logp.exp()
+    outside.clamp_(min=0.0)
+    if tokens.shape[1] == num_tokens:
         # Nothing is outside, and rounding must not say otherwise.
         outside.zero_()
-    labels = F.pad(tokens, (0, 1), value=num_labels - 1)
     following = F.embedding(labels, conditioning.following) * gate[:, None]
     return ConditionedEmissions(tokens, token_logp, blank_logp, outside, start, following, conditioning)
 
@@ -118,11 +122,11 @@ def _check(logits: Tensor, num_candidates: int) -> None:
 
 
 def _top_tokens(logp: Tensor, num_candidates: int) -> Tensor:
-    """[R, C] tokens by their largest value over the frames of logp [R, T, V + 1]."""
-    best = logp[..., :-1].amax(1)
+    """[R, C] tokens by their largest value over the frames of logp [R, T, V]."""
+    best = logp.amax(1)
     return best.topk(min(best.shape[-1], num_candidates), dim=-1).indices
 
 
 def _columns(logp: Tensor, tokens: Tensor) -> Tensor:
-    """[R, T, C]: the columns `tokens` [R, C] of logp [R, T, V + 1]."""
+    """[R, T, C]: the columns `tokens` [R, C] of logp [R, T, labels]."""
     return logp.gather(2, tokens[:, None].expand(-1, logp.shape[1], -1))

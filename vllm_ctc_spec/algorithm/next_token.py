@@ -44,13 +44,16 @@ def conditioned_next_tokens(
 ) -> Tensor:
     """[R, U]: argmax_c psi(path[:d].c) for d = 0 .. U - 1, each frame given the prefix; -1 where all are 0.
 
-    logits: [R, T, V + 1], blank last. start, gate: [R, r], see emissions.py. path: [R, U] int64, U <= T.
+    logits: [R, T, V], or with a blank [R, T, V + 1], blank last. start, gate: [R, r], see emissions.py.
+    path: [R, U] int64, U <= T.
     """
-    frames = logits.float()
+    frames, following = logits.float(), conditioning.following
+    if logits.shape[-1] == len(conditioning.last):
+        frames, following = F.pad(frames, (0, 1), value=-torch.inf), F.pad(following, (0, 0, 0, 1))
     arrival_logp = _certain_start(frames[..., -1])
     best, state = [], start
     for token in path.T:
-        bias = ((state * gate) @ conditioning.following.T).float()
+        bias = ((state * gate) @ following.T).float()
         logp = (frames + bias[:, None]).log_softmax(-1)
         forward_logp = _forward(arrival_logp, logp[..., -1])
         best.append(_most_probable(_children(forward_logp, forward_logp, logp[..., :-1].exp())))

@@ -17,7 +17,8 @@ An emission is a product of what the frame says, what the prefix says and a norm
 
     p_t(c | h) = frame_t(c) * lift_h(c) / total_t(h),
 
-so that psi of all children of all prefixes of a level is one product over the frames, before they exist.
+so that psi of all children of all prefixes of a level is one product over the frames, before they exist. Where no
+frame is blank, that product has one term.
 
 psi never grows along a path, so the N largest form a connected tree, and it is the N-node tree with the largest
 expected accepted length. Each level therefore keeps its best N, and the best N of all
@@ -25,14 +26,15 @@ levels are the tree.
 
 The work is done on float32 probabilities, not logarithms: it only adds and multiplies non-negative numbers, so
 nothing cancels and the relative error stays within a few T ulps; what underflows (below 1e-38) could not
-contribute to an expected length anyway and counts as impossible. So does a token for which frame and prefix disagree
-by more than 87 nats. Logarithms return at the boundary.
+contribute to an expected length anyway and counts as impossible. So does, where there is a blank, a token for which
+frame and prefix disagree by more than 87 nats. Logarithms return at the boundary.
 
 Letters: R requests, T frames, N nodes, C candidates, M prefixes kept at a level, r rank of the conditioning.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,7 +71,7 @@ class _Level:
     """The prefixes kept at one depth, in descending psi."""
 
     arrive: Tensor
-    """[R, M, T]"""
+    """[R, M, T], or [R, M, 1] where only one frame is possible."""
     candidates: Tensor
     """[R, M] index of the last token among the candidates."""
     parents: Tensor
@@ -81,27 +83,37 @@ class _Level:
 
 
 @dataclass(frozen=True)
-class _Chances:
-    """What the children of M prefixes are made of."""
+class _Children:
+    """Of all M prefixes of a level."""
 
-    weight: Tensor
-    """[R, M, T] before_t(h) / total_t(h)"""
-    lift: Tensor | None
-    """[R, M, C], None if it is 1."""
-    repeat_weight: Tensor | None
-    """[R, M, T] the weight for c = u where repeats merge, else None."""
+    psi: Tensor
+    """[R, M, C]"""
+    arrive: Callable[[_Chosen], Tensor]
+    """The rows of some of them: [R, M', T] or [R, M', 1]."""
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Some children of a level."""
+
+    request: Tensor
+    """[R, 1] 0 .. R - 1"""
+    row: Tensor
+    """[R, M'] their parents in the level."""
+    column: Tensor
+    """[R, M'] their candidates."""
+    psi: Tensor
+    """[R, M']"""
 
 
 class _Process(Protocol):
-    """What the level loop needs of either family, as probabilities."""
+    """What the level loop needs of emissions."""
 
-    frames: Tensor
-    """[R, T, C] frame_t(c)"""
-
-    def root(self) -> tuple[_Chances, Tensor]:
+    def root(self) -> tuple[_Children, Tensor]:
         """Of the empty prefix, and its state [R, 1, r]."""
 
-    def chances(self, level: _Level) -> _Chances: ...
+    def children(self, level: _Level, depth: int) -> _Children:
+        """Of a level of prefixes of `depth` tokens."""
 
     def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
         """[R, M, r]"""
@@ -109,53 +121,109 @@ class _Process(Protocol):
 
 class _Independent:
     def __init__(self, emissions: IndependentEmissions) -> None:
-        self.frames = emissions.token_logp.exp()
-        token_runs = _runs(self.frames.mT)
+        self._frames = emissions.token_logp.exp()
+        token_runs = _runs(self._frames.mT)
         self._blank = emissions.blank_logp.exp()
         blank_runs = _runs(self._blank)[:, None]
         self._wait = _before(token_runs @ blank_runs)
         self._wait_repeat = _before(token_runs @ blank_runs.triu(1))
 
-    def root(self) -> tuple[_Chances, Tensor]:
-        before = _all_blank(self._blank[:, None])
-        return _Chances(before, None, None), before[..., :0]
+    def root(self) -> tuple[_Children, Tensor]:
+        before = _all_blank(self._blank)[:, None]
 
-    def chances(self, level: _Level) -> _Chances:
+        def arrive(chosen: _Chosen) -> Tensor:
+            return before * self._frames.mT[chosen.request, chosen.column]
+
+        return _Children(before @ self._frames, arrive), before[..., :0]
+
+    def children(self, level: _Level, depth: int) -> _Children:
         last = _request_rows(level.candidates), level.candidates
-        arrive = level.arrive[:, :, None]
-        return _Chances((arrive @ self._wait[last])[:, :, 0], None, (arrive @ self._wait_repeat[last])[:, :, 0])
+        arrived = level.arrive[:, :, None]
+        before, before_repeat = ((arrived @ wait[last])[:, :, 0] for wait in (self._wait, self._wait_repeat))
+        repeated = (before_repeat * self._frames.mT[last]).sum(-1, keepdim=True)
+
+        def arrive(chosen: _Chosen) -> Tensor:
+            parent = chosen.request, chosen.row
+            repeats = (level.candidates[parent] == chosen.column)[..., None]
+            return before_repeat[parent].where(repeats, before[parent]) * self._frames.mT[chosen.request, chosen.column]
+
+        return _Children((before @ self._frames).scatter_(2, level.candidates[..., None], repeated), arrive)
 
     def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
         return states
 
 
 class _Conditioned:
-    def __init__(self, emissions: ConditionedEmissions) -> None:
+    """With blanks, so that a prefix may arrive at any frame."""
+
+    def __init__(self, emissions: ConditionedEmissions, blank_logp: Tensor) -> None:
         self._emissions = emissions
-        self.frames = emissions.token_logp.exp()
-        self._labels = torch.cat((self.frames, emissions.blank_logp.exp()[..., None]), dim=-1)
+        self._frames = emissions.token_logp.exp()
+        self._labels = torch.cat((self._frames, blank_logp.exp()[..., None]), dim=-1)
 
     def _given(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """lift [R, M, C] and total [R, M, T], each relative to the largest bias, and p_t(blank | h) [R, M, T]."""
-        bias = (states @ self._emissions.following.mT).float()
+        bias = states.bmm(self._emissions.following.mT).float()
         peak = bias.amax(-1, keepdim=True).clamp_(min=0.0)
         lift = bias.sub_(peak).exp_()
         total = lift @ self._labels.mT
         total = total.addcmul_((-peak).exp_(), self._emissions.outside[:, None]).clamp_(min=_TINY)
         return lift[..., :-1], total, lift[..., -1:] * self._labels[:, None, :, -1] / total
 
-    def root(self) -> tuple[_Chances, Tensor]:
+    def _children(self, weight: Tensor, lift: Tensor) -> _Children:
+        """weight: [R, M, T] before_t(h) / total_t(h)"""
+
+        def arrive(chosen: _Chosen) -> Tensor:
+            own_lift = lift[chosen.request, chosen.row, chosen.column][..., None]
+            return weight[chosen.request, chosen.row] * self._frames.mT[chosen.request, chosen.column] * own_lift
+
+        return _Children((weight @ self._frames).mul_(lift), arrive)
+
+    def root(self) -> tuple[_Children, Tensor]:
         start = self._emissions.start[:, None]
         lift, total, blank = self._given(start)
-        return _Chances(_all_blank(blank) / total, lift, None), start
+        return self._children(_all_blank(blank) / total, lift), start
 
-    def chances(self, level: _Level) -> _Chances:
+    def children(self, level: _Level, depth: int) -> _Children:
         lift, total, blank = self._given(level.states)
         before = (level.arrive[:, :, None] @ _before(_runs(blank)))[:, :, 0]
-        return _Chances(before / total, lift, None)
+        return self._children(before / total, lift)
 
     def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
         return self._emissions.conditioning.advance(states, tokens)
+
+
+class _Aligned:
+    """Conditioned without blank: token j stands at frame j, and psi(h.c) = psi(h) p_j(c | h)."""
+
+    def __init__(self, emissions: ConditionedEmissions) -> None:
+        self._conditioning = emissions.conditioning
+        self._start = emissions.start[:, None]
+        self._frames = torch.cat((emissions.token_logp, emissions.outside.log()[..., None]), dim=-1)[:, :, None]
+        # What is no candidate has no bias.
+        self._following = F.pad(emissions.following, (0, 0, 0, 1)).mT
+
+    def _children(self, states: Tensor, psi: Tensor, depth: int) -> _Children:
+        bias = states.bmm(self._following).float()
+        probability = bias.add_(self._frames[:, depth]).softmax(-1)[..., :-1]
+        return _Children(probability * psi[..., None], lambda chosen: chosen.psi[..., None])
+
+    def root(self) -> tuple[_Children, Tensor]:
+        return self._children(self._start, torch.ones_like(self._frames[:, 0, :, 0]), 0), self._start
+
+    def children(self, level: _Level, depth: int) -> _Children:
+        return self._children(level.states, level.psi, depth)
+
+    def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
+        return self._conditioning.advance(states, tokens)
+
+
+def _process(emissions: IndependentEmissions | ConditionedEmissions) -> _Process:
+    if isinstance(emissions, IndependentEmissions):
+        return _Independent(emissions)
+    if emissions.blank_logp is None:
+        return _Aligned(emissions)
+    return _Conditioned(emissions, emissions.blank_logp)
 
 
 def _build(
@@ -163,16 +231,15 @@ def _build(
 ) -> TokenTrees:
     if num_nodes < 1:
         raise ValueError(f"num_nodes={num_nodes}: a token tree needs a node budget of at least 1.")
-    process = _Conditioned(emissions) if isinstance(emissions, ConditionedEmissions) else _Independent(emissions)
-    chances, start = process.root()
-    certain = torch.ones_like(chances.weight[..., 0])
-    nowhere = torch.zeros_like(certain, dtype=torch.int64)
-    # Nobody asks when the empty prefix arrived: its chances are known.
-    root = _Level(chances.weight, nowhere, nowhere, certain, start)
-    levels = [_keep(process, chances, root, emissions.tokens, width)]
-    for _ in range(min(process.frames.shape[1], num_nodes) - 1):
-        levels.append(_keep(process, process.chances(levels[-1]), levels[-1], emissions.tokens, width))
-    return _assemble(levels, emissions.tokens, num_nodes, min_psi)
+    process, tokens = _process(emissions), emissions.tokens
+    request = _request_rows(tokens)
+    children, start = process.root()
+    levels = [_keep(process, children, start, torch.ones_like(children.psi[..., 0]), request, tokens, width)]
+    for depth in range(1, min(emissions.token_logp.shape[1], num_nodes)):
+        above = levels[-1]
+        children = process.children(above, depth)
+        levels.append(_keep(process, children, above.states, above.psi, request, tokens, width))
+    return _assemble(levels, tokens, num_nodes, min_psi)
 
 
 def _all_blank(blank: Tensor) -> Tensor:
@@ -191,31 +258,17 @@ def _before(at: Tensor) -> Tensor:
     return F.pad(at[..., :-1], (1, 0))
 
 
-def _keep(process: _Process, chances: _Chances, parents: _Level, tokens: Tensor, width: int) -> _Level:
-    """The `width` children of all parents with the largest psi."""
-    frames, weight = process.frames, chances.weight
-    psi = weight @ frames
-    if chances.lift is not None:
-        psi = psi.mul_(chances.lift)
-    if chances.repeat_weight is not None:
-        last = parents.candidates
-        repeated = (chances.repeat_weight * frames.mT[_request_rows(last), last]).sum(-1, keepdim=True)
-        psi = psi.scatter_(2, last[..., None], repeated)
+def _keep(
+    process: _Process, children: _Children, states: Tensor, psi: Tensor, request: Tensor, tokens: Tensor, width: int
+) -> _Level:
+    """The `width` children with the largest psi, of parents with `states` [R, M, r] and `psi` [R, M]."""
     # Rounding must not lift a child above its parent, or the order would not be that of a tree.
-    psi = psi.minimum(parents.psi[..., None]).flatten(1)
+    of_children = children.psi.minimum(psi[..., None]).flatten(1)
+    best = of_children.topk(min(width, of_children.shape[1]), dim=1)
     num_candidates = tokens.shape[1]
-    best = psi.topk(min(width, psi.shape[1]), dim=1)
     row, column = best.indices // num_candidates, best.indices % num_candidates
-    request = _request_rows(row)
-    own_weight = weight[request, row]
-    if chances.repeat_weight is not None:
-        repeats = (parents.candidates[request, row] == column)[..., None]
-        own_weight = chances.repeat_weight[request, row].where(repeats, own_weight)
-    arrive = own_weight * frames.mT[request, column]
-    if chances.lift is not None:
-        arrive = arrive * chances.lift[request, row, column][..., None]
-    states = process.advance(parents.states[request, row], tokens[request, column])
-    return _Level(arrive, column, row, best.values, states)
+    states = process.advance(states[request, row], tokens[request, column])
+    return _Level(children.arrive(_Chosen(request, row, column, best.values)), column, row, best.values, states)
 
 
 def _assemble(levels: list[_Level], tokens: Tensor, num_nodes: int, min_psi: float) -> TokenTrees:

@@ -65,9 +65,9 @@ class DemoScale:
             target_context=128,
             target_batch=8,
             target_rate=1.2e-2,
-            target_budget=Budget(max_steps=200, max_seconds=20),
+            target_budget=Budget(max_steps=200),
             num_prompts=256,
             num_heldout_prompts=32,
             num_new_tokens=64,
-            drafter_budget=Budget(max_steps=200, max_seconds=20),
+            drafter_budget=Budget(max_steps=200),
         )

@@ -100,4 +100,4 @@ def _fit(model: LlamaForCausalLM, blocks: _Blocks, checkpoints: Path, scale: Dem
     trainer = Trainer(
         model, arguments, train_dataset=blocks, optimizers=(optimizer, clock.schedule(optimizer)), callbacks=[clock]
     )
-    train_or_resume(trainer)
+    train_or_resume(trainer, clock)

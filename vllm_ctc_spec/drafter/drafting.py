@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_ctc_spec.algorithm import (
@@ -25,15 +26,17 @@ from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft
 
 
 def emission_logits(drafter: CTCDrafter, frames: Tensor, lm_head: Callable[[Tensor], Tensor]) -> Tensor:
-    """[R, T, V + 1] float32, the blank last, from frames [R, T, H] and the target's head ([n, H] -> [n, V])."""
-    token_logits = lm_head(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-    return torch.cat((token_logits, drafter.blank_logits(frames)[..., None]), dim=-1).float()
+    """[R, T, V], or with a blank [R, T, V + 1], float32; frames: [R, T, H]; lm_head: the target's, [n, H] -> [n, V]."""
+    logits = lm_head(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+    if drafter.config.has_blank:
+        logits = torch.cat((logits, drafter.blank_logits(frames)[..., None]), dim=-1)
+    return logits.float()
 
 
 def emissions(
     drafter: CTCDrafter, draft: Draft, logits: Tensor, candidates: int
 ) -> ConditionedEmissions | IndependentEmissions:
-    """Emission probabilities over `candidates` tokens for each frame; logits: [R, T, V + 1] of the draft's frames."""
+    """Emission probabilities over `candidates` tokens for each frame; logits: of the draft's frames."""
     num_candidates = candidates * logits.shape[1]
     if drafter.config.emission == "independent":
         return independent_emissions(logits, num_candidates)
@@ -42,6 +45,8 @@ def emissions(
 
 def draft_trees(drafter: CTCDrafter, draft: Draft, logits: Tensor, num_nodes: int, options: SpecOptions) -> TokenTrees:
     if options.tree == "template":
+        if not drafter.config.has_blank:
+            logits = F.pad(logits, (0, 1), value=-torch.inf)
         return build_template_trees(logits, num_nodes)
     table = emissions(drafter, draft, logits, options.candidates)
     if options.tree == "chain":

@@ -34,7 +34,7 @@ class Draft(NamedTuple):
     """What the drafter says about the tokens after an anchor."""
 
     frames: Tensor
-    """[..., T, H], to be fed to the target's LM head and to `blank_logits`."""
+    """[..., T, H], to be fed to the target's LM head and, where there is a blank, to `blank_logits`."""
     start: Tensor
     """[..., r], the conditioning's state of the empty prefix, which the two last tokens make."""
     gate: Tensor
@@ -120,11 +120,12 @@ class CTCDrafter(PreTrainedModel):
         self.frame_queries = nn.Parameter(torch.empty(config.num_frames + 1, size))
         self.layers = nn.ModuleList(DrafterLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(size, config.rms_norm_eps)
-        self.blank = nn.Parameter(torch.empty(size))
-        self.blank_bias = nn.Parameter(torch.zeros(1))
+        if config.has_blank:
+            self.blank = nn.Parameter(torch.empty(size))
+            self.blank_bias = nn.Parameter(torch.zeros(1))
         if config.emission == "conditioned":
             self.condition_last = nn.Embedding(config.vocab_size, config.condition_rank)
-            self.condition_next = nn.Embedding(config.vocab_size + 1, config.condition_rank)
+            self.condition_next = nn.Embedding(config.vocab_size + config.has_blank, config.condition_rank)
             self.condition_carry = nn.Linear(config.condition_rank, config.condition_rank, bias=False)
             self.condition_gate = nn.Linear(size, config.condition_rank, bias=False)
         self.post_init()
@@ -135,12 +136,12 @@ class CTCDrafter(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, nn.Embedding):
             # The first product of the two tables must be small but its gradient must not vanish.
-            nn.init.normal_(module.weight, std=max(self.config.condition_rank, 1) ** -0.5)
-            if module.num_embeddings == self.config.vocab_size + 1:
-                nn.init.normal_(module.weight, std=std)
+            is_next = module is getattr(self, "condition_next", None)
+            nn.init.normal_(module.weight, std=std if is_next else max(self.config.condition_rank, 1) ** -0.5)
         elif isinstance(module, CTCDrafter):
             nn.init.normal_(module.frame_queries, std=std)
-            nn.init.normal_(module.blank, std=std)
+            if self.config.has_blank:
+                nn.init.normal_(module.blank, std=std)
 
     def context(self, hidden: Tensor, positions: Tensor) -> list[KeyValue]:
         """Keys and values, one per layer, of verified positions.
@@ -175,5 +176,5 @@ class CTCDrafter(PreTrainedModel):
         return Draft(frames, start, 1 + self.condition_gate(anchor))
 
     def blank_logits(self, frames: Tensor) -> Tensor:
-        """[..., T] from frames [..., T, H]; the blank is column V of the emission logits."""
+        """[..., T] from frames [..., T, H], if there is a blank; it is column V of the emission logits."""
         return frames @ self.blank + self.blank_bias

@@ -132,7 +132,7 @@ class CTCProposer:
         """Takes the memory that drafting for so many requests takes; before there is a cache, so without attention."""
         attention, self.attention = self.attention, cast(TreeAttention, NoAttention())
         try:
-            weight = self.drafter.blank
+            weight = self.drafter.norm.weight
             zeros = torch.zeros(num_requests, 2, dtype=torch.int64, device=weight.device)
             verified = VerifiedRows(weight.new_zeros(num_requests, len(weight)), zeros[:, 0], zeros[:, 0])
             context = PagedContext(zeros, zeros[:, 0])

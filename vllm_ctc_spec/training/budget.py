@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, ProgressCallback
 
 FINAL_RATE = 0.05
 """Learning rate at the end of the budget, relative to the peak."""
@@ -69,6 +69,19 @@ class BudgetCallback(TrainerCallback, ExportableState):
         self._tick = now
         if self.progress(state.global_step) >= 1:
             control.should_training_stop = True
+
+
+class BudgetBar(ProgressCallback):
+    """Trainer's own bar, over as many steps as the budget will allow at the speed so far."""
+
+    def __init__(self, clock: BudgetCallback) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            self.training_bar.total = round(state.global_step / min(self.clock.progress(state.global_step), 1.0))
+        super().on_step_end(args, state, control, **kwargs)
 
 
 def _latest(elapsed: float) -> float:

@@ -80,7 +80,8 @@ def calibrate(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int 
 def scale_logits(drafter: CTCDrafter, factor: float) -> None:
     """Multiply all emission logits, conditioning included."""
     drafter.norm.weight.mul_(factor)
-    drafter.blank_bias.mul_(factor)
+    if drafter.config.has_blank:
+        drafter.blank_bias.mul_(factor)
     if drafter.config.emission == "conditioned":
         drafter.condition_last.weight.mul_(factor)
         # The gate reads what the norm writes, and must stay what it is.

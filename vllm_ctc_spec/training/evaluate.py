@@ -175,7 +175,7 @@ def _observe_batch(objective: DraftObjective, batch: dict[str, Tensor], trees: S
 def observe(
     drafter: CTCDrafter, draft: Draft, logits: Tensor, labels: Tensor, rows: Tensor, trees: Sequence[TreeChoice]
 ) -> Observations:
-    """draft: of S anchors; logits: [S, T, V + 1], blank last; rows: [S]; labels: [S, T], the text after the anchor."""
+    """draft: of S anchors; logits: of `emission_logits`; rows: [S]; labels: [S, T], the text after the anchor."""
     largest: dict[SpecOptions, int] = {}
     for options, num_nodes in (*trees, CALIBRATION_TREE):
         largest[options] = max(largest.get(options, 0), check_node_budget(num_nodes))

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from vllm_ctc_spec.config import did_you_mean
-from vllm_ctc_spec.training.budget import Budget, BudgetCallback
+from vllm_ctc_spec.training.budget import Budget, BudgetBar, BudgetCallback
 from vllm_ctc_spec.training.resume import MarkWhole, last_whole_checkpoint
 from vllm_ctc_spec.training.timing import StepTimes
 
@@ -55,9 +56,11 @@ def loop_arguments(checkpoints: Path, budget: Budget, batch_size: int, **options
     )
 
 
-def train_or_resume(trainer: Trainer) -> None:
+def train_or_resume(trainer: Trainer, clock: BudgetCallback) -> None:
     """Go on from the last whole checkpoint, if a killed run left one."""
     trainer.add_callback(MarkWhole())
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(BudgetBar(clock))
     with processes().main_process_first():
         checkpoint = last_whole_checkpoint(Path(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -42,47 +42,43 @@ def alignment_loss(
     The logits exist in chunks only, so that memory grows neither with S nor with V. frequent: tokens [K] of which the
     normaliser is estimated, together with as many others, see `sampled_softmax`; None for the whole vocabulary.
     """
-    num_impossible = torch.zeros((), dtype=torch.int64, device=labels.device)
-    if drafter.config.emission == "conditioned" and draft.frames.shape[1] == labels.shape[1]:
-        total = _without_slack(drafter, draft, lm_head, labels, frequent)
-        return AlignmentLoss(total / max(len(labels), 1), num_impossible)
-
-    def chunk_loss(frames: Tensor, start: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
-        logits = torch.cat((frames @ lm_head.T, drafter.blank_logits(frames)[..., None]), dim=-1)
-        if drafter.config.emission == "independent":
-            return independent_loss(logits, labels)
-        return conditioned_loss(logits, start, gate, drafter.conditioning, labels)
-
-    num_anchors = max(1, LOGITS_PER_CHUNK // (draft.frames.shape[1] * len(lm_head)))
-    chunks = zip(*(x.split(num_anchors) for x in (*draft, labels)), strict=True)
-    losses = torch.cat([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks])
-    if drafter.config.emission == "independent":
-        num_impossible = (~has_alignment(labels, draft.frames.shape[1])).sum()
-    return AlignmentLoss(losses.sum() / (len(losses) - num_impossible).clamp_min(1), num_impossible)
-
-
-def _without_slack(
-    drafter: CTCDrafter, draft: Draft, lm_head: Tensor, labels: Tensor, frequent: Tensor | None
-) -> Tensor:
-    """[] float32, the sum of `conditioned_loss` where T = U, so that label t can only stand at frame t."""
-    states = _states(drafter.conditioning, draft.start, labels[:, :-1]) * draft.gate[:, None]
-    condition_next = drafter.condition_next.weight
-    if frequent is None:
-        offsets, columns = torch.zeros(len(lm_head), device=labels.device), labels
-    else:
+    config = drafter.config
+    states = following = None
+    if config.emission == "conditioned":
+        emitted = labels if config.has_blank else labels[:, :-1]
+        states = _states(drafter.conditioning, draft.start, emitted) * draft.gate[:, None]
+        following = drafter.conditioning.following
+    offsets, columns = torch.zeros(len(lm_head), device=labels.device), labels
+    if frequent is not None:
         tokens, offsets, columns = sampled_softmax(labels, frequent, len(lm_head))
         lm_head = lm_head[tokens]
-        condition_next = torch.cat((condition_next[tokens], condition_next[-1:]))
-    total: Tensor = ConditionedCrossEntropy.apply(
-        draft.frames.flatten(0, 1),
-        lm_head,
-        states.flatten(0, 1),
-        condition_next,
-        drafter.blank_logits(draft.frames).flatten(),
-        offsets,
-        columns.flatten(),
-    )
-    return total
+        if following is not None:
+            following = torch.cat((following[tokens], following[config.vocab_size :]))
+    num_impossible = torch.zeros((), dtype=torch.int64, device=labels.device)
+    if states is not None and not config.has_blank:
+        total = ConditionedCrossEntropy.apply(
+            draft.frames.flatten(0, 1),
+            lm_head,
+            states.flatten(0, 1),
+            following,
+            offsets,
+            columns.flatten(),
+        )
+        return AlignmentLoss(total / max(len(labels), 1), num_impossible)
+
+    def chunk_loss(frames: Tensor, columns: Tensor, states: Tensor | None = None) -> Tensor:
+        logits = torch.cat((frames @ lm_head.T + offsets, drafter.blank_logits(frames)[..., None]), dim=-1)
+        if states is None or following is None:
+            return independent_loss(logits, columns)
+        return conditioned_loss(logits, states, following, columns)
+
+    num_anchors = max(1, LOGITS_PER_CHUNK // (config.num_frames * len(lm_head)))
+    inputs = (draft.frames, columns) if states is None else (draft.frames, columns, states)
+    chunks = zip(*(x.split(num_anchors) for x in inputs), strict=True)
+    losses = torch.cat([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks])
+    if states is None:
+        num_impossible = (~has_alignment(labels, config.num_frames)).sum()
+    return AlignmentLoss(losses.sum() / (len(losses) - num_impossible).clamp_min(1), num_impossible)
 
 
 def sampled_softmax(labels: Tensor, frequent: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,18 +107,18 @@ def _states(conditioning: Conditioning, start: Tensor, labels: Tensor) -> Tensor
     return torch.stack(states, dim=1)
 
 
-def conditioned_loss(logits: Tensor, start: Tensor, gate: Tensor, conditioning: Conditioning, labels: Tensor) -> Tensor:
+def conditioned_loss(logits: Tensor, states: Tensor, following: Tensor, labels: Tensor) -> Tensor:
     """[S] float32, -log of the summed probability of all alignments, one label per frame and the rest blank.
 
-    p_t(c | h) = softmax_c(logits_t[c] + (s(h) * gate) . following[c]), h the labels emitted so far (emissions.py), and
+    p_t(c | h) = softmax_c(logits_t[c] + states(h) . following[c]), h the labels emitted so far (emissions.py), and
     alpha_t(j) = alpha_{t-1}(j) p_t(blank | y_1 .. y_j) + alpha_{t-1}(j-1) p_t(y_j | y_1 .. y_{j-1}), the
     forward recursion of Graves (2012, arXiv 1211.3711) on the monotonic topology. With T = U it is the
     cross-entropy of label t at frame t.
 
-    logits: [S, T, V + 1]; start, gate: [S, r]; labels: [S, U].
+    logits: [S, T, V + 1]; states: [S, U + 1, r], gated; following: [V + 1, r]; labels: [S, U].
     """
     num_frames, blank = logits.shape[1], logits.shape[2] - 1
-    bias = (_states(conditioning, start, labels) * gate[:, None]) @ conditioning.following.T
+    bias = states @ following.T
     with torch.autocast(logits.device.type, enabled=False):
         logits, bias = logits.float(), bias.float()
         normalizer = _pairwise_normalizer(logits, bias)

@@ -242,6 +242,6 @@ def _train(
         optimizers=(optimizer, clock.schedule(optimizer)),
         callbacks=[clock, times, _TellEpoch(dataset)],
     )
-    train_or_resume(trainer)
+    train_or_resume(trainer, clock)
     num_impossible = sum(entry.get("impossible_anchors", 0) for entry in trainer.state.log_history)
     return {**report(trainer, clock, times), "impossible_anchors": num_impossible}

@@ -1,0 +1,110 @@
+"""A Llama shape with random weights over our paged layout, as vLLM would run it: what a step costs, not what it says.
+
+Letters: M rows of the step, H hidden size, V vocabulary, K key-value heads, D head size, B block size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_ctc_spec.ops.tree_attention import tree_attention
+from vllm_ctc_spec.ops.tree_batch import TreeBatch
+
+EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    head_size: int = 128
+
+
+SHAPES = {
+    "7B": Shape(32, 4096, 11008, 32, 32, 32000),
+    "8B": Shape(32, 4096, 14336, 32, 8, 128256),
+    "tiny": Shape(2, 256, 512, 2, 1, 512),
+}
+
+
+@torch.compile(dynamic=True)
+def _qkv(x: Tensor, norm: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tensor, ...]:
+    """Query [M, heads, D], key and value [M, K, D] of x [M, H], the first two rotated."""
+    heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    rows = (F.rms_norm(x, x.shape[-1:], norm, EPSILON) @ weight.T).unflatten(-1, (-1, shape.head_size))
+    rotated, value = rows.split((heads + kv_heads, kv_heads), dim=1)
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return *rotated.split((heads, kv_heads), dim=1), value.contiguous()
+
+
+@torch.compile(dynamic=True)
+def _after_attention(x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    x = x + attended.flatten(1) @ out.T
+    gate, up = (F.rms_norm(x, x.shape[-1:], norm, EPSILON) @ gate_up.T).chunk(2, dim=-1)
+    return x + (F.silu(gate) * up) @ down.T
+
+
+@dataclass(frozen=True)
+class Layer:
+    norms: Tensor
+    """[2, H]"""
+    qkv: Tensor
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
+    kv_cache: Tensor
+    """[blocks, K, B, 2 * D]"""
+
+
+class Llama:
+    def __init__(self, shape: Shape, num_blocks: int, block_size: int, device: torch.device) -> None:
+        self.shape = shape
+        size, inner, head_size = shape.hidden_size, shape.intermediate_size, shape.head_size
+        rows = (shape.num_heads + 2 * shape.num_kv_heads) * head_size
+
+        def weight(*sizes: int) -> Tensor:
+            return torch.randn(sizes, dtype=torch.bfloat16, device=device) * sizes[-1] ** -0.5
+
+        self.embedding = weight(shape.vocab_size, size)
+        self.lm_head = weight(shape.vocab_size, size)
+        self.norm = torch.ones(size, dtype=torch.bfloat16, device=device)
+        self.layers = [
+            Layer(
+                norms=self.norm.repeat(2, 1),
+                qkv=weight(rows, size),
+                out=weight(size, shape.num_heads * head_size),
+                gate_up=weight(2 * inner, size),
+                down=weight(size, inner),
+                kv_cache=weight(num_blocks, shape.num_kv_heads, block_size, 2 * head_size),
+            )
+            for _ in range(shape.num_layers)
+        ]
+        half = head_size // 2
+        self.frequencies = 10000.0 ** (-torch.arange(half, device=device) / half)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor, batch: TreeBatch) -> tuple[Tensor, Tensor]:
+        """Last hidden states [M, H] and logits [M, V] of tokens, positions [M] int64.
+
+        Keys and values of the rows are stored at slots [M] int64 of every layer's cache.
+        """
+        angles = positions[:, None, None] * self.frequencies
+        cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+        x = F.embedding(tokens, self.embedding)
+        for layer in self.layers:
+            query, key, value = _qkv(x, layer.norms[0], layer.qkv, cos, sin, self.shape)
+            block_size = layer.kv_cache.shape[2]
+            layer.kv_cache[slots // block_size, :, slots % block_size] = torch.cat((key, value), dim=-1)
+            attended = torch.empty_like(query)
+            tree_attention(query, key, value, layer.kv_cache, batch, self.shape.head_size**-0.5, attended)
+            x = _after_attention(x, attended, layer.out, layer.norms[1], layer.gate_up, layer.down)
+        hidden = F.rms_norm(x, x.shape[-1:], self.norm, EPSILON)
+        return hidden, hidden @ self.lm_head.T
