@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -92,6 +94,17 @@ async def ask_everything(url: str) -> dict[str, list[str]]:
     }
 
 
+def bench_serve(url: str, pair: DemoPaths, folder: Path) -> dict[str, Any]:
+    """What `vllm bench serve` measures with PROMPTS."""
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    command = [str(BINARIES / "vllm"), "bench", "serve", "--base-url", url, "--model", "demo"]
+    command += ["--tokenizer", str(pair.target), "--dataset-name", "custom", "--num-prompts", str(len(PROMPTS))]
+    command += ["--dataset-path", str(folder / "prompts.jsonl"), "--custom-output-len", "40", "--temperature", "0"]
+    command += ["--save-result", "--result-dir", str(folder), "--result-filename", "result.json"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return json.loads((folder / "result.json").read_text())
+
+
 def test_a_server_answers_as_plain_vllm_does_and_reports_its_trees(pair: DemoPaths, tmp_path: Path) -> None:
     with server(pair, tmp_path / "plain.log") as url:
         expected = asyncio.run(ask_everything(url))
@@ -100,6 +113,10 @@ def test_a_server_answers_as_plain_vllm_does_and_reports_its_trees(pair: DemoPat
         assert asyncio.run(ask_everything(url)) == expected
         time.sleep(3)
         metrics = httpx.get(f"{url}/metrics").text
+        benchmark = bench_serve(url, pair, tmp_path)
+    assert benchmark["completed"] == len(PROMPTS)
+    assert 1 < benchmark["spec_decode_acceptance_length"] <= 9
+    assert benchmark["spec_decode_accepted_tokens"] <= benchmark["spec_decode_draft_tokens"]
     assert expected["whole"] == expected["streamed"]
 
     def counter(name: str) -> float:
