@@ -64,7 +64,7 @@ def start_clock(worker: Any) -> None:
 def force_acceptance(worker: Any) -> None:
     """Runs in the worker: trees of one shape, a fixed path through them, and a clock around each stage."""
     runner, proposer = worker.model_runner, worker.model_runner.drafter
-    walk, build = runner.walker, proposer._trees
+    walk, propose = runner.walker, proposer.propose
 
     def forced(logits: Any, trees: Any, *rest: Any) -> Any:
         walked = walk(logits, trees, *rest)
@@ -79,19 +79,19 @@ def force_acceptance(worker: Any) -> None:
     def reshaped(*args: Any) -> Any:
         """Every node a child of the anchor, but for the last ones, which are the path."""
         trees = []
-        for tree in build(*args):
+        for tree in propose(*args):
             num_roots, below = len(tree.tokens) - FORCED_PATH + 1, range(1, FORCED_PATH)
             parents = [0] * num_roots + [num_roots + level - 1 for level in below]
             trees.append(dataclasses.replace(tree, parents=parents, depths=[1] * num_roots + [1 + n for n in below]))
         return trees
 
-    runner.walker, proposer._trees = forced, reshaped
+    runner.walker, proposer.propose = forced, reshaped
     runner.clock.time(runner, "_model_forward", "target")
     runner.clock.time(runner.model, "compute_logits", "target")
     runner.clock.time(runner, "walker", "walk")
     runner.clock.time(runner, "_move_accepted", "K/V move")
     runner.clock.time(proposer, "propose", "draft and build")
-    runner.clock.time(proposer, "_trees", "build")
+    runner.clock.time(proposer, "_build", "build")
 
 
 def set_nodes(worker: Any, nodes: int) -> None:

@@ -13,6 +13,10 @@ import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_ctc_spec.engine.cpu_worker import CTCCPUWorker
+from vllm_ctc_spec.engine.recorded import Call
+
+MOST_RECORDED = 3
+"""Requests; one less than the test serves, so that some steps draft without a record."""
 
 VLLMS_KERNELS = (
     "vllm.v1.attention.ops.triton_attention_helpers",
@@ -51,9 +55,19 @@ class InterpretedWorker(CTCCPUWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        self.seen = {"attention": type(self.model_runner.attention).__name__, "whole": 0, "mixed": 0, "moves": 0}
+        self.seen = {"attention": type(self.model_runner.attention).__name__}
+        self.seen |= dict.fromkeys(("whole", "mixed", "moves", "recorded"), 0)
         self._watch(self.model_runner.attention)
+        # In place of CUDA graphs: the same fixed buffers and padding, run anew each time.
+        self.model_runner.drafter.record(MOST_RECORDED, self._watched)
         return times
+
+    def _watched(self, call: Call) -> Call:
+        def replay() -> Any:
+            self.seen["recorded"] += 1
+            return call()
+
+        return replay
 
     def _watch(self, attention: Any) -> None:
         attach, move = attention.attach, attention.move
@@ -69,5 +83,5 @@ class InterpretedWorker(CTCCPUWorker):
         attention.attach, attention.move = watched_attach, watched_move
 
     def what_was_seen(self) -> dict[str, Any]:
-        """The class that attends, steps of trees alone, steps with other rows beside trees, and K/V moves."""
+        """The class that attends, steps of trees alone, of other rows beside trees, K/V moves, recorded drafts."""
         return self.seen

@@ -31,4 +31,4 @@ def test_trees_over_vllms_gpu_cache_change_no_token(
     assert answers == [complete(plain, few, params) for params in (greedy, sampled)]
     assert metrics is not None and metrics.acceptance_length > 1.2
     assert seen["attention"] == "TritonTreeAttention"
-    assert min(seen["whole"], seen["mixed"], seen["moves"]) > 0, seen
+    assert min(seen["whole"], seen["mixed"], seen["moves"], seen["recorded"]) > 0, seen

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from vllm_ctc_spec.drafter.checkpoint import load_drafter
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
 from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft, KeyValue
 from vllm_ctc_spec.engine.attention.interface import PagedContext, TreeAttention
+from vllm_ctc_spec.engine.recorded import DraftInputs, Record, RecordedDrafts
 from vllm_ctc_spec.engine.sampler import HostTree
 from vllm_ctc_spec.engine.settings import EngineSettings
 
@@ -81,6 +83,7 @@ class CTCProposer:
         self.vllm_config = vllm_config
         self.settings = EngineSettings.from_dict(vllm_config.additional_config["ctc_spec"])
         self.remembered: list[VerifiedRows] = []
+        self.recorded: RecordedDrafts | None = None
         self.attention: TreeAttention = cast(TreeAttention, NoAttention())
         """That of the target's backend, once the runner knows it: when the layers have their caches."""
 
@@ -123,49 +126,73 @@ class CTCProposer:
         self._store(verified)
         if requests is None:
             return []
-        drafted = self._draft(verified.hidden[requests.last_rows], requests)
-        logits = emission_logits(self.drafter, drafted.frames, self.target.compute_logits)
-        return self._trees(drafted, logits, requests)
+        inputs = DraftInputs(requests.last_tokens, verified.hidden[requests.last_rows], requests.context)
+        options = self.settings.options
+        if self.recorded is not None and self.recorded.take(inputs):
+            trees = to_host(self.recorded(inputs))
+        else:
+            trees = to_host(self._draft(inputs, options))
+        if any(requests.wants_chain):
+            chains = to_host(self._draft(inputs, dataclasses.replace(options, tree="chain")))
+            trees = [chain if wanted else tree for chain, tree, wanted in zip(chains, trees, requests.wants_chain)]
+        return trees
 
     @torch.inference_mode()
     def profile(self, num_requests: int) -> None:
         """Takes the memory that drafting for so many requests takes; before there is a cache, so without attention."""
         attention, self.attention = self.attention, cast(TreeAttention, NoAttention())
         try:
-            weight = self.drafter.norm.weight
-            zeros = torch.zeros(num_requests, 2, dtype=torch.int64, device=weight.device)
-            verified = VerifiedRows(weight.new_zeros(num_requests, len(weight)), zeros[:, 0], zeros[:, 0])
-            context = PagedContext(zeros, zeros[:, 0])
-            self.propose(verified, DraftRequests(zeros, zeros[:, 0], context, [False] * num_requests))
+            inputs = self._inputs(num_requests, num_blocks=1)
+            zeros = torch.zeros_like(inputs.last_tokens)
+            verified = VerifiedRows(inputs.hidden, zeros[:, 0], zeros[:, 0])
+            requests = DraftRequests(inputs.last_tokens, zeros[:, 0], inputs.context, [False] * num_requests)
+            self.propose(verified, requests)
         finally:
             self.attention = attention
 
-    def _draft(self, hidden: Tensor, requests: DraftRequests) -> Draft:
-        """Of the R requests, with the target's hidden states [R, H] of their last verified positions."""
-        config, context = self.drafter.config, requests.context
+    @torch.inference_mode()
+    def record(self, most_requests: int, how: Record) -> None:
+        """Drafting for at most so many requests is recorded, if all of it is done on the device; needs the cache."""
+        if self.settings.options.tree == "template":
+            return
+        block_size = self.cache_layers[0].kv_cache.shape[2]
+        num_blocks = -(-self.vllm_config.model_config.max_model_len // block_size)
+        buffers = self._inputs(most_requests, num_blocks)
+        self.recorded = RecordedDrafts(partial(self._draft, options=self.settings.options), buffers, how)
+
+    def _inputs(self, num_requests: int, num_blocks: int) -> DraftInputs:
+        """Of requests with a context of one position, in the block that vLLM keeps for padding."""
+        weight = self.drafter.norm.weight
+        tokens = torch.zeros(num_requests, 2, dtype=torch.int64, device=weight.device)
+        table = torch.zeros(num_requests, num_blocks, dtype=torch.int32, device=weight.device)
+        context = self.attention.context(table, tokens[:, 0], torch.ones_like(tokens[:, 0]))
+        return DraftInputs(tokens, weight.new_zeros(num_requests, len(weight)), context)
+
+    def _draft(self, inputs: DraftInputs, options: SpecOptions) -> Tensor:
+        """[R, 4 N + 1], see `pack`."""
+        config, context = self.drafter.config, inputs.context
         first = self.cache_layers[0].kv_cache
-        frames = self.attention.frames(context, config.num_frames + 1, config.num_attention_heads, first, hidden.dtype)
+        dtype = inputs.hidden.dtype
+        frames = self.attention.frames(context, config.num_frames + 1, config.num_attention_heads, first, dtype)
 
         def attend(layer: int, query: Tensor, own: KeyValue) -> Tensor:
             cache = self.cache_layers[layer].kv_cache
             return self.attention.attend_frames(query, own.key, own.value, cache, frames, self.scale)
 
-        embedding = self.target.embed_input_ids(requests.last_tokens[:, 1])
-        return self.drafter(requests.last_tokens, embedding, hidden, context.lens, attend)
+        embedding = self.target.embed_input_ids(inputs.last_tokens[:, 1])
+        drafted = self.drafter(inputs.last_tokens, embedding, inputs.hidden, context.lens, attend)
+        logits = emission_logits(self.drafter, drafted.frames, self.target.compute_logits)
+        return self._build(drafted, logits, options)
 
-    def _trees(self, drafted: Draft, logits: Tensor, requests: DraftRequests) -> list[HostTree]:
-        def draft(options: SpecOptions) -> list[HostTree]:
-            return to_host(draft_trees(self.drafter, drafted, logits, self.settings.num_nodes, options))
-
-        trees = draft(self.settings.options)
-        if any(requests.wants_chain):
-            chains = draft(dataclasses.replace(self.settings.options, tree="chain"))
-            trees = [chain if wanted else tree for chain, tree, wanted in zip(chains, trees, requests.wants_chain)]
-        return trees
+    def _build(self, drafted: Draft, logits: Tensor, options: SpecOptions) -> Tensor:
+        return pack(draft_trees(self.drafter, drafted, logits, self.settings.num_nodes, options))
 
 
 class NoAttention:
     """In place of TreeAttention where only the rest is run."""
+
+    def context(self, block_table: Tensor, requests: Tensor, lens: Tensor) -> PagedContext:
+        return PagedContext(block_table, lens)
 
     def frames(self, *args: Any) -> None:
         return None
@@ -177,11 +204,18 @@ class NoAttention:
         return None
 
 
-def to_host(trees: TokenTrees) -> list[HostTree]:
-    # In one tensor, because a GPU is waited for at each copy.
-    probabilities = trees.prefix_logp.exp().double().view(torch.int64)
-    fields = torch.stack((trees.tokens, trees.parents, trees.depths, probabilities))
-    packed = torch.cat((fields.flatten(), trees.num_nodes)).cpu()
-    tokens, parents, depths, bits = packed[: fields.numel()].view(fields.shape)
-    rows = zip(*(field.tolist() for field in (tokens, parents, depths, bits.view(torch.float64))), strict=True)
-    return [HostTree(*row).cut(count) for row, count in zip(rows, packed[fields.numel() :].tolist())]
+def pack(trees: TokenTrees) -> Tensor:
+    """[R, 4 N + 1] int64: tokens, parents, depths, the bits of psi as float64, and the number of nodes.
+
+    In one tensor, because a GPU is waited for at each copy to the host.
+    """
+    bits = trees.prefix_logp.exp().double().view(torch.int64)
+    return torch.cat((trees.tokens, trees.parents, trees.depths, bits, trees.num_nodes[:, None]), dim=1)
+
+
+def to_host(packed: Tensor) -> list[HostTree]:
+    packed = packed.cpu()
+    tokens, parents, depths, bits = packed[:, :-1].unflatten(1, (4, -1)).unbind(1)
+    psi = bits.contiguous().view(torch.float64)
+    rows = zip(*(field.tolist() for field in (tokens, parents, depths, psi)), strict=True)
+    return [HostTree(*row).cut(count) for row, count in zip(rows, packed[:, -1].tolist())]

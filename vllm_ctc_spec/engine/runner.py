@@ -29,6 +29,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_ctc_spec.engine.attention.interface import tree_attention_of
 from vllm_ctc_spec.engine.budget import NodeBudget, measure_target
 from vllm_ctc_spec.engine.proposer import CTCProposer, DraftRequests, VerifiedRows
+from vllm_ctc_spec.engine.recorded import MOST_REQUESTS, cuda_graphs
 from vllm_ctc_spec.engine.sampler import EMPTY_TREE, HostTree, TreeWalker
 from vllm_ctc_spec.engine.step import Step
 
@@ -263,6 +264,11 @@ class TreeGPUModelRunner(TreeModelRunner):
         super().profile_run(*args, **kwargs)
         # vLLM gives the cache what memory is left, so drafting must have been seen as well.
         self.drafter.profile(self.max_num_reqs)
+
+    def record_drafting(self) -> None:
+        """As CUDA graphs, where the user wants any."""
+        if self.compilation_config.cudagraph_mode.has_piecewise_cudagraphs():
+            self.drafter.record(min(self.max_num_reqs, MOST_REQUESTS), cuda_graphs())
 
 
 class TreeCPUModelRunner(TreeModelRunner, CPUModelRunner):
