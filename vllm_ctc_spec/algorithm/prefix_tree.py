@@ -86,6 +86,10 @@ class _Level:
 class _Children:
     """Of all M prefixes of a level."""
 
+    parents_psi: Tensor
+    """[R, M]"""
+    parents_states: Tensor
+    """[R, M, r]"""
     psi: Tensor
     """[R, M, C]"""
     arrive: Callable[[_Chosen], Tensor]
@@ -109,8 +113,8 @@ class _Chosen:
 class _Process(Protocol):
     """What the level loop needs of emissions."""
 
-    def root(self) -> tuple[_Children, Tensor]:
-        """Of the empty prefix, and its state [R, 1, r]."""
+    def first(self) -> _Children:
+        """Of the empty prefix."""
 
     def children(self, level: _Level, depth: int) -> _Children:
         """Of a level of prefixes of `depth` tokens."""
@@ -128,13 +132,13 @@ class _Independent:
         self._wait = _before(token_runs @ blank_runs)
         self._wait_repeat = _before(token_runs @ blank_runs.triu(1))
 
-    def root(self) -> tuple[_Children, Tensor]:
+    def first(self) -> _Children:
         before = _all_blank(self._blank)[:, None]
 
         def arrive(chosen: _Chosen) -> Tensor:
             return before * self._frames.mT[chosen.request, chosen.column]
 
-        return _Children(before @ self._frames, arrive), before[..., :0]
+        return _Children(torch.ones_like(before[..., 0]), before[..., :0], before @ self._frames, arrive)
 
     def children(self, level: _Level, depth: int) -> _Children:
         last = _request_rows(level.candidates), level.candidates
@@ -147,7 +151,8 @@ class _Independent:
             repeats = (level.candidates[parent] == chosen.column)[..., None]
             return before_repeat[parent].where(repeats, before[parent]) * self._frames.mT[chosen.request, chosen.column]
 
-        return _Children((before @ self._frames).scatter_(2, level.candidates[..., None], repeated), arrive)
+        psi = (before @ self._frames).scatter_(2, level.candidates[..., None], repeated)
+        return _Children(level.psi, level.states, psi, arrive)
 
     def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
         return states
@@ -170,24 +175,25 @@ class _Conditioned:
         total = total.addcmul_((-peak).exp_(), self._emissions.outside[:, None]).clamp_(min=_TINY)
         return lift[..., :-1], total, lift[..., -1:] * self._labels[:, None, :, -1] / total
 
-    def _children(self, weight: Tensor, lift: Tensor) -> _Children:
-        """weight: [R, M, T] before_t(h) / total_t(h)"""
+    def _children(self, psi: Tensor, states: Tensor, weight: Tensor, lift: Tensor) -> _Children:
+        """Of prefixes with psi [R, M]; weight: [R, M, T] before_t(h) / total_t(h)."""
 
         def arrive(chosen: _Chosen) -> Tensor:
             own_lift = lift[chosen.request, chosen.row, chosen.column][..., None]
             return weight[chosen.request, chosen.row] * self._frames.mT[chosen.request, chosen.column] * own_lift
 
-        return _Children((weight @ self._frames).mul_(lift), arrive)
+        return _Children(psi, states, (weight @ self._frames).mul_(lift), arrive)
 
-    def root(self) -> tuple[_Children, Tensor]:
+    def first(self) -> _Children:
         start = self._emissions.start[:, None]
         lift, total, blank = self._given(start)
-        return self._children(_all_blank(blank) / total, lift), start
+        weight = _all_blank(blank) / total
+        return self._children(torch.ones_like(weight[..., 0]), start, weight, lift)
 
     def children(self, level: _Level, depth: int) -> _Children:
         lift, total, blank = self._given(level.states)
         before = (level.arrive[:, :, None] @ _before(_runs(blank)))[:, :, 0]
-        return self._children(before / total, lift)
+        return self._children(level.psi, level.states, before / total, lift)
 
     def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
         return self._emissions.conditioning.advance(states, tokens)
@@ -203,16 +209,16 @@ class _Aligned:
         # What is no candidate has no bias.
         self._following = F.pad(emissions.following, (0, 0, 0, 1)).mT
 
-    def _children(self, states: Tensor, psi: Tensor, depth: int) -> _Children:
+    def _children(self, psi: Tensor, states: Tensor, depth: int) -> _Children:
         bias = states.bmm(self._following).float()
         probability = bias.add_(self._frames[:, depth]).softmax(-1)[..., :-1]
-        return _Children(probability * psi[..., None], lambda chosen: chosen.psi[..., None])
+        return _Children(psi, states, probability * psi[..., None], lambda chosen: chosen.psi[..., None])
 
-    def root(self) -> tuple[_Children, Tensor]:
-        return self._children(self._start, torch.ones_like(self._frames[:, 0, :, 0]), 0), self._start
+    def first(self) -> _Children:
+        return self._children(torch.ones_like(self._frames[:, 0, :, 0]), self._start, 0)
 
     def children(self, level: _Level, depth: int) -> _Children:
-        return self._children(level.states, level.psi, depth)
+        return self._children(level.psi, level.states, depth)
 
     def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
         return self._conditioning.advance(states, tokens)
@@ -233,12 +239,9 @@ def _build(
         raise ValueError(f"num_nodes={num_nodes}: a token tree needs a node budget of at least 1.")
     process, tokens = _process(emissions), emissions.tokens
     request = _request_rows(tokens)
-    children, start = process.root()
-    levels = [_keep(process, children, start, torch.ones_like(children.psi[..., 0]), request, tokens, width)]
+    levels = [_keep(process, process.first(), request, tokens, width)]
     for depth in range(1, min(emissions.token_logp.shape[1], num_nodes)):
-        above = levels[-1]
-        children = process.children(above, depth)
-        levels.append(_keep(process, children, above.states, above.psi, request, tokens, width))
+        levels.append(_keep(process, process.children(levels[-1], depth), request, tokens, width))
     return _assemble(levels, tokens, num_nodes, min_psi)
 
 
@@ -258,16 +261,14 @@ def _before(at: Tensor) -> Tensor:
     return F.pad(at[..., :-1], (1, 0))
 
 
-def _keep(
-    process: _Process, children: _Children, states: Tensor, psi: Tensor, request: Tensor, tokens: Tensor, width: int
-) -> _Level:
-    """The `width` children with the largest psi, of parents with `states` [R, M, r] and `psi` [R, M]."""
+def _keep(process: _Process, children: _Children, request: Tensor, tokens: Tensor, width: int) -> _Level:
+    """The `width` children with the largest psi; request: [R, 1] 0 .. R - 1."""
     # Rounding must not lift a child above its parent, or the order would not be that of a tree.
-    of_children = children.psi.minimum(psi[..., None]).flatten(1)
-    best = of_children.topk(min(width, of_children.shape[1]), dim=1)
+    psi = children.psi.minimum(children.parents_psi[..., None]).flatten(1)
+    best = psi.topk(min(width, psi.shape[1]), dim=1)
     num_candidates = tokens.shape[1]
     row, column = best.indices // num_candidates, best.indices % num_candidates
-    states = process.advance(states[request, row], tokens[request, column])
+    states = process.advance(children.parents_states[request, row], tokens[request, column])
     return _Level(children.arrive(_Chosen(request, row, column, best.values)), column, row, best.values, states)
 
 
