@@ -48,6 +48,8 @@ class Variant:
     name: str
     options: str
     """Of `vllm-ctc-spec train fit`."""
+    trained: Path | None = None
+    """The drafter, if it need not be trained."""
 
 
 VARIANTS = (
@@ -66,7 +68,8 @@ def main() -> None:
     options = _options()
     options.work.mkdir(parents=True, exist_ok=True)
     rows, unseen = _write_rows(options)
-    chosen = [variant for variant in VARIANTS if not options.only or variant.name in options.only]
+    chosen = [variant for variant in VARIANTS if options.only is None or variant.name in options.only]
+    chosen += [Variant(str(folder), "", folder) for folder in options.trained]
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda variant: _measure(variant, rows, unseen, options), chosen))
     for variant, result in zip(chosen, results, strict=True):
@@ -86,7 +89,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("work", type=Path, help="folder for rows, drafters and their evaluations")
     parser.add_argument("--minutes", type=float, default=4, help="training time of each row (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="rows trained side by side (default %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows of the table only")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="these rows of the table only")
+    parser.add_argument("--trained", nargs="+", type=Path, default=[], help="drafters that make rows as they are")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
     return parser.parse_args()
@@ -118,6 +122,8 @@ def _prompts(questions: list[str], options: argparse.Namespace) -> list[list[int
 
 
 def _drafter(variant: Variant, options: argparse.Namespace) -> Path:
+    if variant.trained is not None:
+        return variant.trained
     name = "".join(letter if letter.isalnum() else "-" for letter in variant.name)
     return options.work / f"{name}-{options.minutes:g}"
 
@@ -141,7 +147,7 @@ def _engine_length(drafter: Path, unseen: Path, options: argparse.Namespace) -> 
 
 def _measure(variant: Variant, rows: Path, unseen: Path, options: argparse.Namespace) -> dict[str, Any]:
     drafter = _drafter(variant, options)
-    evaluation = drafter.with_name(f"{drafter.name}.json")
+    evaluation = options.work / f"{drafter.name}.json"
     train = [sys.executable, "-m", "vllm_ctc_spec.cli", "train"]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
     if not drafter.exists():

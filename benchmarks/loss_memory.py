@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--anchors", type=int, default=512)
     options = parser.parse_args()
     whole = options.anchors * FRAMES * options.vocab * 4
-    table = Table("loss", "peak, MB", "of it gradients, MB", "one [anchors, frames, vocabulary], MB")
+    table = Table("loss", "peak, MB", "of it gradients, MB", "one tensor of anchors x frames x vocabulary, MB")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for name in LOSSES:
             peak, gradients = pool.apply(measure, (name, options.vocab, options.anchors))

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, Trainer
 from vllm_ctc_spec.training.atomic import atomic_folder, write_atomically
 from vllm_ctc_spec.training.budget import Budget, BudgetCallback
 from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, read_rows, with_anchors
-from vllm_ctc_spec.training.loop import loop_arguments, report
+from vllm_ctc_spec.training.loop import loop_arguments, report, train_or_resume
 from vllm_ctc_spec.training.optimizer import MuonAdamW
 from vllm_ctc_spec.training.target import load_target
 from vllm_ctc_spec.training.timing import StepTimes
@@ -74,7 +74,7 @@ def _fit(baseline: Baseline, dataset: AnchorDataset, budget: Budget) -> dict[str
             optimizers=(optimizer, clock.schedule(optimizer)),
             callbacks=[clock, times],
         )
-        trainer.train()
+        train_or_resume(trainer, clock)
     return report(trainer, clock, times)
 
 
