@@ -11,9 +11,9 @@ from vllm_ctc_spec.bench.clock import STAGES, BenchWorkerExtension
 
 class Drafter:
     def propose(self) -> str:
-        return "trees of " + self._trees()
+        return "trees of " + self._build()
 
-    def _trees(self) -> str:
+    def _build(self) -> str:
         return "frames"
 
 
