@@ -147,7 +147,7 @@ def _engine_length(drafter: Path, unseen: Path, options: argparse.Namespace) -> 
 
 def _measure(variant: Variant, rows: Path, unseen: Path, options: argparse.Namespace) -> dict[str, Any]:
     drafter = _drafter(variant, options)
-    evaluation = options.work / f"{drafter.name}.json"
+    evaluation = drafter.with_name(f"{drafter.name}.json")
     train = [sys.executable, "-m", "vllm_ctc_spec.cli", "train"]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
     if not drafter.exists():

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_ctc_spec.drafter.modeling import rotate
 from vllm_ctc_spec.ops.tree_attention import tree_attention
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
-EPSILON = 1e-5
+EPSILON, THETA = 1e-5, 10000.0
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,18 @@ SHAPES = {
 
 
 @torch.compile(dynamic=True)
-def _qkv(x: Tensor, norm: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tensor, ...]:
+def _qkv(x: Tensor, norm: Tensor, weight: Tensor, positions: Tensor, shape: Shape) -> tuple[Tensor, ...]:
     """Query [M, heads, D], key and value [M, K, D] of x [M, H], the first two rotated."""
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
     rows = (F.rms_norm(x, x.shape[-1:], norm, EPSILON) @ weight.T).unflatten(-1, (-1, shape.head_size))
     rotated, value = rows.split((heads + kv_heads, kv_heads), dim=1)
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return *rotated.split((heads, kv_heads), dim=1), value.contiguous()
+    return *rotate(rotated, positions, THETA).split((heads, kv_heads), dim=1), value.contiguous()
+
+
+def store(kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    """Keys and values [M, K, D] to slots [M] int64 of a cache [blocks, K, B, 2 * D]."""
+    block_size = kv_cache.shape[2]
+    kv_cache[slots // block_size, :, slots % block_size] = torch.cat((key, value), dim=-1)
 
 
 @torch.compile(dynamic=True)
@@ -88,21 +93,16 @@ class Llama:
             )
             for _ in range(shape.num_layers)
         ]
-        half = head_size // 2
-        self.frequencies = 10000.0 ** (-torch.arange(half, device=device) / half)
 
     def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor, batch: TreeBatch) -> tuple[Tensor, Tensor]:
         """Last hidden states [M, H] and logits [M, V] of tokens, positions [M] int64.
 
         Keys and values of the rows are stored at slots [M] int64 of every layer's cache.
         """
-        angles = positions[:, None, None] * self.frequencies
-        cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
         x = F.embedding(tokens, self.embedding)
         for layer in self.layers:
-            query, key, value = _qkv(x, layer.norms[0], layer.qkv, cos, sin, self.shape)
-            block_size = layer.kv_cache.shape[2]
-            layer.kv_cache[slots // block_size, :, slots % block_size] = torch.cat((key, value), dim=-1)
+            query, key, value = _qkv(x, layer.norms[0], layer.qkv, positions, self.shape)
+            store(layer.kv_cache, slots, key, value)
             attended = torch.empty_like(query)
             tree_attention(query, key, value, layer.kv_cache, batch, self.shape.head_size**-0.5, attended)
             x = _after_attention(x, attended, layer.out, layer.norms[1], layer.gate_up, layer.down)

@@ -14,7 +14,8 @@ compares the kernel with others. Each part is replayed from a CUDA graph, with a
     walk     greedy
     move     four nodes of each request, in all layers
 
-"launched" is draft + build without a graph, which is how the engine runs them. Exit status 2 without a CUDA device.
+"launched" is draft + build without a graph, which is how the engine runs them for large batches. Exit status 2 without
+a CUDA device.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.kernel_check import milliseconds
-from benchmarks.gpu.llama import SHAPES, Llama, Shape
+from benchmarks.gpu.llama import SHAPES, Llama, Shape, store
 from benchmarks.gpu.steps import BLOCK_SIZE, ancestor_masks
 from vllm_ctc_spec.algorithm import TokenTrees, accept_greedy
 from vllm_ctc_spec.config import CTCDrafterConfig, SpecOptions
@@ -131,7 +132,7 @@ class Setting:
 
         def draft() -> tuple[Draft, Tensor]:
             for own in self.drafter.context(hidden, self.positions(1 + NUM_ACCEPTED)):
-                self.drafter_cache[slots // BLOCK_SIZE, :, slots % BLOCK_SIZE] = torch.cat(own, dim=-1)
+                store(self.drafter_cache, slots, own.key, own.value)
             embedding = self.target.embedding[last_tokens[:, 1]]
             drafted = self.drafter(last_tokens, embedding, hidden[: self.batch], frames.context_lens.long(), attend)
             return drafted, emission_logits(self.drafter, drafted.frames, lambda rows: rows @ self.target.lm_head.T)

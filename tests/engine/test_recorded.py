@@ -41,10 +41,10 @@ def test_each_batch_is_padded_to_the_next_recorded_size() -> None:
     recorded = RecordedDrafts(draft, inputs(MOST, BLOCKS), record)
     for seed, (count, num_blocks) in enumerate([(5, 4), (1, 1), (3, 2), (4, 4), (2, 3)]):
         batch = inputs(count, num_blocks, seed)
-        assert recorded.take(batch)
+        assert recorded.takes(batch)
         assert torch.equal(recorded(batch), draft(batch))
     assert sizes == [5, 1, 4, 4, 2]
-    assert not recorded.take(inputs(MOST + 1, BLOCKS))
+    assert not recorded.takes(inputs(MOST + 1, BLOCKS))
 
 
 @pytest.mark.gpu

@@ -11,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vllm_ctc_spec.algorithm import Conditioning
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig, Draft
 from vllm_ctc_spec.training.fused import ConditionedCrossEntropy
 from vllm_ctc_spec.training.loss import (
+    IMPOSSIBLE,
     alignment_loss,
     conditioned_loss,
+    gated_states,
     has_alignment,
     independent_loss,
     sampled_softmax,
@@ -31,14 +34,6 @@ def random_case(num_frames: int, num_labels: int, vocab: int, seed: int) -> tupl
     logits = 2 * torch.randn(3, num_frames, vocab + 1)
     start, gate, labels = torch.randn(3, 5), torch.randn(3, 5), torch.randint(vocab, (3, num_labels))
     return logits, start, gate, labels, torch.randn(vocab, 5), torch.randn(5, 5) / 5, torch.randn(vocab + 1, 5)
-
-
-def gated_states(start: Tensor, gate: Tensor, labels: Tensor, last: Tensor, carry: Tensor) -> Tensor:
-    """[3, U + 1, 5]"""
-    states = [start]
-    for label in labels.T:
-        states.append(last[label] + states[-1] @ carry.T)
-    return torch.stack(states, dim=1) * gate[:, None]
 
 
 def conditioned_brute_force(
@@ -76,7 +71,7 @@ def independent_brute_force(logits: Tensor, labels: list[int]) -> float:
 @given(sizes)
 def test_conditioned_loss_is_the_sum_over_alignments(size):
     logits, start, gate, labels, *tables = random_case(*size)
-    states = gated_states(start, gate, labels, *tables[:2])
+    states = gated_states(Conditioning(*tables), start, gate, labels)
     losses = conditioned_loss(logits, states, tables[2], labels)
     for row, loss in enumerate(losses.tolist()):
         total = conditioned_brute_force(logits[row], start[row], gate[row], labels[row].tolist(), *tables)
@@ -96,7 +91,7 @@ def test_independent_loss_is_the_sum_over_alignments(size):
 
 def test_without_slack_the_conditioned_loss_is_cross_entropy_per_position():
     logits, start, gate, labels, last, carry, following = random_case(4, 4, 7, seed=3)
-    states = gated_states(start, gate, labels, last, carry)
+    states = gated_states(Conditioning(last, carry, following), start, gate, labels)
     scores = logits + states[:, :-1] @ following.T
     expected = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none").view(3, 4).sum(1)
     losses = conditioned_loss(logits, states, following, labels)
@@ -106,7 +101,7 @@ def test_without_slack_the_conditioned_loss_is_cross_entropy_per_position():
 def test_extreme_logits_keep_loss_and_gradient_finite():
     logits, start, gate, labels, last, carry, following = random_case(4, 2, 7, seed=4)
     inputs = [(x * 40).requires_grad_() for x in (logits, start, last, following)]
-    states = gated_states(inputs[1], gate, labels, inputs[2], carry)
+    states = gated_states(Conditioning(inputs[2], carry, inputs[3]), inputs[1], gate, labels)
     loss = conditioned_loss(inputs[0], states, inputs[3], labels).sum()
     loss.backward()
     assert loss.isfinite()
@@ -182,6 +177,16 @@ def test_chunks_change_neither_loss_nor_gradient(fields, monkeypatch):
     monkeypatch.setattr("vllm_ctc_spec.training.loss.LOGITS_PER_CHUNK", 11 * 4 * 3)
     monkeypatch.setattr("vllm_ctc_spec.training.fused.LOGITS_PER_CHUNK", 11 * 4)
     torch.testing.assert_close(losses_and_gradients(drafter), whole)
+
+
+@pytest.mark.parametrize("rank", [5, 0])
+def test_the_loss_without_slack_is_that_of_the_sum_over_alignments_without_blank(rank):
+    drafter = small_drafter(num_frames=3, condition_rank=rank)
+    draft, lm_head, labels = random_draft(drafter)
+    logits = F.pad(draft.frames @ lm_head.T, (0, 1), value=IMPOSSIBLE)
+    states = gated_states(drafter.conditioning, draft.start, draft.gate, labels)
+    expected = conditioned_loss(logits, states, F.pad(drafter.conditioning.following, (0, 0, 0, 1)), labels).mean()
+    torch.testing.assert_close(alignment_loss(drafter, draft, lm_head, labels).mean, expected)
 
 
 @pytest.mark.parametrize("rank", [5, 0])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -127,13 +126,14 @@ class CTCProposer:
         if requests is None:
             return []
         inputs = DraftInputs(requests.last_tokens, verified.hidden[requests.last_rows], requests.context)
+        wants_chain = any(requests.wants_chain)
+        if not wants_chain and self.recorded is not None and self.recorded.takes(inputs):
+            return to_host(self.recorded(inputs))
         options = self.settings.options
-        if self.recorded is not None and self.recorded.take(inputs):
-            trees = to_host(self.recorded(inputs))
-        else:
-            trees = to_host(self._draft(inputs, options))
-        if any(requests.wants_chain):
-            chains = to_host(self._draft(inputs, dataclasses.replace(options, tree="chain")))
+        drafted, logits = self._draft(inputs)
+        trees = to_host(self._build(drafted, logits, options))
+        if wants_chain:
+            chains = to_host(self._build(drafted, logits, dataclasses.replace(options, tree="chain")))
             trees = [chain if wanted else tree for chain, tree, wanted in zip(chains, trees, requests.wants_chain)]
         return trees
 
@@ -158,7 +158,11 @@ class CTCProposer:
         block_size = self.cache_layers[0].kv_cache.shape[2]
         num_blocks = -(-self.vllm_config.model_config.max_model_len // block_size)
         buffers = self._inputs(most_requests, num_blocks)
-        self.recorded = RecordedDrafts(partial(self._draft, options=self.settings.options), buffers, how)
+
+        def draft(inputs: DraftInputs) -> Tensor:
+            return self._build(*self._draft(inputs), self.settings.options)
+
+        self.recorded = RecordedDrafts(draft, buffers, how)
 
     def _inputs(self, num_requests: int, num_blocks: int) -> DraftInputs:
         """Of requests with a context of one position, in the block that vLLM keeps for padding."""
@@ -168,8 +172,8 @@ class CTCProposer:
         context = self.attention.context(table, tokens[:, 0], torch.ones_like(tokens[:, 0]))
         return DraftInputs(tokens, weight.new_zeros(num_requests, len(weight)), context)
 
-    def _draft(self, inputs: DraftInputs, options: SpecOptions) -> Tensor:
-        """[R, 4 N + 1], see `pack`."""
+    def _draft(self, inputs: DraftInputs) -> tuple[Draft, Tensor]:
+        """And its `emission_logits`."""
         config, context = self.drafter.config, inputs.context
         first = self.cache_layers[0].kv_cache
         dtype = inputs.hidden.dtype
@@ -181,10 +185,10 @@ class CTCProposer:
 
         embedding = self.target.embed_input_ids(inputs.last_tokens[:, 1])
         drafted = self.drafter(inputs.last_tokens, embedding, inputs.hidden, context.lens, attend)
-        logits = emission_logits(self.drafter, drafted.frames, self.target.compute_logits)
-        return self._build(drafted, logits, options)
+        return drafted, emission_logits(self.drafter, drafted.frames, self.target.compute_logits)
 
     def _build(self, drafted: Draft, logits: Tensor, options: SpecOptions) -> Tensor:
+        """[R, 4 N + 1], see `pack`."""
         return pack(draft_trees(self.drafter, drafted, logits, self.settings.num_nodes, options))
 
 

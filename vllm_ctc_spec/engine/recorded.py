@@ -60,7 +60,7 @@ class RecordedDrafts:
         # What stands in the rows of padding is some earlier request's, and so are the trees that come of it.
         return self._replays[min(size for size in self._replays if size >= count)]()[:count]
 
-    def take(self, inputs: DraftInputs) -> bool:
+    def takes(self, inputs: DraftInputs) -> bool:
         return len(inputs.hidden) <= len(self._buffers.hidden)
 
 

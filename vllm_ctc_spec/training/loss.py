@@ -7,6 +7,7 @@ Column V of any logits is the blank.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,43 +43,42 @@ def alignment_loss(
     The logits exist in chunks only, so that memory grows neither with S nor with V. frequent: tokens [K] of which the
     normaliser is estimated, together with as many others, see `sampled_softmax`; None for the whole vocabulary.
     """
-    config = drafter.config
-    states = following = None
-    if config.emission == "conditioned":
-        emitted = labels if config.has_blank else labels[:, :-1]
-        states = _states(drafter.conditioning, draft.start, emitted) * draft.gate[:, None]
-        following = drafter.conditioning.following
+    config, sampled = drafter.config, None
     offsets, columns = torch.zeros(len(lm_head), device=labels.device), labels
     if frequent is not None:
-        tokens, offsets, columns = sampled_softmax(labels, frequent, len(lm_head))
-        lm_head = lm_head[tokens]
-        if following is not None:
-            following = torch.cat((following[tokens], following[config.vocab_size :]))
-    num_impossible = torch.zeros((), dtype=torch.int64, device=labels.device)
-    if states is not None and not config.has_blank:
-        total = ConditionedCrossEntropy.apply(
-            draft.frames.flatten(0, 1),
-            lm_head,
-            states.flatten(0, 1),
-            following,
-            offsets,
-            columns.flatten(),
-        )
-        return AlignmentLoss(total / max(len(labels), 1), num_impossible)
+        sampled, offsets, columns = sampled_softmax(labels, frequent, len(lm_head))
+        lm_head = lm_head[sampled]
 
-    def chunk_loss(frames: Tensor, columns: Tensor, states: Tensor | None = None) -> Tensor:
-        logits = torch.cat((frames @ lm_head.T + offsets, drafter.blank_logits(frames)[..., None]), dim=-1)
-        if states is None or following is None:
-            return independent_loss(logits, columns)
-        return conditioned_loss(logits, states, following, columns)
+    def logits(frames: Tensor) -> Tensor:
+        return torch.cat((frames @ lm_head.T + offsets, drafter.blank_logits(frames)[..., None]), dim=-1)
 
-    num_anchors = max(1, LOGITS_PER_CHUNK // (config.num_frames * len(lm_head)))
-    inputs = (draft.frames, columns) if states is None else (draft.frames, columns, states)
-    chunks = zip(*(x.split(num_anchors) for x in inputs), strict=True)
-    losses = torch.cat([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks])
-    if states is None:
+    def in_chunks(loss: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """[] float32, the sum of `loss` over the anchors, the first dimension of all inputs."""
+        num_anchors = max(1, LOGITS_PER_CHUNK // (config.num_frames * len(lm_head)))
+        chunks = zip(*(x.split(num_anchors) for x in inputs), strict=True)
+        return torch.cat([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+    if config.emission == "independent":
+        total = in_chunks(lambda frames, columns: independent_loss(logits(frames), columns), draft.frames, columns)
         num_impossible = (~has_alignment(labels, config.num_frames)).sum()
-    return AlignmentLoss(losses.sum() / (len(losses) - num_impossible).clamp_min(1), num_impossible)
+        return AlignmentLoss(total / (len(labels) - num_impossible).clamp_min(1), num_impossible)
+
+    following = drafter.conditioning.following
+    if sampled is not None:
+        following = torch.cat((following[sampled], following[config.vocab_size :]))
+    if config.has_blank:
+        states = gated_states(drafter.conditioning, draft.start, draft.gate, labels)
+        total = in_chunks(
+            lambda frames, states, columns: conditioned_loss(logits(frames), states, following, columns),
+            draft.frames,
+            states,
+            columns,
+        )
+    else:
+        states = gated_states(drafter.conditioning, draft.start, draft.gate, labels[:, :-1])
+        frames, states = draft.frames.flatten(0, 1), states.flatten(0, 1)
+        total = ConditionedCrossEntropy.apply(frames, lm_head, states, following, offsets, columns.flatten())
+    return AlignmentLoss(total / max(len(labels), 1), torch.zeros((), dtype=torch.int64, device=labels.device))
 
 
 def sampled_softmax(labels: Tensor, frequent: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,12 +99,12 @@ def sampled_softmax(labels: Tensor, frequent: Tensor, vocab_size: int) -> tuple[
     return torch.cat((certain, drawn)), offsets, columns[labels]
 
 
-def _states(conditioning: Conditioning, start: Tensor, labels: Tensor) -> Tensor:
-    """[S, U + 1, r], the states after 0 .. U of the labels [S, U]; start: [S, r]."""
+def gated_states(conditioning: Conditioning, start: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
+    """[S, U + 1, r], the states after 0 .. U of the labels [S, U], times the gate; start, gate: [S, r]."""
     states = [start]
     for label in labels.T:
         states.append(conditioning.advance(states[-1], label))
-    return torch.stack(states, dim=1)
+    return torch.stack(states, dim=1) * gate[:, None]
 
 
 def conditioned_loss(logits: Tensor, states: Tensor, following: Tensor, labels: Tensor) -> Tensor:
