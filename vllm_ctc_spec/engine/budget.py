@@ -8,7 +8,8 @@ best number M makes
 
 largest: the renewal-reward rule, under which no other choice has a higher rate in the long run. Each request's nodes
 come in descending psi, so that what is chosen of a tree is a tree. The target's seconds are measured at start-up, the
-rate while serving, with drafting and without; where it is higher without, drafting rests, and is tried again later.
+rate while serving, first without drafting, then with it; where it is higher without, drafting rests until what it has
+lost is a small share of all, and is tried again.
 
 Letters: R requests, N nodes of the largest tree, M chosen nodes of the batch.
 """
@@ -36,11 +37,17 @@ NUM_OBSERVED = 32
 
 FEWEST_OBSERVED = 4
 
+NUM_PLAIN = 8
+"""First steps under a load, without drafts, which later ones are compared with."""
+
 NUM_TRIED = 6
 """Steps with drafts before it is asked whether they pay."""
 
-FIRST_REST, LONGEST_REST, LONGER_REST = 32, 2048, 4
-"""Steps without drafts until they are tried again: LONGER_REST times as many after each try in vain."""
+LOST_SHARE = 0.01
+"""Of the tokens of a rest, those that the steps with drafts before it may have lost."""
+
+SHORTEST_REST, LONGEST_REST = 32, 2048
+"""Steps"""
 
 TRUST_DECAY = 0.98
 TRUST_PRIOR = 8.0
@@ -82,10 +89,9 @@ def _timed(run: Callable[[int], object], size: int) -> float:
 class _Mode:
     """What is done under one load."""
 
-    drafts: bool = True
-    num_left: int = NUM_TRIED
-    """Steps until drafting is judged, or until a rest ends."""
-    next_rest: int = FIRST_REST
+    drafts: bool = False
+    num_left: int = NUM_PLAIN
+    """Steps until drafting is judged, or until it is tried."""
 
 
 class NodeBudget:
@@ -109,17 +115,20 @@ class NodeBudget:
         if mode.num_left <= 0 and not mode.drafts:
             mode.drafts, mode.num_left = True, NUM_TRIED
             self._observed[load, True].clear()
-        elif mode.num_left <= 0 and self._pays(num_requests):
-            mode.next_rest = FIRST_REST
-        elif mode.num_left <= 0:
-            mode.drafts, mode.num_left = False, mode.next_rest
-            mode.next_rest = min(LONGER_REST * mode.next_rest, LONGEST_REST)
+        elif mode.num_left <= 0 and (rest := self._rest(num_requests)):
+            mode.drafts, mode.num_left = False, rest
         self._kind_before, self._kind = self._kind, (load, mode.drafts)
         return mode.drafts
 
-    def _pays(self, num_requests: int) -> bool:
-        with_drafts, without = (self._rate(num_requests, drafts) for drafts in (True, False))
-        return with_drafts is None or with_drafts >= (without or self._highest_rate(num_requests))
+    def _rest(self, num_requests: int) -> int:
+        """Steps without drafts that make up for what the latest steps with drafts have lost; 0 if they have gained."""
+        seen = self._observed[num_requests.bit_length(), True]
+        without = self._rate(num_requests, False)
+        lost = sum(seconds * (without or self._highest_rate(num_requests)) - tokens for tokens, seconds in seen)
+        if len(seen) < FEWEST_OBSERVED or lost <= 0:
+            return 0
+        longest = LONGEST_REST if without else SHORTEST_REST
+        return int(np.clip(lost / (LOST_SHARE * num_requests), SHORTEST_REST, longest))
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         """Of a step of decoding alone, after `wants_drafts` was asked at its end."""
