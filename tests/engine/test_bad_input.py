@@ -12,6 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_ctc_spec.demo.build import DemoPaths
 from vllm_ctc_spec.engine import compat
+from vllm_ctc_spec.engine.plugin import EXECUTOR
 
 
 def configure(pair: DemoPaths, spec: dict[str, Any], target: Path | None = None, **options: Any) -> Any:
@@ -36,6 +37,22 @@ def test_a_good_configuration_is_accepted_and_the_users_settings_are_left_alone(
         assert config.speculative_config.num_speculative_tokens == 8
         assert config.additional_config["ctc_spec"]["options"]["tree"] == "chain"
     assert arguments.speculative_config == spec
+
+
+OWN_EXECUTOR = "vllm.v1.executor.multiproc_executor.MultiprocExecutor"
+
+
+@pytest.mark.parametrize(
+    ("asked", "multiprocessing", "expected"),
+    [(None, "1", EXECUTOR), ("mp", "1", EXECUTOR), (None, "0", "uni"), (OWN_EXECUTOR, "1", OWN_EXECUTOR)],
+)
+def test_the_executor_is_ours_where_it_would_be_vllms_own_of_one_process_per_worker(
+    pair: DemoPaths, monkeypatch: pytest.MonkeyPatch, asked: str | None, multiprocessing: str, expected: str
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", multiprocessing)
+    spec = {"method": "ctc", "model": str(pair.drafter)}
+    arguments = EngineArgs(model=str(pair.target), distributed_executor_backend=asked, speculative_config=spec)
+    assert arguments.create_engine_config().parallel_config.distributed_executor_backend == expected
 
 
 def test_shorthands_detect_the_drafter_from_its_config(pair: DemoPaths) -> None:

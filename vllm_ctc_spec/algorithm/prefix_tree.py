@@ -21,7 +21,7 @@ so that psi of all children of all prefixes of a level is one product over the f
 frame is blank, that product has one term.
 
 psi never grows along a path, so the N largest form a connected tree, and it is the N-node tree with the largest
-expected accepted length. Each level therefore keeps its best N, and the best N of all
+expected accepted length. Each level therefore keeps its best N, less what must stand above them, and the best N of all
 levels are the tree.
 
 The work is done on float32 probabilities, not logarithms: it only adds and multiplies non-negative numbers, so
@@ -241,7 +241,10 @@ def _build(
     request = _request_rows(tokens)
     levels = [_keep(process, process.first(), request, tokens, width)]
     for depth in range(1, min(emissions.token_logp.shape[1], num_nodes)):
-        levels.append(_keep(process, process.children(levels[-1], depth), request, tokens, width))
+        # Above each of them in the tree stand `depth` others.
+        levels.append(
+            _keep(process, process.children(levels[-1], depth), request, tokens, min(width, num_nodes - depth))
+        )
     return _assemble(levels, tokens, num_nodes, min_psi)
 
 

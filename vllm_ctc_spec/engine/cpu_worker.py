@@ -18,3 +18,9 @@ class CTCCPUWorker(CTCWorker, CPUWorker):
         # Looked up in its module when vLLM builds the runner; this process serves only us.
         cpu_worker.CPUModelRunner = TreeCPUModelRunner
         return super().init_device()
+
+    def sample_tokens(self, *args: Any) -> Any:
+        output = super().sample_tokens(*args)
+        # For `CTCExecutor`.
+        output.draft_token_ids = self.take_draft_token_ids()
+        return output

@@ -28,6 +28,7 @@ WORKERS = {
     "cuda": "vllm_ctc_spec.engine.worker.CTCGPUWorker",
 }
 """By vLLM's device type; `resolve_settings` refuses other platforms."""
+EXECUTOR = "vllm_ctc_spec.engine.executor.CTCExecutor"
 
 
 def is_ctc(speculative_config: SpeculativeConfig | None) -> bool:
@@ -85,6 +86,8 @@ def _create_speculative_config(
     }
     self.spec_method = self.spec_model = self.spec_tokens = None
     target_parallel_config.worker_cls = WORKERS[current_platform.device_type]
+    if current_platform.is_cpu() and _has_process_per_worker(target_parallel_config):
+        target_parallel_config.distributed_executor_backend = EXECUTOR
     if current_platform.is_cuda():
         self.compilation_config = with_piecewise_graphs(self.compilation_config)
     try:
@@ -92,6 +95,14 @@ def _create_speculative_config(
     finally:
         # One EngineArgs may make several configs, and each must see what the user wrote.
         self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = as_written
+
+
+def _has_process_per_worker(parallel: Any) -> bool:
+    """As vLLM's CPU platform decides it (vllm/platforms/cpu.py)."""
+    from vllm import envs
+
+    backend = parallel.distributed_executor_backend
+    return backend == "mp" or (backend == "uni" and envs.VLLM_ENABLE_V1_MULTIPROCESSING)
 
 
 def _merged_settings(engine_args: Any) -> dict[str, Any] | None:

@@ -30,8 +30,8 @@ from vllm_ctc_spec.engine.recorded import DraftInputs, Record, RecordedDrafts
 from vllm_ctc_spec.engine.sampler import HostTree
 from vllm_ctc_spec.engine.settings import EngineSettings
 
-MOST_REMEMBERED = 32
-"""Steps whose rows wait for the drafter's context while drafting rests."""
+MOST_REMEMBERED = 256
+"""Rows that wait for the drafter's context while drafting rests."""
 
 
 @dataclass(frozen=True)
@@ -99,30 +99,25 @@ class CTCProposer:
         self.scale = self.drafter.config.head_dim**-0.5
 
     def remember(self, verified: VerifiedRows) -> None:
-        """In place of `propose` while nothing drafts: the drafter's context of the rows is made later, for many steps.
-
-        Only as long as the requests stay the same, or the rows' slots may be given to others.
-        """
+        """In place of `propose` while nothing drafts: rows become the drafter's context later, many steps at once."""
         self.remembered.append(verified)
-        if len(self.remembered) == MOST_REMEMBERED:
+        if sum(len(rows.slots) for rows in self.remembered) >= MOST_REMEMBERED:
             self._store_remembered()
 
     def _store_remembered(self) -> None:
-        if self.remembered:
-            fields = zip(*((rows.hidden, rows.positions, rows.slots) for rows in self.remembered))
-            self.remembered = []
-            self._store(VerifiedRows(*map(torch.cat, fields)))
-
-    def _store(self, verified: VerifiedRows) -> None:
-        context = self.drafter.context(verified.hidden, verified.positions)
+        remembered, self.remembered = self.remembered, []
+        hidden, positions = (torch.cat(rows) for rows in zip(*((rows.hidden, rows.positions) for rows in remembered)))
+        context = self.drafter.context(hidden, positions)
+        sizes = [len(rows.slots) for rows in remembered]
         for layer, own in zip(self.cache_layers, context):
-            self.attention.write(layer.kv_cache, verified.slots, own.key, own.value)
+            # Step by step, because a slot may have been given to another request meanwhile: its last row counts.
+            for rows, key, value in zip(remembered, own.key.split(sizes), own.value.split(sizes)):
+                self.attention.write(layer.kv_cache, rows.slots, key, value)
 
     def propose(self, verified: VerifiedRows, requests: DraftRequests | None) -> list[HostTree]:
         """Store the drafter's context of the verified rows, then one tree for each drafting request."""
-        # First, because their slots may have become those of these rows.
+        self.remembered.append(verified)
         self._store_remembered()
-        self._store(verified)
         if requests is None:
             return []
         inputs = DraftInputs(requests.last_tokens, verified.hidden[requests.last_rows], requests.context)

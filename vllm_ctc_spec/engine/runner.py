@@ -28,6 +28,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ctc_spec.engine.attention.interface import tree_attention_of
 from vllm_ctc_spec.engine.budget import NodeBudget, measure_target
+from vllm_ctc_spec.engine.packed_linear import pack_linears
 from vllm_ctc_spec.engine.proposer import CTCProposer, DraftRequests, VerifiedRows
 from vllm_ctc_spec.engine.recorded import MOST_REQUESTS, cuda_graphs
 from vllm_ctc_spec.engine.sampler import EMPTY_TREE, HostTree, TreeWalker
@@ -191,7 +192,7 @@ class TreeModelRunner(GPUModelRunner):
             index for index, tokens in enumerate(sampled_token_ids) if tokens and not rests and self._may_draft(index)
         ]
         trees: list[HostTree] = []
-        if rests and self._has_same_requests():
+        if rests:
             self.drafter.remember(verified_rows)
         else:
             requests = self._draft_requests(drafting, lasts, at, positions, sampled_token_ids, common_attn_metadata)
@@ -212,13 +213,9 @@ class TreeModelRunner(GPUModelRunner):
         now = time.perf_counter()
         is_decode = sum(step.num_rows) == sum(1 + len(tree.tokens) for tree in step.trees)
         # With the same requests as in the step before, nothing has waited for work in between.
-        if is_decode and self.last_step is not None and self._has_same_requests():
+        if is_decode and self.last_step is not None and self.last_step[0] == self.input_batch.req_ids:
             budget.observe_step(len(step.trees) + num_accepted, now - self.last_step[1])
         self.last_step = (list(self.input_batch.req_ids), now) if is_decode else None
-
-    def _has_same_requests(self) -> bool:
-        """As the step before, which decoded only."""
-        return self.last_step is not None and self.last_step[0] == self.input_batch.req_ids
 
     def _draft_requests(
         self,
@@ -273,6 +270,10 @@ class TreeGPUModelRunner(TreeModelRunner):
 
 class TreeCPUModelRunner(TreeModelRunner, CPUModelRunner):
     """For vLLM's CPU backend."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        pack_linears(self.drafter.drafter)
 
 
 def _cut(budget: NodeBudget, trees: list[HostTree], num_requests: int) -> list[HostTree]:
