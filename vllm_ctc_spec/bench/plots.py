@@ -18,6 +18,7 @@ Cells = list[dict[str, Any]]
 
 def draw(results: dict[str, Any], output: Path) -> list[str]:
     """Write the figures into `output`; returns their names. One panel per prompts and temperature."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     panels: dict[str, Cells] = {}
@@ -25,13 +26,15 @@ def draw(results: dict[str, Any], output: Path) -> list[str]:
         panels.setdefault(f"{cell['prompts']}, temperature {cell['temperature']:g}", []).append(cell)
     drawings = {"ratio.png": _draw_ratios, "beta.png": _draw_betas, "depth.png": _draw_depths}
     for name, drawing in drawings.items():
-        figure = Figure(figsize=(6.5 * len(panels), 4.8), layout="constrained")
+        figure = Figure(figsize=(8 * len(panels), 4.8), layout="constrained")
         for axes, (title, cells) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+            # A run may have more methods than matplotlib's own cycle has colors.
+            axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
             drawing(axes, cells)
             axes.set_title(title)
             axes.grid(alpha=0.3)
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize="small")
+                axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
         png = BytesIO()
         figure.savefig(png, format="png", dpi=130)
         write_atomically(output / name, png.getvalue())
