@@ -1,7 +1,7 @@
 """vLLM's executor of one process per worker, with one message less in each step.
 
 After every step vLLM's engine asks the worker for its drafts, also when there are none: another round trip between two
-processes, which a step of a small target feels. Ours sends them along with the step's tokens (see worker.py).
+processes, which a step of a small target feels. Ours has them sent along with the tokens (see cpu_worker.py).
 """
 
 from __future__ import annotations
