@@ -23,7 +23,7 @@ def proposer() -> CTCProposer:
     made.drafter = CTCDrafter(config).eval().requires_grad_(False)
     made.cache_layers = [SimpleNamespace(kv_cache=torch.zeros(2, 1, BLOCK_SIZE, 64))]
     made.attention = CPUTreeAttention([])
-    made.remembered = []
+    made.remembered, made.num_remembered = [], 0
     return made
 
 

@@ -124,7 +124,8 @@ class NodeBudget:
         """Steps without drafts that make up for what the latest steps with drafts have lost; 0 if they have gained."""
         seen = self._observed[num_requests.bit_length(), True]
         without = self._rate(num_requests, False)
-        lost = sum(seconds * (without or self._highest_rate(num_requests)) - tokens for tokens, seconds in seen)
+        rate = without or self._highest_rate(num_requests)
+        lost = sum(seconds * rate - tokens for tokens, seconds in seen)
         if len(seen) < FEWEST_OBSERVED or lost <= 0:
             return 0
         longest = LONGEST_REST if without else SHORTEST_REST

@@ -82,6 +82,8 @@ class CTCProposer:
         self.vllm_config = vllm_config
         self.settings = EngineSettings.from_dict(vllm_config.additional_config["ctc_spec"])
         self.remembered: list[VerifiedRows] = []
+        self.num_remembered = 0
+        """Rows of `remember` that are not stored yet."""
         self.recorded: RecordedDrafts | None = None
         self.attention: TreeAttention = cast(TreeAttention, NoAttention())
         """That of the target's backend, once the runner knows it: when the layers have their caches."""
@@ -101,11 +103,13 @@ class CTCProposer:
     def remember(self, verified: VerifiedRows) -> None:
         """In place of `propose` while nothing drafts: rows become the drafter's context later, many steps at once."""
         self.remembered.append(verified)
-        if sum(len(rows.slots) for rows in self.remembered) >= MOST_REMEMBERED:
+        # Counted along, because a step of a small target feels a sum over all of them.
+        self.num_remembered += len(verified.slots)
+        if self.num_remembered >= MOST_REMEMBERED:
             self._store_remembered()
 
     def _store_remembered(self) -> None:
-        remembered, self.remembered = self.remembered, []
+        remembered, self.remembered, self.num_remembered = self.remembered, [], 0
         hidden, positions = (torch.cat(rows) for rows in zip(*((rows.hidden, rows.positions) for rows in remembered)))
         context = self.drafter.context(hidden, positions)
         sizes = [len(rows.slots) for rows in remembered]
