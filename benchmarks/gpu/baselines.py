@@ -1,4 +1,7 @@
-"""Other people's kernels on the same steps. Letters: R requests, Q rows per request, L context."""
+"""Other people's kernels on the same steps.
+
+Letters: R requests, Q rows per request, L context, H query heads, K key-value heads, G = H / K, D head size.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.steps import BLOCK_SIZE, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, Step
-from vllm_ctc_spec.ops.reference import attend_with_bias, tail_bias, unpack_ancestor_masks
+from vllm_ctc_spec.ops.reference import unpack_ancestor_masks
 
 Call = Callable[[], Any]
 
@@ -18,12 +21,12 @@ Call = Callable[[], Any]
 def sdpa(step: Step) -> Call:
     """torch's attention with an explicit mask, keys and values gathered beforehand."""
     query, gathered, bias = step.by_request(step.query), _gather(step), _bias(step)
-    return lambda: attend_with_bias(query, *gathered, bias, SCALE)
+    return lambda: _attend_with_bias(query, *gathered, bias, SCALE)
 
 
 def gather_and_sdpa(step: Step) -> Call:
     query, bias = step.by_request(step.query), _bias(step)
-    return lambda: attend_with_bias(query, *_gather(step), bias, SCALE)
+    return lambda: _attend_with_bias(query, *_gather(step), bias, SCALE)
 
 
 def xformers(step: Step) -> Call:
@@ -95,10 +98,22 @@ def _gather(step: Step) -> list[Tensor]:
 
 
 def _bias(step: Step) -> Tensor:
-    rows = step.batch.max_rows
-    allowed = unpack_ancestor_masks(step.by_request(step.batch.ancestor_masks), rows)
-    group = NUM_HEADS // NUM_KV_HEADS
-    return _aligned(tail_bias(step.batch.context_lens, step.contexts[0], allowed, group, step.query.dtype))
+    """Additive mask [R, 1, Q * G, L + Q]: 0 where a row may look, -inf elsewhere."""
+    rows, context = step.batch.max_rows, step.contexts[0]
+    own = unpack_ancestor_masks(step.by_request(step.batch.ancestor_masks), rows)
+    allowed = F.pad(own, (context, 0), value=True).repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=1)[:, None]
+    return _aligned(torch.zeros_like(allowed, dtype=step.query.dtype).masked_fill_(~allowed, -torch.inf))
+
+
+def _attend_with_bias(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Attention of query [R, Q, H, D] to keys and values [R, K, L + Q, D]; returns like query.
+
+    bias: from `_bias`. Grouped heads are folded into the rows, so that keys are never repeated.
+    """
+    num_rows, num_kv_heads = query.shape[1], keys.shape[1]
+    folded = query.unflatten(2, (num_kv_heads, -1)).transpose(1, 2).flatten(2, 3)
+    out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=bias, scale=scale)
+    return out.unflatten(2, (num_rows, -1)).transpose(1, 2).flatten(2, 3)
 
 
 def _aligned(bias: Tensor) -> Tensor:

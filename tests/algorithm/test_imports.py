@@ -1,4 +1,4 @@
-"""The algorithm package stands on torch alone."""
+"""The algorithm package stands on its own."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from vllm_ctc_spec.drafter import drafting
 from vllm_ctc_spec.engine.cpu_worker import CTCCPUWorker
 from vllm_ctc_spec.engine.recorded import Call
 
@@ -43,6 +44,8 @@ class InterpretedWorker(CTCCPUWorker):
     def init_device(self) -> Any:
         super().init_device()
         interpret_vllms_kernels()
+        # Trees are built as on a GPU.
+        drafting.can_search = lambda table: False
         # Only now, because it takes its base classes from the modules that were loaded again.
         from vllm_ctc_spec.engine.attention.triton import TreeTritonAttentionBackend as backend
 

@@ -13,6 +13,9 @@ from vllm import SamplingParams
 from tests.engine.conftest import NUM_PROMPTS, complete, engine, seeded
 from vllm_ctc_spec.demo.build import DemoPaths
 from vllm_ctc_spec.engine.budget import (
+    FIRST_LOOK,
+    LARGEST_FACTOR,
+    LAST_LOOK,
     LONGEST_REST,
     LOST_SHARE,
     NUM_PLAIN,
@@ -39,10 +42,10 @@ def test_the_target_is_measured_at_doubling_rows_up_to_the_largest() -> None:
     assert (np.diff(cost.seconds) >= 0).all()
 
 
-def observe(budget: NodeBudget, num_requests: int, drafts: bool, tokens: int, seconds: float) -> None:
+def observe(budget: NodeBudget, num_requests: int, drafts: bool, tokens: int, seconds: float, rows: int = 8) -> None:
     """A step after another of its kind."""
     budget._kind = budget._kind_before = num_requests.bit_length(), drafts
-    budget.observe_step(tokens, seconds)
+    budget.observe_step(tokens, seconds, rows)
 
 
 def test_where_rows_cost_nothing_all_nodes_are_verified() -> None:
@@ -93,7 +96,7 @@ def steps(budget: NodeBudget, num_requests: int, count: int, with_drafts: float,
     kinds = []
     for _ in range(count):
         kinds.append(budget.wants_drafts(num_requests))
-        budget.observe_step(num_requests, with_drafts if kinds[-1] else without)
+        budget.observe_step(num_requests, with_drafts if kinds[-1] else without, num_requests)
     return kinds
 
 
@@ -111,8 +114,48 @@ def test_drafting_that_does_not_pay_is_tried_at_the_price_of_a_small_share(slowe
     assert min(rests) >= SHORTEST_REST and max(rests) <= LONGEST_REST
 
 
-def test_drafting_that_pays_goes_on() -> None:
-    assert runs(steps(NodeBudget(FLAT), 1, 1000, 0.5, 1.0))[1:] == [(True, 1001 - NUM_PLAIN)]
+def test_drafting_that_pays_goes_on_and_is_compared_again_ever_more_rarely() -> None:
+    kinds = steps(NodeBudget(FLAT), 1, 5000, 0.5, 1.0)
+    drafted = [length for drafts, length in runs(kinds) if drafts][:-1]
+    assert drafted[:4] == [FIRST_LOOK, 2 * FIRST_LOOK, 4 * FIRST_LOOK, LAST_LOOK] and set(drafted[4:]) == {LAST_LOOK}
+    assert {length for drafts, length in runs(kinds)[2:-1] if not drafts} == {NUM_PLAIN}
+
+
+def test_drafting_that_only_a_slow_machine_made_pay_ends_at_a_look() -> None:
+    budget = NodeBudget(FLAT)
+    assert all(steps(budget, 1, NUM_PLAIN + 20, 2.0, 3.0)[NUM_PLAIN:])
+    assert sum(steps(budget, 1, 1000, 2.0, 1.0)) < 100
+
+
+def test_a_few_unlucky_steps_do_not_end_what_pays() -> None:
+    budget, rng = NodeBudget(FLAT), np.random.default_rng(0)
+    drafted = 0
+    for _ in range(20_000):
+        drafts = budget.wants_drafts(1)
+        drafted += drafts
+        # 2.5 tokens a step on average, for the time of two.
+        budget.observe_step(1 + int(rng.binomial(6, 0.25)) if drafts else 1, 2.0 if drafts else 1.0, 8)
+    assert drafted > 0.9 * 20_000
+
+
+def test_rows_cost_what_steps_have_shown() -> None:
+    """Seconds grow three times as fast with the rows as the target's own, and then as fast."""
+    cost = TargetCost(np.array([1, 64]), np.array([1.0, 4.15]))
+    learnt, naive = NodeBudget(cost), NodeBudget(cost)
+    for rows in [2, 8, 14, 20] * 16:
+        observe(learnt, 1, True, 2, 1 + 0.15 * rows, rows)
+        observe(naive, 1, True, 2, 1 + 0.05 * rows, rows)
+    assert 2.5 < learnt._row_factor(1) < 3.1 < LARGEST_FACTOR
+    assert naive._row_factor(1) == pytest.approx(1.0)
+    probabilities = np.array([[0.9, 0.5, 0.3, 0.1, 0.07]])
+    assert learnt.choose(probabilities, 1) < naive.choose(probabilities, 1)
+
+
+def test_rows_count_once_where_all_steps_had_as_many() -> None:
+    budget, rng = NodeBudget(STEEP), np.random.default_rng(0)
+    for _ in range(50):
+        observe(budget, 1, True, 2, float(rng.uniform(5, 9)), 8)
+    assert budget._row_factor(1) == 1.0
 
 
 def test_decoding_without_drafts_is_tried_where_it_might_be_faster() -> None:
@@ -120,7 +163,7 @@ def test_decoding_without_drafts_is_tried_where_it_might_be_faster() -> None:
     budget = NodeBudget(TargetCost(np.array([1, 64]), np.array([0.1, 0.1])))
     for _ in range(NUM_PLAIN - 1):
         assert not budget.wants_drafts(1)
-    assert runs(steps(budget, 1, 1000, 0.5, 1.0)) == [(True, NUM_TRIED), (False, SHORTEST_REST), (True, 962)]
+    assert runs(steps(budget, 1, 100, 0.5, 1.0)) == [(True, NUM_TRIED), (False, SHORTEST_REST), (True, 62)]
 
 
 def test_drafting_is_taken_up_again_when_it_pays_again() -> None:

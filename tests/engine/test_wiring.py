@@ -10,9 +10,10 @@ from vllm import _custom_ops as ops
 
 from tests.engine.conftest import engine, generate
 from tests.engine.probe import record_trees, recorded_trees
-from vllm_ctc_spec.engine.attention.cpu import ISA, PagedContext, attend_paged, move_slots, split_cache, write_cache
+from vllm_ctc_spec.engine.attention.cpu import ISA, move_slots, split_cache, write_cache
 from vllm_ctc_spec.engine.sampler import HostTree
-from vllm_ctc_spec.ops.reference import tail_bias, unpack_ancestor_masks
+from vllm_ctc_spec.ops.cpu_kernels import tree_attention
+from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK = 4, 2, 64, 32
 CONTEXT = 45
@@ -41,10 +42,10 @@ class Rows:
 
     def attend(self, masks: list[int]) -> torch.Tensor:
         """[Q, H, D]"""
-        context = PagedContext(self.blocks[:, : -(-CONTEXT // BLOCK)], torch.tensor([CONTEXT]))
-        allowed = unpack_ancestor_masks(torch.tensor([masks]), len(masks))
-        bias = tail_bias(context.lens, context.max_len(BLOCK), allowed, HEADS // KV_HEADS, torch.float32)
-        return attend_paged(self.query, self.cache, context, self.key, self.value, bias, SCALE)[0]
+        start, count, context = torch.tensor([[0], [len(masks)], [CONTEXT]], dtype=torch.int32)
+        batch = TreeBatch(start, count, torch.tensor(masks), context, self.blocks.int(), len(masks))
+        rows = (self.query[0], self.key[0], self.value[0])
+        return tree_attention(*rows, self.cache, batch, SCALE, torch.empty_like(self.query[0]))
 
     def attend_causally(self, rows: list[int]) -> torch.Tensor:
         """vLLM's own kernel over the context and then `rows`, one after the other."""

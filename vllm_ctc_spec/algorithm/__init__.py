@@ -1,10 +1,11 @@
-"""CTC drafting and exact acceptance in plain torch: frames -> emissions -> token tree -> accepted path.
+"""CTC drafting and exact acceptance, without an engine: frames -> emissions -> token tree -> accepted path.
 
 Read in this order: ctc.py (the mathematics, one request, log space), emissions.py, prefix_tree.py, token_tree.py,
-walk.py; template_tree.py is the paper's tree, for comparison, and next_token.py serves evaluation. Nothing here
-knows vLLM or transformers.
+walk.py; best_first.py finds the same trees on a host core, template_tree.py is the paper's tree, for comparison, and
+next_token.py serves evaluation. Nothing here knows vLLM or transformers.
 """
 
+from .best_first import search_chains, search_prefix_trees
 from .ctc import ConditionedPrefix, IndependentPrefix, collapse
 from .emissions import (
     ConditionedEmissions,
@@ -37,4 +38,6 @@ __all__ = [
     "conditioned_next_tokens",
     "independent_emissions",
     "independent_next_tokens",
+    "search_chains",
+    "search_prefix_trees",
 ]

@@ -6,6 +6,7 @@ Letters: R requests, T frames, H hidden size, V vocabulary without blank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from vllm_ctc_spec.algorithm import (
     build_template_trees,
     conditioned_emissions,
     independent_emissions,
+    search_chains,
+    search_prefix_trees,
 )
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft
@@ -49,6 +52,15 @@ def draft_trees(drafter: CTCDrafter, draft: Draft, logits: Tensor, num_nodes: in
             logits = F.pad(logits, (0, 1), value=-torch.inf)
         return build_template_trees(logits, num_nodes)
     table = emissions(drafter, draft, logits, options.candidates)
+    if can_search(table):
+        if options.tree == "chain":
+            return search_chains(table, num_nodes)
+        return search_prefix_trees(table, num_nodes, options.min_prefix_probability)
     if options.tree == "chain":
         return build_chains(table, num_nodes)
     return build_prefix_trees(table, num_nodes, options.min_prefix_probability)
+
+
+def can_search(table: ConditionedEmissions | IndependentEmissions) -> TypeGuard[ConditionedEmissions]:
+    """Whether the host may search for the trees, which is faster than to build them level by level."""
+    return isinstance(table, ConditionedEmissions) and table.blank_logp is None and table.tokens.device.type == "cpu"

@@ -59,24 +59,41 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
+def angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary embedding, [..., head_dim / 2] each, computed in float32; positions: [...] int64."""
+    half = head_dim // 2
+    frequencies = theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+    turned = positions.to(torch.float32)[..., None] * frequencies
+    return turned.cos().to(dtype), turned.sin().to(dtype)
+
+
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Rotary embedding (Su et al., arXiv 2104.09864), half-split as in Llama.
 
-    x: [..., heads, head_dim]; positions: [...] int64. Angles are computed in float32.
+    x: [..., heads, head_dim]; positions: [...] int64.
     """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angles = (positions.to(torch.float32)[..., None] * frequencies)[..., None, :]
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
+    cos, sin = (each[..., None, :] for each in angles(positions, x.shape[-1], theta, x.dtype))
+    first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Rotary(nn.Module):
+    """`rotate` with a theta of its own."""
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim, self.theta = head_dim, theta
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return rotate(x, positions, self.theta)
 
 
 class DrafterLayer(nn.Module):
     def __init__(self, config: CTCDrafterConfig) -> None:
         super().__init__()
-        self.config = config
+        self.head_dim = config.head_dim
         size, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.rotary = Rotary(config.head_dim, config.rope_theta)
         self.context_norm = RMSNorm(size, config.rms_norm_eps)
         self.input_norm = RMSNorm(size, config.rms_norm_eps)
         self.q_proj = nn.Linear(size, heads * config.head_dim, bias=False)
@@ -88,10 +105,10 @@ class DrafterLayer(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, size, bias=False)
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.config.head_dim))
+        return x.unflatten(-1, (-1, self.head_dim))
 
     def _key_value(self, normed: Tensor, positions: Tensor) -> KeyValue:
-        key = rotate(self._split_heads(self.k_proj(normed)), positions, self.config.rope_theta)
+        key = self.rotary(self._split_heads(self.k_proj(normed)), positions)
         return KeyValue(key, self._split_heads(self.v_proj(normed)))
 
     def context(self, hidden: Tensor, positions: Tensor) -> KeyValue:
@@ -99,7 +116,7 @@ class DrafterLayer(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, attend: Callable[[Tensor, KeyValue], Tensor]) -> Tensor:
         normed = self.input_norm(x)
-        query = rotate(self._split_heads(self.q_proj(normed)), positions, self.config.rope_theta)
+        query = self.rotary(self._split_heads(self.q_proj(normed)), positions)
         x = x + self.o_proj(attend(query, self._key_value(normed, positions)).flatten(-2))
         gate, up = self.gate_up_proj(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down_proj(F.silu(gate) * up)
@@ -172,7 +189,7 @@ class CTCDrafter(PreTrainedModel):
         if self.config.emission == "independent":
             return Draft(frames, anchor[..., :0], anchor[..., :0])
         before, last = last_tokens.unbind(-1)
-        start = self.conditioning.advance(self.condition_last(before), last)
+        start = self.condition_last(last) + self.condition_carry(self.condition_last(before))
         return Draft(frames, start, 1 + self.condition_gate(anchor))
 
     def blank_logits(self, frames: Tensor) -> Tensor:

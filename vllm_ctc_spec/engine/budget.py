@@ -4,12 +4,14 @@ A node with prefix probability psi is expected to bring psi tokens, and costs a 
 bring tokens otherwise, at the rate at which the engine emits them; so of all requests' nodes, in descending psi, the
 best number M makes
 
-    sum of the M largest psi - rate * (seconds of the target at R + M rows - seconds at R rows)
+    sum of the M largest psi - rate * (seconds at R + M rows - seconds at R rows)
 
 largest: the renewal-reward rule, under which no other choice has a higher rate in the long run. Each request's nodes
-come in descending psi, so that what is chosen of a tree is a tree. The target's seconds are measured at start-up, the
-rate while serving, first without drafting, then with it; where it is higher without, drafting rests until what it has
-lost is a small share of all, and is tried again.
+come in descending psi, so that what is chosen of a tree is a tree. The target's seconds are measured at start-up; that
+a row costs more than the target's pass (attention to a long context, the walk, its place in messages) is learnt from
+the steps. So is the rate, first without drafting, then with it; where it is higher without, drafting rests until what
+it has lost is a small share of all, and is tried again. Where it is higher with drafting, decoding without is looked at
+again from time to time, because the machine may have been slow when it was.
 
 Letters: R requests, N nodes of the largest tree, M chosen nodes of the batch.
 """
@@ -32,22 +34,36 @@ MOST_ROWS = 512
 LONGEST_RUN = 1.0
 """Seconds. More rows than MOST_ROWS, or than those that take so long, are taken to cost in proportion."""
 
-NUM_OBSERVED = 32
-"""Latest steps that make a rate."""
+NUM_OBSERVED = 64
+"""Latest steps with drafts that make a rate."""
 
 FEWEST_OBSERVED = 4
 
-NUM_PLAIN = 8
-"""First steps under a load, without drafts, which later ones are compared with."""
+NUM_PLAIN = 16
+"""Steps without drafts, which others are compared with: under a new load, and at each look."""
+
+NUM_PLAIN_OBSERVED = 8
+"""The latest of them count, because the first after others are slow."""
+
+FIRST_LOOK, LAST_LOOK = 64, 512
+"""Steps with drafts before decoding without is looked at again; twice as many after each look."""
 
 NUM_TRIED = 6
 """Steps with drafts before it is asked whether they pay."""
+
+SURE = 1.0
+"""Standard deviations by which steps with drafts must have lost, or a few unlucky ones would end what pays."""
 
 LOST_SHARE = 0.01
 """Of the tokens of a rest, those that the steps with drafts before it may have lost."""
 
 SHORTEST_REST, LONGEST_REST = 32, 2048
 """Steps"""
+
+FACTOR_PRIOR = 8.0
+"""Steps' worth of belief that a row costs what the target's pass does; such steps differ by 10 %."""
+
+LARGEST_FACTOR = 5.0
 
 TRUST_DECAY = 0.98
 TRUST_PRIOR = 8.0
@@ -92,6 +108,9 @@ class _Mode:
     drafts: bool = False
     num_left: int = NUM_PLAIN
     """Steps until drafting is judged, or until it is tried."""
+    num_until_look: int = FIRST_LOOK
+    """Steps with drafts"""
+    look_after: int = FIRST_LOOK
 
 
 class NodeBudget:
@@ -99,10 +118,11 @@ class NodeBudget:
         self._cost = cost
         self._modes: dict[int, _Mode] = defaultdict(_Mode)
         """By load, the number of bits of the number of requests."""
-        self._observed: dict[tuple[int, bool], deque[tuple[int, float]]] = defaultdict(
-            lambda: deque(maxlen=NUM_OBSERVED)
-        )
-        """By load, and whether drafts were made: tokens and seconds."""
+        self._observed: dict[bool, dict[int, deque[tuple[int, float, int]]]] = {
+            True: defaultdict(lambda: deque(maxlen=NUM_OBSERVED)),
+            False: defaultdict(lambda: deque(maxlen=NUM_PLAIN_OBSERVED)),
+        }
+        """By whether drafts were made, and load: tokens, seconds and rows."""
         self._kind = self._kind_before = (0, False)
         """Load, and whether drafts were made, of the step that ends and of the one before."""
         self._believed = self._accepted = 0.0
@@ -112,29 +132,35 @@ class NodeBudget:
         load = num_requests.bit_length()
         mode = self._modes[load]
         mode.num_left -= 1
+        mode.num_until_look -= mode.drafts
         if mode.num_left <= 0 and not mode.drafts:
             mode.drafts, mode.num_left = True, NUM_TRIED
-            self._observed[load, True].clear()
         elif mode.num_left <= 0 and (rest := self._rest(num_requests)):
-            mode.drafts, mode.num_left = False, rest
+            self._modes[load] = mode = _Mode(num_left=rest)
+            self._observed[True][load].clear()
+        elif mode.num_until_look <= 0:
+            longer = min(2 * mode.look_after, LAST_LOOK)
+            self._modes[load] = mode = _Mode(num_until_look=longer, look_after=longer)
         self._kind_before, self._kind = self._kind, (load, mode.drafts)
         return mode.drafts
 
     def _rest(self, num_requests: int) -> int:
         """Steps without drafts that make up for what the latest steps with drafts have lost; 0 if they have gained."""
-        seen = self._observed[num_requests.bit_length(), True]
+        seen = self._observed[True][num_requests.bit_length()]
         without = self._rate(num_requests, False)
         rate = without or self._highest_rate(num_requests)
-        lost = sum(seconds * rate - tokens for tokens, seconds in seen)
-        if len(seen) < FEWEST_OBSERVED or lost <= 0:
+        losses = np.array([seconds * rate - tokens for tokens, seconds, _ in seen])
+        lost = losses.sum()
+        if len(seen) < FEWEST_OBSERVED or lost <= SURE * losses.std() * len(seen) ** 0.5:
             return 0
         longest = LONGEST_REST if without else SHORTEST_REST
         return int(np.clip(lost / (LOST_SHARE * num_requests), SHORTEST_REST, longest))
 
-    def observe_step(self, num_tokens: int, seconds: float) -> None:
+    def observe_step(self, num_tokens: int, seconds: float, num_rows: int) -> None:
         """Of a step of decoding alone, after `wants_drafts` was asked at its end."""
         if self._kind == self._kind_before:
-            self._observed[self._kind].append((num_tokens, seconds))
+            load, drafts = self._kind
+            self._observed[drafts][load].append((num_tokens, seconds, num_rows))
 
     def observe_walk(self, believed: float, num_accepted: int) -> None:
         """believed: sum of psi over the verified nodes."""
@@ -151,18 +177,38 @@ class NodeBudget:
         flat = probabilities.ravel()
         order = np.argsort(-flat, kind="stable")[: np.count_nonzero(flat)]
         seconds = self._cost.at(num_requests + np.arange(len(order) + 1))
+        costs = self._row_factor(num_requests) * (seconds - seconds[0])
         gains = np.minimum(trust * flat[order], 1.0).cumsum()
         rates = [self._rate(num_requests, drafts) for drafts in (True, False)]
         rate = max((rate for rate in rates if rate is not None), default=self._highest_rate(num_requests))
-        num_chosen = int(np.argmax(np.concatenate(([0.0], gains)) - rate * (seconds - seconds[0])))
+        num_chosen = int(np.argmax(np.concatenate(([0.0], gains)) - rate * costs))
         return np.bincount(order[:num_chosen] // probabilities.shape[1], minlength=len(probabilities))
 
     def _rate(self, num_requests: int, drafts: bool) -> float | None:
         """Tokens per second of such steps, once enough of them were seen."""
-        seen = self._observed[num_requests.bit_length(), drafts]
+        seen = self._observed[drafts][num_requests.bit_length()]
         if len(seen) < FEWEST_OBSERVED:
             return None
-        return sum(tokens for tokens, _ in seen) / sum(seconds for _, seconds in seen)
+        if not drafts:
+            # Such steps differ in nothing but the machine's moods, and are few.
+            return median(tokens / seconds for tokens, seconds, _ in seen)
+        return sum(tokens for tokens, _, _ in seen) / sum(seconds for _, seconds, _ in seen)
+
+    def _row_factor(self, num_requests: int) -> float:
+        """How many times the target's own seconds a further row has cost: the slope of a least-squares line through
+        the steps with drafts, held near 1 while they are few or alike.
+        """
+        seen = self._observed[True][num_requests.bit_length()]
+        if len(seen) < FEWEST_OBSERVED:
+            return 1.0
+        _, seconds, rows = np.array(seen).T
+        target = self._cost.at(rows)
+        prior = FACTOR_PRIOR * (0.1 * target.mean()) ** 2
+        # A step in which the machine stood still says nothing about rows.
+        seconds = np.minimum(seconds, 2 * np.median(seconds))
+        spread = target - target.mean()
+        slope = (spread @ (seconds - seconds.mean()) + prior) / (spread @ spread + prior)
+        return float(np.clip(slope, 1.0, LARGEST_FACTOR))
 
     def _highest_rate(self, num_requests: int) -> float:
         """Of decoding without drafts, if there were nothing but the target: so it is tried where it may be better."""

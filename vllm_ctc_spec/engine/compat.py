@@ -17,6 +17,7 @@ TOUCHED: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
         "_prepare_inputs",
         "_build_attention_metadata",
+        "_calc_spec_decode_metadata",
         "_sample",
         "_bookkeeping_sync",
         "_input_fits_in_drafter",
@@ -45,6 +46,7 @@ TOUCHED: dict[str, tuple[str, ...]] = {
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder": ("build", "_set_isa_to_layers"),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": ("forward", "do_kv_cache_update"),
     "vllm.v1.attention.backends.registry": ("AttentionBackendEnum", "register_backend"),
+    "vllm.v1.spec_decode.metadata": ("SpecDecodeMetadata",),
     "vllm.v1.sample.sampler:Sampler": ("forward", "greedy_sample"),
     "vllm.v1.sample.logits_processor:LogitsProcessors": ("all",),
     "vllm.v1.spec_decode.metrics:SpecDecodingStats": ("observe_draft",),

@@ -102,7 +102,9 @@ class CTCProposer:
 
     def remember(self, verified: VerifiedRows) -> None:
         """In place of `propose` while nothing drafts: rows become the drafter's context later, many steps at once."""
-        self.remembered.append(verified)
+        # By then the runner's buffers hold other rows.
+        kept = VerifiedRows(verified.hidden.clone(), verified.positions.clone(), verified.slots.clone())
+        self.remembered.append(kept)
         # Counted along, because a step of a small target feels a sum over all of them.
         self.num_remembered += len(verified.slots)
         if self.num_remembered >= MOST_REMEMBERED:

@@ -14,6 +14,7 @@ host's lists goes there without waiting.
 from __future__ import annotations
 
 import time
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,12 +24,13 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ctc_spec.engine.attention.interface import tree_attention_of
 from vllm_ctc_spec.engine.budget import NodeBudget, measure_target
-from vllm_ctc_spec.engine.packed_linear import pack_linears
+from vllm_ctc_spec.engine.cpu_modules import use_vllms_kernels
 from vllm_ctc_spec.engine.proposer import CTCProposer, DraftRequests, VerifiedRows
 from vllm_ctc_spec.engine.recorded import MOST_REQUESTS, cuda_graphs
 from vllm_ctc_spec.engine.sampler import EMPTY_TREE, HostTree, TreeWalker
@@ -105,6 +107,25 @@ class TreeModelRunner(GPUModelRunner):
             self.positions[at] = values
         return prepared
 
+    def _calc_spec_decode_metadata(
+        self, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
+    ) -> SpecDecodeMetadata:
+        """The last 1 + N rows of each request, in order: the walk needs none of the indices of vLLM's own sampler."""
+        num_rows = num_draft_tokens + 1
+        ends = num_rows.cumsum()
+        rows = np.repeat(cu_num_scheduled_tokens - ends, num_rows) + np.arange(ends[-1])
+        logits_indices = async_tensor_h2d(rows, device=self.device)
+        unused = logits_indices[:0]
+        return SpecDecodeMetadata(
+            draft_token_ids=unused,
+            num_draft_tokens=num_draft_tokens.tolist(),
+            cu_num_draft_tokens=unused,
+            cu_num_sampled_tokens=unused,
+            target_logits_indices=unused,
+            bonus_logits_indices=unused,
+            logits_indices=logits_indices,
+        )
+
     def _scheduled_tree(self, request: str, scheduler_output: SchedulerOutput) -> HostTree:
         tokens = scheduler_output.scheduled_spec_decode_tokens.get(request)
         if not tokens:
@@ -174,29 +195,17 @@ class TreeModelRunner(GPUModelRunner):
     ) -> list[list[int]]:
         step, self.step = self.step, None
         assert step is not None
-        rows: list[int] = []
-        positions: list[int] = []
-        slot_rows: list[int] = []
-        lasts: list[int] = []
-        for index, (start, computed) in enumerate(zip(step.starts, step.num_computed)):
-            verified = step.verified_rows(index)
-            rows.extend(verified)
-            slot_rows.extend(range(start, start + len(verified)))
-            positions.extend(range(computed, computed + len(verified)))
-            lasts.append(len(rows) - 1)
-        slots = self.input_batch.block_table[0].slot_mapping.gpu
-        at, at_slots, at_positions = async_tensor_h2d([rows, slot_rows, positions], self.device)
-        verified_rows = VerifiedRows(hidden_states[at], at_positions, slots[at_slots])
+        verified = self._verified_rows(step, hidden_states)
         rests = self.budget is not None and not self.budget.wants_drafts(len(step.trees))
         drafting = [
             index for index, tokens in enumerate(sampled_token_ids) if tokens and not rests and self._may_draft(index)
         ]
         trees: list[HostTree] = []
         if rests:
-            self.drafter.remember(verified_rows)
+            self.drafter.remember(verified)
         else:
-            requests = self._draft_requests(drafting, lasts, at, positions, sampled_token_ids, common_attn_metadata)
-            trees = self.drafter.propose(verified_rows, requests)
+            requests = self._draft_requests(step, drafting, sampled_token_ids, common_attn_metadata)
+            trees = self.drafter.propose(verified, requests)
         if self.budget is not None:
             self._observe(self.budget, step)
             trees = _cut(self.budget, trees, len(step.trees))
@@ -214,25 +223,38 @@ class TreeModelRunner(GPUModelRunner):
         is_decode = sum(step.num_rows) == sum(1 + len(tree.tokens) for tree in step.trees)
         # With the same requests as in the step before, nothing has waited for work in between.
         if is_decode and self.last_step is not None and self.last_step[0] == self.input_batch.req_ids:
-            budget.observe_step(len(step.trees) + num_accepted, now - self.last_step[1])
+            budget.observe_step(len(step.trees) + num_accepted, now - self.last_step[1], sum(step.num_rows))
         self.last_step = (list(self.input_batch.req_ids), now) if is_decode else None
 
+    def _verified_rows(self, step: Step, hidden_states: Tensor) -> VerifiedRows:
+        slots = self.input_batch.block_table[0].slot_mapping.gpu
+        if step.has_no_drafts:
+            total = sum(step.num_rows)
+            return VerifiedRows(hidden_states[:total], self.positions[:total], slots[:total])
+        rows: list[int] = []
+        slot_rows: list[int] = []
+        positions: list[int] = []
+        for index, (start, computed) in enumerate(zip(step.starts, step.num_computed)):
+            verified = step.verified_rows(index)
+            rows.extend(verified)
+            slot_rows.extend(range(start, start + len(verified)))
+            positions.extend(range(computed, computed + len(verified)))
+        at, at_slots, at_positions = async_tensor_h2d([rows, slot_rows, positions], self.device)
+        return VerifiedRows(hidden_states[at], at_positions, slots[at_slots])
+
     def _draft_requests(
-        self,
-        drafting: list[int],
-        lasts: list[int],
-        rows: Tensor,
-        positions: list[int],
-        sampled: list[list[int]],
-        common: Any,
+        self, step: Step, drafting: list[int], sampled: list[list[int]], common: Any
     ) -> DraftRequests | None:
         if not drafting:
             return None
-        lens = [positions[lasts[index]] + 1 for index in drafting]
-        at_request, at_last, at_len, anchors = async_tensor_h2d(
+        verified = [step.verified_rows(index) for index in range(len(step.trees))]
+        ends = list(accumulate(map(len, verified)))
+        lens = [step.num_computed[index] + len(verified[index]) for index in drafting]
+        at_request, at_last, last_rows, at_len, anchors = async_tensor_h2d(
             [
                 drafting,
-                [lasts[index] for index in drafting],
+                [ends[index] - 1 for index in drafting],
+                [verified[index][-1] for index in drafting],
                 lens,
                 [sampled[index][-1] for index in drafting],
             ],
@@ -240,7 +262,7 @@ class TreeModelRunner(GPUModelRunner):
         )
         num_blocks = -(-max(lens) // self.cache_config.block_size)
         return DraftRequests(
-            torch.stack((self.input_ids.gpu[rows[at_last]].long(), anchors), dim=1),
+            torch.stack((self.input_ids.gpu[last_rows].long(), anchors), dim=1),
             at_last,
             self.attention.context(common.block_table_tensor[:, :num_blocks], at_request, at_len),
             [self._sampling_params(index).structured_outputs is not None for index in drafting],
@@ -273,7 +295,7 @@ class TreeCPUModelRunner(TreeModelRunner, CPUModelRunner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        pack_linears(self.drafter.drafter)
+        use_vllms_kernels(self.drafter.drafter, self.max_model_len)
 
 
 def _cut(budget: NodeBudget, trees: list[HostTree], num_requests: int) -> list[HostTree]:

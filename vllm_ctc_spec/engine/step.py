@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vllm_ctc_spec.engine.attention.interface import StepTrees
@@ -20,11 +21,16 @@ class Step:
     """Verified positions before this step: the position of each request's first row."""
     accepted_nodes: list[list[int]] = field(default_factory=list)
 
-    def verified_rows(self, index: int) -> list[int]:
+    @property
+    def has_no_drafts(self) -> bool:
+        """All rows are certain."""
+        return not any(tree.tokens for tree in self.trees)
+
+    def verified_rows(self, index: int) -> Sequence[int]:
         """Rows of a request that are certain after the walk, by position."""
         start = self.starts[index]
         if not self.trees[index].tokens:
-            return list(range(start, start + self.num_rows[index]))
+            return range(start, start + self.num_rows[index])
         return [start, *(start + node for node in self.accepted_nodes[index])]
 
     def tree_positions(self) -> tuple[list[int], list[int]]:

@@ -46,6 +46,7 @@ def tree_attention(
     """
     num_heads, num_kv_heads, head_size = query.shape[1], key.shape[1], query.shape[2]
     group, launch, num_requests = num_heads // num_kv_heads, batch.launch, batch.row_starts.shape[0]
+    assert launch is not None
     is_split = launch.num_splits > 1
     partial = lse = None
     if is_split:

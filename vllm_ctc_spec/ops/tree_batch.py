@@ -35,5 +35,5 @@ class TreeBatch:
     """[R, blocks] int32, cache block of positions i * B to (i + 1) * B - 1."""
     max_rows: int
     """Upper bound of `num_rows`, at most MAX_ROWS."""
-    launch: Launch
-    """How the kernels are launched, from ops.launch.plan_launch."""
+    launch: Launch | None = None
+    """How the Triton kernels are launched, from ops.launch.plan_launch; of no use to others."""

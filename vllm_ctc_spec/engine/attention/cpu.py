@@ -1,11 +1,11 @@
 """vLLM's CPU attention backend, with rows of token trees attending to their ancestors.
 
-Plain prefill, decode and chain rows keep vLLM's kernel. The cache of a layer is
-[blocks, kv_heads, block, 2 * D] (vllm/v1/attention/backends/cpu_attn.py); per block and head the first half
-holds the keys as [D, block] and the second the values as [block, D] when the kernel's isa is "vec", which is
-why the builder chooses "vec" (isa "amx" interleaves tiles). `check_layout` proves it at start-up.
+Plain prefill, decode and chain rows keep vLLM's kernel; rows of branching trees go to `ops.cpu_kernels`. The cache of a
+layer is [blocks, K, B, 2 * D] (vllm/v1/attention/backends/cpu_attn.py); per block and head the first half holds the
+keys as [D, B] and the second the values as [B, D] when the kernel's isa is "vec", which is why the builder chooses
+"vec" (isa "amx" interleaves tiles). `check_layout` proves it at start-up.
 
-Letters: R tree requests, Q rows per request (padded), K key-value heads, D head size, B block size, L context.
+Letters: R tree requests, Q rows of each, M rows of the whole step, K key-value heads, D head size, B block size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_ctc_spec.engine.attention.interface import PagedContext, StepTrees, features_of, refuse_features
-from vllm_ctc_spec.ops.reference import attend_with_bias, tail_bias, unpack_ancestor_masks
+from vllm_ctc_spec.ops import cpu_kernels
+from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
 ISA = "vec"
 
@@ -36,28 +37,8 @@ ISA = "vec"
 class TreeRows:
     """The rows of a step that belong to branching trees."""
 
-    rows: Tensor
-    """[R, Q] int64, index of each tree row in the step's batch; padding repeats the request's first row."""
-    is_real: Tensor
-    """[R, Q] bool"""
-    context: PagedContext
-    bias: Tensor
-    """See ops.reference.tail_bias."""
-    is_batch: bool
-    """The rows are the whole batch, in order and without padding: no row is left for vLLM's own kernel."""
-
-    def take(self, values: Tensor) -> Tensor:
-        """[tokens, ...] -> [R, Q, ...]"""
-        if self.is_batch:
-            return values[: self.rows.numel()].unflatten(0, self.rows.shape)
-        return values[self.rows]
-
-    def put(self, output: Tensor, values: Tensor) -> None:
-        """Write values [R, Q, ...] to their rows of output [tokens, ...]."""
-        if self.is_batch:
-            output[: self.rows.numel()] = values.flatten(0, 1)
-        else:
-            output[self.rows[self.is_real]] = values[self.is_real]
+    batch: TreeBatch
+    are_whole_step: bool
 
 
 @dataclass
@@ -117,85 +98,67 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         trees = None if attn_metadata is None else attn_metadata.tree_rows
-        if trees is None or not trees.is_batch:
+        if trees is None or not trees.are_whole_step:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if trees is not None:
-            own = trees.take(key), trees.take(value)
-            attended = attend_paged(trees.take(query), kv_cache, trees.context, *own, trees.bias, self.scale)
-            trees.put(output, attended)
+            cpu_kernels.tree_attention(query, key, value, kv_cache, trees.batch, self.scale, output)
         return output
 
 
-@dataclass(frozen=True)
-class TreeFrames:
-    """The drafter's rows, all of which see one another."""
-
-    context: PagedContext
-    bias: Tensor
-    """See ops.reference.tail_bias."""
-
-
 class CPUTreeAttention:
-    """TreeAttention over caches of isa "vec"; a context's block table is int64."""
+    """TreeAttention over caches of isa "vec"; a context's block table and lengths are int32."""
 
     def __init__(self, layers: list[Any]) -> None:
-        self.layers = layers
-        """The target's."""
+        # Compiled now, or a machine without a compiler would be found out by the first request.
+        cpu_kernels.kernels()
         # Layers that share a cache must have their slots moved once.
         self.target_caches = list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers}.values())
 
     def attach(self, metadata: TreeAttentionMetadata, trees: StepTrees) -> None:
-        metadata.tree_rows = self._tree_rows(metadata.block_table, trees)
-
-    def _tree_rows(self, block_table: Tensor, trees: StepTrees) -> TreeRows:
-        num_rows = max(map(len, trees.masks))
-        rows = torch.tensor(trees.starts)[:, None].repeat(1, num_rows)
-        is_real = torch.zeros(len(trees.masks), num_rows, dtype=torch.bool)
-        # Padding rows see row 0, because a row that sees nothing is NaN.
-        masks = torch.ones(len(trees.masks), num_rows, dtype=torch.int64)
-        for row, own in enumerate(trees.masks):
-            rows[row, : len(own)] += torch.arange(len(own))
-            is_real[row, : len(own)] = True
-            masks[row, : len(own)] = torch.tensor(own)
-        layer = self.layers[0]
-        block_size = layer.kv_cache.shape[2]
-        num_blocks = -(-max(trees.context_lens) // block_size)
-        lens = torch.tensor(trees.context_lens)
-        context = self.context(block_table[:, :num_blocks], torch.tensor(trees.requests), lens)
-        allowed, group = unpack_ancestor_masks(masks, num_rows), layer.num_heads // layer.num_kv_heads
-        bias = tail_bias(lens, context.max_len(block_size), allowed, group, layer.dtype)
-        return TreeRows(rows, is_real, context, bias, trees.are_whole_step and bool(is_real.all()))
+        counts = [len(masks) for masks in trees.masks]
+        ancestors = [0] * trees.num_rows
+        for start, masks in zip(trees.starts, trees.masks):
+            ancestors[start : start + len(masks)] = masks
+        starts, num_rows, lens = torch.tensor([trees.starts, counts, trees.context_lens], dtype=torch.int32)
+        batch = TreeBatch(
+            row_starts=starts,
+            num_rows=num_rows,
+            ancestor_masks=torch.tensor(ancestors),
+            context_lens=lens,
+            block_table=metadata.block_table[trees.requests],
+            max_rows=max(counts),
+        )
+        metadata.tree_rows = TreeRows(batch, trees.are_whole_step)
 
     def context(self, block_table: Tensor, requests: Tensor, lens: Tensor) -> PagedContext:
-        return PagedContext(block_table[requests].long(), lens)
+        return PagedContext(block_table[requests], lens.int())
 
     def frames(
         self, context: PagedContext, num_rows: int, num_heads: int, kv_cache: Tensor, dtype: torch.dtype
-    ) -> TreeFrames:
-        everything = torch.ones(len(context.lens), num_rows, num_rows, dtype=torch.bool)
-        max_context, group = context.max_len(kv_cache.shape[2]), num_heads // kv_cache.shape[1]
-        return TreeFrames(context, tail_bias(context.lens, max_context, everything, group, dtype))
+    ) -> TreeBatch:
+        num_requests = len(context.lens)
+        return TreeBatch(
+            row_starts=torch.arange(0, num_rows * num_requests, num_rows, dtype=torch.int32),
+            num_rows=torch.full((num_requests,), num_rows, dtype=torch.int32),
+            ancestor_masks=torch.full((num_requests * num_rows,), -1, dtype=torch.int64),
+            context_lens=context.lens,
+            block_table=context.block_table,
+            max_rows=num_rows,
+        )
 
     def attend_frames(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, frames: TreeFrames, scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, frames: TreeBatch, scale: float
     ) -> Tensor:
-        return attend_paged(query, kv_cache, frames.context, key, value, frames.bias, scale)
+        query, key, value = (rows.flatten(0, 1) for rows in (query, key, value))
+        out = torch.empty_like(query)
+        cpu_kernels.tree_attention(query, key, value, kv_cache, frames, scale, out)
+        return out.unflatten(0, (-1, frames.max_rows))
 
     def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         write_cache(kv_cache, slots, key, value)
 
     def move(self, slots: Tensor, sources: list[list[int]], targets: list[list[int]]) -> None:
         move_slots(self.target_caches, *(slots[list(chain.from_iterable(rows))] for rows in (sources, targets)))
-
-
-def attend_paged(
-    query: Tensor, kv_cache: Tensor, context: PagedContext, key: Tensor, value: Tensor, bias: Tensor, scale: float
-) -> Tensor:
-    """Query rows [R, Q, H, D] attend to their paged context and to own keys and values [R, Q, K, D]."""
-    key_blocks, value_blocks = split_cache(kv_cache)
-    keys = _join(key_blocks.transpose(-1, -2), context.block_table, key)
-    values = _join(value_blocks, context.block_table, value)
-    return attend_with_bias(query, keys, values, bias, scale)
 
 
 def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,21 +168,6 @@ def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
     keys = halves[:, :, 0].view(num_blocks, num_kv_heads, packed // 2, block_size)
     values = halves[:, :, 1].view(num_blocks, num_kv_heads, block_size, packed // 2)
     return keys, values
-
-
-def _join(blocks: Tensor, block_table: Tensor, own: Tensor) -> Tensor:
-    """Context of `blocks` [blocks, K, B, D] in the order of block_table [R, n], then own [R, Q, K, D].
-
-    Returns [R, K, n * B + Q, D].
-    """
-    num_requests, num_blocks = block_table.shape
-    _, num_kv_heads, block_size, head_size = blocks.shape
-    length = num_blocks * block_size
-    joined = own.new_empty(num_requests, num_kv_heads, length + own.shape[1], head_size)
-    paged = joined[:, :, :length].unflatten(2, (num_blocks, block_size))
-    paged.copy_(blocks[block_table].transpose(1, 2))
-    joined[:, :, length:] = own.transpose(1, 2)
-    return joined
 
 
 def write_cache(kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
@@ -253,10 +201,8 @@ def check_layout(block_size: int, head_size: int, dtype: torch.dtype) -> None:
     key, value = torch.randn(2, num_tokens, 2, head_size, generator=torch.Generator().manual_seed(0)).to(dtype)
     write_cache(cache, torch.arange(num_tokens), key, value)
     keys, values = split_cache(cache)
-    blocks, nothing = torch.arange(2)[None], key[None, :0]
-    read_key = _join(keys.transpose(-1, -2), blocks, nothing)[0].transpose(0, 1)
-    read_value = _join(values, blocks, nothing)[0].transpose(0, 1)
-    if not (torch.equal(read_key, key) and torch.equal(read_value, value)):
+    found_key, found_value = keys.permute(0, 3, 1, 2).flatten(0, 1), values.permute(0, 2, 1, 3).flatten(0, 1)
+    if not (torch.equal(found_key, key) and torch.equal(found_value, value)):
         raise RuntimeError(
             f"vLLM's CPU cache (block size {block_size}, head size {head_size}, {dtype}) is not laid out as "
             f'speculative method "ctc" expects. Serve without speculative_config and report this machine\'s processor.'

@@ -22,9 +22,6 @@ class PagedContext:
     lens: Tensor
     """[R]"""
 
-    def max_len(self, block_size: int) -> int:
-        return self.block_table.shape[1] * block_size
-
 
 @dataclass(frozen=True)
 class StepTrees:

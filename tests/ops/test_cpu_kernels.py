@@ -1,0 +1,65 @@
+"""The CPU's kernel against the plain twin in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from tests.ops.cases import Case, Shape, make_case, shapes
+from vllm_ctc_spec.ops import cpu_kernels
+from vllm_ctc_spec.ops.tree_batch import TreeBatch
+
+DTYPES = [(dtype, dtype) for dtype in cpu_kernels.DTYPES]
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor, **_: None
+) -> Tensor:
+    """On a cache that is laid out as vLLM's CPU backend has it."""
+    keys, values = kv_cache.contiguous().chunk(2, dim=-1)
+    halves = torch.stack((keys.mT.flatten(2), values.flatten(2)), dim=2)
+    return cpu_kernels.tree_attention(query, key, value, halves.view(kv_cache.shape), batch, scale, out)
+
+
+def check(shape: Shape) -> None:
+    case: Case = make_case(replace(shape, softcap=0.0), launch=None)
+    case.check(attend)
+
+
+@settings(max_examples=150, deadline=None)
+@given(shapes(DTYPES))
+def test_rows_attend_to_their_context_and_ancestors(shape: Shape) -> None:
+    check(shape)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", cpu_kernels.DTYPES)
+def test_the_context_may_be_split_between_cores(dtype: torch.dtype, num_threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        check(Shape((33, 1, 0, 64), (700, 1, 90, 1030), 1, 3, 64, 32, dtype, dtype, 0.0, seed=num_threads))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_large_scores_neither_overflow_nor_vanish() -> None:
+    case = make_case(Shape((9, 17), (100, 0), 2, 2, 64, 16, torch.float32, torch.float32, 0.0, seed=1), launch=None)
+    replace(case, query=60 * case.query).check(attend)
+
+
+def test_without_a_compiler_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cpu_kernels.kernels.cache_clear()
+    with pytest.raises(RuntimeError, match=r"'no-such-compiler' failed: .*Install g\+\+"):
+        cpu_kernels.kernels()
+    assert not list(tmp_path.rglob("*.so"))
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeError, match="'false' failed"):
+        cpu_kernels.kernels()

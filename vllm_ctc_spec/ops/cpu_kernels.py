@@ -1,0 +1,112 @@
+"""Tree attention on a CPU, in C++ that is compiled for the processor at hand when it is first needed.
+
+Letters: R requests, M query rows of the whole step, H query heads, K key-value heads, D head size, B block size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_ctc_spec.ops.tree_batch import TreeBatch
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+# Without -ffast-math, which would change how the whole process computes.
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LANES = 16
+"""Head sizes and block sizes are multiples of it."""
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64), ("head_stride", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Rows:
+        return cls(tensor.data_ptr(), *tensor.stride()[:2])
+
+
+class _TreeAttention(ctypes.Structure):
+    _fields_ = (
+        *((name, _Rows) for name in ("out", "query", "key", "value")),
+        ("cache", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("cache_block_stride", "cache_head_stride")),
+        ("block_table", ctypes.c_void_p),
+        ("block_table_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("row_starts", "num_rows", "context_lens", "ancestor_masks")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_requests", "max_rows", "num_heads", "num_kv_heads", "head_size", "block_size")
+        ),
+        ("scale", ctypes.c_float),
+    )
+
+
+def tree_attention(
+    query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor
+) -> Tensor:
+    """Attention of the tree rows of a step; returns `out`, whose other rows stay as they are.
+
+    query, out: [M, H, D]; key, value: [M, K, D], the step's own, with any stride over rows and heads;
+    kv_cache: [blocks, K, B, 2 * D]; of each block and head the first half holds the keys as [D, B] and the second the
+    values as [B, D]. All of one dtype of DTYPES; D and B are multiples of LANES.
+    """
+    (_, num_heads, head_size), num_kv_heads = query.shape, key.shape[1]
+    step = _TreeAttention(
+        *(_Rows.of(rows) for rows in (out, query, key, value)),
+        kv_cache.data_ptr(),
+        *kv_cache.stride()[:2],
+        batch.block_table.data_ptr(),
+        batch.block_table.stride(0),
+        *(each.data_ptr() for each in (batch.row_starts, batch.num_rows, batch.context_lens, batch.ancestor_masks)),
+        len(batch.row_starts),
+        batch.max_rows,
+        num_heads,
+        num_kv_heads,
+        head_size,
+        kv_cache.shape[2],
+        scale,
+    )
+    kernels()[f"tree_attention_{str(query.dtype).removeprefix('torch.')}"](ctypes.byref(step))
+    return out
+
+
+@cache
+def kernels() -> ctypes.CDLL:
+    """The compiled kernels. Raises RuntimeError where there is no compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    key = hashlib.sha256("\n".join((SOURCE.read_text(), compiler, *FLAGS, _processor())).encode()).hexdigest()
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache_home / "vllm_ctc_spec" / "kernels" / f"{key[:16]}.so"
+    if not path.exists():
+        _compile(compiler, path)
+    return ctypes.CDLL(str(path))
+
+
+def _compile(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Several workers may start at once: each compiles for itself, and the last one's stays.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        try:
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise RuntimeError(
+                f'speculative method "ctc" on a CPU needs a C++ compiler for its attention kernel, and {compiler!r} '
+                f"failed: {getattr(error, 'stderr', None) or error}. Install g++ 12 or newer, or name one with CXX."
+            ) from error
+        made.replace(path)
+
+
+def _processor() -> str:
+    """What its instruction set is known by: the cache's folder may be shared between machines."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
