@@ -10,6 +10,7 @@ Letters: R requests, T frames, N nodes, C candidates, r rank of the conditioning
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,14 @@ def _search(emissions: ConditionedEmissions, num_nodes: int, min_psi: float, is_
     return TokenTrees(tokens.gather(1, columns).where(real, 0), parents, depths, psi.log(), counts)
 
 
-# Sums may be taken in any order, or they would not use the processor's vectors.
-_compiled: Any = njit(cache=True, fastmath={"reassoc", "contract"})
+def _compiled(function: Callable[..., Any]) -> Any:
+    # Sums may be taken in any order, or they would not use the processor's vectors.
+    options = {"fastmath": {"reassoc", "contract"}}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:
+        # There is no folder that it may be kept in; each process compiles it anew.
+        return njit(**options)(function)
 
 
 @_compiled

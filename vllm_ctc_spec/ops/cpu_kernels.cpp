@@ -51,7 +51,7 @@ inline int64_t round_up(int64_t count, int64_t multiple) { return (count + multi
 
 inline Vec *vectors(float *at) { return reinterpret_cast<Vec *>(at); }
 
-// e^x for x <= 0, within 2 ulp: 2^n times a polynomial (Cephes, expf.c). Zero below the smallest normal number.
+// e^x for x <= 0: 2^n times a polynomial (Cephes, expf.c). Zero where it would be below the smallest normal number.
 inline float exponential(float x) {
     constexpr float ROUND = 12582912.0f;
     const float clamped = x < -87.0f ? -87.0f : x;
@@ -145,8 +145,8 @@ struct TreeAttention {
 
 namespace {
 
-template <typename T> const T *at(const Rows &rows, int64_t row, int64_t head) {
-    return static_cast<const T *>(rows.data) + row * rows.row_stride + head * rows.head_stride;
+template <typename T> T *at(const Rows &rows, int64_t row, int64_t head) {
+    return static_cast<T *>(rows.data) + row * rows.row_stride + head * rows.head_stride;
 }
 
 // What a task has found: attended to [rows * G, D], with the largest score and the sum of the weights of each.
@@ -181,7 +181,8 @@ template <typename T> class Task {
           count(step.num_rows[request]), rows(round_up(count * group, TILE)), length(step.context_lens[request]),
           table(step.block_table + request * step.block_table_stride),
           most_columns(std::max(step.block_size, round_up(count, LANES))),
-          query(scratch.query.reserve(rows * step.head_size)), keys(scratch.keys.reserve(most_columns * step.head_size)),
+          query(scratch.query.reserve(rows * step.head_size)),
+          keys(scratch.keys.reserve(most_columns * step.head_size)),
           values(scratch.values.reserve(most_columns * step.head_size)),
           scores(scratch.scores.reserve(TILE * most_columns)), found(found) {
         std::fill_n(query, rows * step.head_size, 0.0f);
@@ -279,11 +280,12 @@ template <typename T> void run(const TreeAttention &step) {
 #pragma omp for
         for (int64_t pair = 0; pair < pairs; pair++) {
             const int64_t request = pair / heads, head = pair % heads;
+            const auto part = [&](int64_t split) {
+                return Partial(partials + (pair * splits + split) * size, rows, step.head_size);
+            };
             for (int64_t row = 0; row < step.num_rows[request] * group; row++) {
-                T *out = const_cast<T *>(at<T>(step.out, step.row_starts[request] + row / group, head * group + row % group));
-                const auto part = [&](int64_t split) {
-                    return Partial(partials + (pair * splits + split) * size, rows, step.head_size);
-                };
+                const int64_t step_row = step.row_starts[request] + row / group;
+                T *out = at<T>(step.out, step_row, head * group + row % group);
                 float largest = NOTHING, sum = 0.0f;
                 for (int64_t split = 0; split < splits; split++) largest = std::max(largest, part(split).largest[row]);
                 for (int64_t split = 0; split < splits; split++)
