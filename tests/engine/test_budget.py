@@ -138,6 +138,16 @@ def test_a_few_unlucky_steps_do_not_end_what_pays() -> None:
     assert drafted > 0.9 * 20_000
 
 
+def test_a_machine_that_stands_still_for_a_step_does_not_end_what_pays() -> None:
+    budget = NodeBudget(FLAT)
+    kinds = []
+    for step in range(20_000):
+        kinds.append(budget.wants_drafts(1))
+        seconds = 0.6 if kinds[-1] else 1.0
+        budget.observe_step(1, 300 * seconds if step % 50 == 0 else seconds, 1)
+    assert sum(kinds) > 0.9 * len(kinds)
+
+
 def test_rows_cost_what_steps_have_shown() -> None:
     """Seconds grow three times as fast with the rows as the target's own, and then as fast."""
     cost = TargetCost(np.array([1, 64]), np.array([1.0, 4.15]))

@@ -39,6 +39,9 @@ NUM_OBSERVED = 64
 
 FEWEST_OBSERVED = 4
 
+LONGEST_STEP = 2.0
+"""Times the median of the steps with drafts; what a longer one took beyond it does not count."""
+
 NUM_PLAIN = 16
 """Steps without drafts, which others are compared with: under a new load, and at each look."""
 
@@ -146,12 +149,13 @@ class NodeBudget:
 
     def _rest(self, num_requests: int) -> int:
         """Steps without drafts that make up for what the latest steps with drafts have lost; 0 if they have gained."""
-        seen = self._observed[True][num_requests.bit_length()]
-        without = self._rate(num_requests, False)
-        rate = without or self._highest_rate(num_requests)
-        losses = np.array([seconds * rate - tokens for tokens, seconds, _ in seen])
+        if (seen := self._drafted(num_requests)) is None:
+            return 0
+        tokens, seconds, _ = seen
+        without = self._rate_without(num_requests)
+        losses = seconds * (without or self._highest_rate(num_requests)) - tokens
         lost = losses.sum()
-        if len(seen) < FEWEST_OBSERVED or lost <= SURE * losses.std() * len(seen) ** 0.5:
+        if lost <= SURE * losses.std() * len(losses) ** 0.5:
             return 0
         longest = LONGEST_REST if without else SHORTEST_REST
         return int(np.clip(lost / (LOST_SHARE * num_requests), SHORTEST_REST, longest))
@@ -179,33 +183,42 @@ class NodeBudget:
         seconds = self._cost.at(num_requests + np.arange(len(order) + 1))
         costs = self._row_factor(num_requests) * (seconds - seconds[0])
         gains = np.minimum(trust * flat[order], 1.0).cumsum()
-        rates = [self._rate(num_requests, drafts) for drafts in (True, False)]
+        rates = [rate(num_requests) for rate in (self._rate_with, self._rate_without)]
         rate = max((rate for rate in rates if rate is not None), default=self._highest_rate(num_requests))
         num_chosen = int(np.argmax(np.concatenate(([0.0], gains)) - rate * costs))
         return np.bincount(order[:num_chosen] // probabilities.shape[1], minlength=len(probabilities))
 
-    def _rate(self, num_requests: int, drafts: bool) -> float | None:
-        """Tokens per second of such steps, once enough of them were seen."""
-        seen = self._observed[drafts][num_requests.bit_length()]
+    def _drafted(self, num_requests: int) -> np.ndarray | None:
+        """[3, n] tokens, seconds and rows of the latest steps with drafts, once there are enough of them."""
+        seen = self._observed[True][num_requests.bit_length()]
         if len(seen) < FEWEST_OBSERVED:
             return None
-        if not drafts:
-            # Such steps differ in nothing but the machine's moods, and are few.
-            return median(tokens / seconds for tokens, seconds, _ in seen)
-        return sum(tokens for tokens, _, _ in seen) / sum(seconds for _, seconds, _ in seen)
+        steps = np.array(seen).T
+        # A step in which the machine stood still says nothing about drafts.
+        steps[1] = np.minimum(steps[1], LONGEST_STEP * np.median(steps[1]))
+        return steps
+
+    def _rate_with(self, num_requests: int) -> float | None:
+        """Tokens per second of the latest steps with drafts, once enough of them were seen."""
+        if (seen := self._drafted(num_requests)) is None:
+            return None
+        tokens, seconds, _ = seen
+        return float(tokens.sum() / seconds.sum())
+
+    def _rate_without(self, num_requests: int) -> float | None:
+        """The same without drafts. Such steps differ in nothing but the machine's moods, and few of them count."""
+        seen = self._observed[False][num_requests.bit_length()]
+        return median(tokens / seconds for tokens, seconds, _ in seen) if len(seen) >= FEWEST_OBSERVED else None
 
     def _row_factor(self, num_requests: int) -> float:
         """How many times the target's own seconds a further row has cost: the slope of a least-squares line through
         the steps with drafts, held near 1 while they are few or alike.
         """
-        seen = self._observed[True][num_requests.bit_length()]
-        if len(seen) < FEWEST_OBSERVED:
+        if (seen := self._drafted(num_requests)) is None:
             return 1.0
-        _, seconds, rows = np.array(seen).T
+        _, seconds, rows = seen
         target = self._cost.at(rows)
         prior = FACTOR_PRIOR * (0.1 * target.mean()) ** 2
-        # A step in which the machine stood still says nothing about rows.
-        seconds = np.minimum(seconds, 2 * np.median(seconds))
         spread = target - target.mean()
         slope = (spread @ (seconds - seconds.mean()) + prior) / (spread @ spread + prior)
         return float(np.clip(slope, 1.0, LARGEST_FACTOR))
