@@ -18,28 +18,55 @@ from vllm_ctc_spec.engine.budget import (
     LAST_LOOK,
     LONGEST_REST,
     LOST_SHARE,
+    MOST_REQUESTS,
+    MOST_ROWS,
+    NUM_JUDGED,
     NUM_PLAIN,
-    NUM_TRIED,
     SHORTEST_REST,
+    Cost,
     NodeBudget,
-    TargetCost,
-    measure_target,
+    measure,
+    measured_requests,
+    measured_rows,
 )
+from vllm_ctc_spec.engine.row_counts import round_up_rows, row_counts
 
-FLAT = TargetCost(np.array([1, 64]), np.array([1.0, 1.0]))
-STEEP = TargetCost(np.array([1, 64]), np.array([1.0, 64.0]))
+FLAT = Cost(np.array([1, 64]), np.array([1.0, 1.0]))
+FREE = Cost(np.array([1]), np.array([0.0]))
+STEEP = Cost(np.array([1, 64]), np.array([1.0, 64.0]))
 
 
 def test_cost_is_linear_between_measurements_and_in_proportion_beyond() -> None:
-    cost = TargetCost(np.array([1, 3]), np.array([2.0, 4.0]))
+    cost = Cost(np.array([1, 3]), np.array([2.0, 4.0]))
     np.testing.assert_allclose(cost.at(np.array([1, 2, 3, 6])), [2.0, 3.0, 4.0, 8.0])
 
 
-def test_the_target_is_measured_at_doubling_rows_up_to_the_largest() -> None:
+def test_cost_is_measured_at_every_number_of_rows_that_is_chosen() -> None:
     seen: list[int] = []
-    cost = measure_target(seen.append, 20)
-    assert cost.rows.tolist() == [1, 2, 4, 8, 16, 20] == sorted(set(seen))
+    cost = measure(seen.append, measured_rows(21))
+    assert cost.sizes.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 21] == sorted(set(seen))
     assert (np.diff(cost.seconds) >= 0).all()
+    assert measured_rows(100_000)[-1] == MOST_ROWS
+    assert measured_requests(1) == [1] and measured_requests(100_000) == [1, 2, 4, 8, 16, 32, MOST_REQUESTS]
+
+
+def test_larger_sizes_than_one_that_takes_long_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    assert measure(lambda size: None, [1, 2, 4]).sizes.tolist() == [1]
+
+
+@pytest.mark.parametrize("most", [1, 8, 9, 33, 512])
+def test_there_are_four_row_counts_in_each_doubling(most: int) -> None:
+    counts = row_counts(most)
+    assert counts[0] == 1 and counts[-1] == most and counts == sorted(set(counts))
+    assert all(larger <= smaller * 1.25 or larger == smaller + 1 for smaller, larger in itertools.pairwise(counts))
+    assert len(counts) <= 8 + 4 * max(0.0, np.log2(most / 8)) + 1
+    assert all(round_up_rows(number) in counts for number in range(1, most) if round_up_rows(number) < most)
+
+
+def budget_of(target: Cost, drafting: Cost = FREE) -> NodeBudget:
+    return NodeBudget(target, drafting, num_nodes=8)
 
 
 def observe(budget: NodeBudget, num_requests: int, drafts: bool, tokens: int, seconds: float, rows: int = 8) -> None:
@@ -50,11 +77,11 @@ def observe(budget: NodeBudget, num_requests: int, drafts: bool, tokens: int, se
 
 def test_where_rows_cost_nothing_all_nodes_are_verified() -> None:
     probabilities = np.array([[0.9, 0.5, 0.1], [0.3, 0.2, 0.0]])
-    assert NodeBudget(FLAT).choose(probabilities, 2).tolist() == [3, 2]
+    assert budget_of(FLAT).choose(probabilities, 2).tolist() == [3, 2]
 
 
 def test_where_rows_cost_more_than_they_bring_none_is() -> None:
-    assert NodeBudget(STEEP).choose(np.array([[0.9, 0.5]]), 1).tolist() == [0]
+    assert budget_of(STEEP).choose(np.array([[0.9, 0.5]]), 1).tolist() == [0]
 
 
 @settings(max_examples=50, deadline=None)
@@ -67,25 +94,28 @@ def test_no_other_choice_brings_more_at_the_rate_seen(trees: list[list[float]], 
     probabilities = np.zeros((len(trees), max(map(len, trees))))
     for row, tree in zip(probabilities, trees):
         row[: len(tree)] = sorted(tree, reverse=True)
-    cost = TargetCost(np.array([1, 16]), np.array([1.0, 1.0 + 15 * slope]))
-    budget, num_requests = NodeBudget(cost), len(trees)
+    cost = Cost(np.array([1, 16]), np.array([1.0, 1.0 + 15 * slope]))
+    budget, num_requests = budget_of(cost), len(trees)
     for _ in range(4):
         observe(budget, num_requests, True, 100, 100 / rate)
+    budget._judge(num_requests)
 
     def worth(counts: np.ndarray) -> float:
         expected = sum(row[:count].sum() for row, count in zip(probabilities, counts))
         return float(expected - rate * (cost.at(num_requests + counts.sum()) - cost.at(num_requests)))
 
     every = np.stack(np.meshgrid(*(range(len(tree) + 1) for tree in trees)), -1).reshape(-1, len(trees))
+    kept = [num_requests, *row_counts(num_requests + sum(map(len, trees)))]
+    every = every[np.isin(num_requests + every.sum(1), kept)]
     chosen = worth(budget.choose(probabilities, num_requests))
     assert chosen == pytest.approx(max(map(worth, every)))
 
 
 def test_belief_is_weighed_by_what_was_accepted() -> None:
-    cost = TargetCost(np.array([1, 8]), np.array([1.0, 4.5]))
+    cost = Cost(np.array([1, 8]), np.array([1.0, 4.5]))
     probabilities = np.array([[0.9, 0.8, 0.7]])
-    assert NodeBudget(cost).choose(probabilities, 1).sum() > 0
-    disappointed = NodeBudget(cost)
+    assert budget_of(cost).choose(probabilities, 1).sum() > 0
+    disappointed = budget_of(cost)
     for _ in range(100):
         disappointed.observe_walk(2.4, 0)
     assert disappointed.choose(probabilities, 1).sum() == 0
@@ -106,29 +136,29 @@ def runs(kinds: list[bool]) -> list[tuple[bool, int]]:
 
 @pytest.mark.parametrize("slower", [1.05, 1.5, 3.0, 100.0])
 def test_drafting_that_does_not_pay_is_tried_at_the_price_of_a_small_share(slower: float) -> None:
-    kinds = steps(NodeBudget(FLAT), 4, 20_000, slower, 1.0)
+    kinds = steps(budget_of(FLAT), 4, 20_000, slower, 1.0)
     lost = sum(kinds) * (slower - 1)
-    assert any(kinds[-LONGEST_REST - NUM_TRIED :])
-    assert lost <= max(LOST_SHARE, NUM_TRIED * (slower - 1) / LONGEST_REST) * len(kinds) * 1.3
+    assert any(kinds[-LONGEST_REST - NUM_JUDGED :])
+    assert lost <= max(LOST_SHARE, NUM_JUDGED * (slower - 1) / LONGEST_REST) * len(kinds) * 1.3
     rests = [length for drafts, length in runs(kinds)[1:-1] if not drafts]
     assert min(rests) >= SHORTEST_REST and max(rests) <= LONGEST_REST
 
 
 def test_drafting_that_pays_goes_on_and_is_compared_again_ever_more_rarely() -> None:
-    kinds = steps(NodeBudget(FLAT), 1, 5000, 0.5, 1.0)
+    kinds = steps(budget_of(FLAT), 1, 5000, 0.5, 1.0)
     drafted = [length for drafts, length in runs(kinds) if drafts][:-1]
     assert drafted[:4] == [FIRST_LOOK, 2 * FIRST_LOOK, 4 * FIRST_LOOK, LAST_LOOK] and set(drafted[4:]) == {LAST_LOOK}
     assert {length for drafts, length in runs(kinds)[2:-1] if not drafts} == {NUM_PLAIN}
 
 
 def test_drafting_that_only_a_slow_machine_made_pay_ends_at_a_look() -> None:
-    budget = NodeBudget(FLAT)
+    budget = budget_of(FLAT)
     assert all(steps(budget, 1, NUM_PLAIN + 20, 2.0, 3.0)[NUM_PLAIN:])
     assert sum(steps(budget, 1, 1000, 2.0, 1.0)) < 100
 
 
 def test_a_few_unlucky_steps_do_not_end_what_pays() -> None:
-    budget, rng = NodeBudget(FLAT), np.random.default_rng(0)
+    budget, rng = budget_of(FLAT), np.random.default_rng(0)
     drafted = 0
     for _ in range(20_000):
         drafts = budget.wants_drafts(1)
@@ -139,7 +169,7 @@ def test_a_few_unlucky_steps_do_not_end_what_pays() -> None:
 
 
 def test_a_machine_that_stands_still_for_a_step_does_not_end_what_pays() -> None:
-    budget = NodeBudget(FLAT)
+    budget = budget_of(FLAT)
     kinds = []
     for step in range(20_000):
         kinds.append(budget.wants_drafts(1))
@@ -150,40 +180,60 @@ def test_a_machine_that_stands_still_for_a_step_does_not_end_what_pays() -> None
 
 def test_rows_cost_what_steps_have_shown() -> None:
     """Seconds grow three times as fast with the rows as the target's own, and then as fast."""
-    cost = TargetCost(np.array([1, 64]), np.array([1.0, 4.15]))
-    learnt, naive = NodeBudget(cost), NodeBudget(cost)
+    cost = Cost(np.array([1, 64]), np.array([1.0, 4.15]))
+    learnt, naive = budget_of(cost), budget_of(cost)
     for rows in [2, 8, 14, 20] * 16:
         observe(learnt, 1, True, 2, 1 + 0.15 * rows, rows)
         observe(naive, 1, True, 2, 1 + 0.05 * rows, rows)
-    assert 2.5 < learnt._row_factor(1) < 3.1 < LARGEST_FACTOR
-    assert naive._row_factor(1) == pytest.approx(1.0)
+    for budget in (learnt, naive):
+        budget._judge(1)
+    assert 2.5 < learnt._loads[1].row_factor < 3.1 < LARGEST_FACTOR
+    assert naive._loads[1].row_factor == pytest.approx(1.0)
     probabilities = np.array([[0.9, 0.5, 0.3, 0.1, 0.07]])
     assert learnt.choose(probabilities, 1) < naive.choose(probabilities, 1)
 
 
 def test_rows_count_once_where_all_steps_had_as_many() -> None:
-    budget, rng = NodeBudget(STEEP), np.random.default_rng(0)
+    budget, rng = budget_of(STEEP), np.random.default_rng(0)
     for _ in range(50):
         observe(budget, 1, True, 2, float(rng.uniform(5, 9)), 8)
-    assert budget._row_factor(1) == 1.0
+    budget._judge(1)
+    assert budget._loads[1].row_factor == 1.0
 
 
 def test_decoding_without_drafts_is_tried_where_it_might_be_faster() -> None:
     """It has not been seen, because requests came and went."""
-    budget = NodeBudget(TargetCost(np.array([1, 64]), np.array([0.1, 0.1])))
+    budget = budget_of(Cost(np.array([1, 64]), np.array([0.1, 0.1])))
     for _ in range(NUM_PLAIN - 1):
         assert not budget.wants_drafts(1)
-    assert runs(steps(budget, 1, 100, 0.5, 1.0)) == [(True, NUM_TRIED), (False, SHORTEST_REST), (True, 62)]
+    first, rest, then = runs(steps(budget, 1, 100, 0.5, 1.0))
+    assert (first, rest, then[0]) == ((True, NUM_JUDGED), (False, SHORTEST_REST), True)
 
 
 def test_drafting_is_taken_up_again_when_it_pays_again() -> None:
-    budget = NodeBudget(FLAT)
+    budget = budget_of(FLAT)
     assert not all(steps(budget, 1, 200, 2.0, 1.0)[NUM_PLAIN:])
-    assert all(steps(budget, 1, 5000, 0.5, 1.0)[-200:])
+    assert sum(steps(budget, 1, 5000, 0.5, 1.0)[-1000:]) > 900
+
+
+def test_drafting_that_cannot_pay_is_not_tried_once_it_is_known_what_trees_are_worth() -> None:
+    """The target and drafting take a second for each request: only three tokens a step would make up for that."""
+    budget = budget_of(STEEP, STEEP)
+    assert sum(steps(budget, 4, NUM_PLAIN, 10.0, 4.0)) == 1
+    budget.choose(np.full((4, 4), 0.1), 4)
+    assert not any(steps(budget, 4, 10_000, 1.0, 4.0))
+    assert not any(steps(budget, 16, 10_000, 1.0, 16.0))
+
+
+def test_each_rest_after_another_is_twice_as_long() -> None:
+    rests = [length for drafts, length in runs(steps(budget_of(FLAT), 1, 20_000, 1.2, 1.0))[1:-1] if not drafts]
+    ratios = [after / before for before, after in itertools.pairwise(rests)]
+    assert len(ratios) > 4 and ratios[:-1] == pytest.approx([2.0] * (len(ratios) - 1), rel=0.05)
+    assert rests[-1] == LONGEST_REST
 
 
 def test_a_rest_under_one_load_is_none_under_another() -> None:
-    budget = NodeBudget(FLAT)
+    budget = budget_of(FLAT)
     steps(budget, 64, 30, 2.0, 1.0)
     assert steps(budget, 1, NUM_PLAIN + 5, 0.5, 1.0)[NUM_PLAIN:] == [True] * 5
     assert not any(steps(budget, 64, 5, 2.0, 1.0))

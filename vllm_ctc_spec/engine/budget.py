@@ -9,9 +9,12 @@ best number M makes
 largest: the renewal-reward rule, under which no other choice has a higher rate in the long run. Each request's nodes
 come in descending psi, so that what is chosen of a tree is a tree. The target's seconds are measured at start-up; that
 a row costs more than the target's pass (attention to a long context, the walk, its place in messages) is learnt from
-the steps. So is the rate, first without drafting, then with it; where it is higher without, drafting rests until what
-it has lost is a small share of all, and is tried again. Where it is higher with drafting, decoding without is looked at
-again from time to time, because the machine may have been slow when it was.
+the steps. R + M is one of the `row_counts`, because kernels are made, and graphs recorded, for each number of rows.
+
+The rate is learnt from the steps, first without drafting, then with it; where it is higher without, drafting rests
+until what it has lost is a small share of all, and is tried again, unless what was measured at start-up and what trees
+are worth say that it cannot pay. Where it is higher with drafting, decoding without is looked at again from time to
+time, because the machine may have been slow when it was.
 
 Letters: R requests, N nodes of the largest tree, M chosen nodes of the batch.
 """
@@ -21,20 +24,22 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-NUM_RUNS = 3
-"""Of the target at each number of rows; the median counts."""
+from vllm_ctc_spec.engine.row_counts import row_counts
 
-MOST_ROWS = 512
-LONGEST_RUN = 1.0
-"""Seconds. More rows than MOST_ROWS, or than those that take so long, are taken to cost in proportion."""
+NUM_SWEEPS = 5
+"""Through all sizes; the fastest run of each counts, because the first makes kernels and the machine has its moods."""
 
-NUM_OBSERVED = 64
+MOST_ROWS, MOST_REQUESTS = 512, 64
+LONGEST_RUN = 0.5
+"""Seconds. More rows or requests than that, or than those that take so long, are taken to cost in proportion."""
+
+NUM_OBSERVED = 256
 """Latest steps with drafts that make a rate."""
 
 FEWEST_OBSERVED = 4
@@ -51,17 +56,17 @@ NUM_PLAIN_OBSERVED = 8
 FIRST_LOOK, LAST_LOOK = 64, 512
 """Steps with drafts before decoding without is looked at again; twice as many after each look."""
 
-NUM_TRIED = 6
-"""Steps with drafts before it is asked whether they pay."""
+NUM_JUDGED = 8
+"""Steps with drafts, after each of which it is asked whether they pay."""
 
 SURE = 1.0
 """Standard deviations by which steps with drafts must have lost, or a few unlucky ones would end what pays."""
 
-LOST_SHARE = 0.01
+LOST_SHARE = 0.02
 """Of the tokens of a rest, those that the steps with drafts before it may have lost."""
 
-SHORTEST_REST, LONGEST_REST = 32, 2048
-"""Steps"""
+SHORTEST_REST, LONGEST_REST = 32, 8192
+"""Steps; each rest is twice as long as what was lost asks for, and twice that after another, until drafts have paid."""
 
 FACTOR_PRIOR = 8.0
 """Steps' worth of belief that a row costs what the target's pass does; such steps differ by 10 %."""
@@ -72,30 +77,33 @@ TRUST_DECAY = 0.98
 TRUST_PRIOR = 8.0
 """Nodes' worth of belief in the drafter's own probabilities."""
 
+PROFILE_DECAY = 0.9
+
 
 @dataclass(frozen=True)
-class TargetCost:
-    rows: np.ndarray
-    """[n] increasing numbers of rows"""
+class Cost:
+    sizes: np.ndarray
+    """[n] increasing"""
     seconds: np.ndarray
     """[n]"""
 
-    def at(self, rows: Any) -> Any:
-        """Seconds of the target at `rows`, elementwise: linear between measurements, in proportion beyond them."""
-        return np.interp(rows, self.rows, self.seconds) * np.maximum(rows / self.rows[-1], 1.0)
+    def at(self, sizes: Any) -> Any:
+        """Seconds at `sizes`, elementwise: linear between measurements, in proportion beyond them."""
+        return np.interp(sizes, self.sizes, self.seconds) * np.maximum(sizes / self.sizes[-1], 1.0)
 
 
-def measure_target(run: Callable[[int], object], max_rows: int) -> TargetCost:
-    """`run(rows)` is one pass of the target; measured at 1, 2, 4, ... and `max_rows` rows."""
-    max_rows = min(max_rows, MOST_ROWS)
-    sizes = [1 << power for power in range(max_rows.bit_length()) if 1 << power < max_rows]
-    rows, seconds = [], []
-    for size in [*sizes, max_rows]:
-        rows.append(size)
-        seconds.append(median(_timed(run, size) for _ in range(NUM_RUNS)))
-        if seconds[-1] > LONGEST_RUN:
+def measure(run: Callable[[int], object], sizes: list[int]) -> Cost:
+    """Of `run(size)`, up to the first size that takes LONGEST_RUN."""
+    fastest: dict[int, float] = {}
+    for size in sizes:
+        run(size)
+        fastest[size] = _timed(run, size)
+        if fastest[size] > LONGEST_RUN:
             break
-    return TargetCost(np.array(rows), np.maximum.accumulate(seconds))
+    for _ in range(NUM_SWEEPS - 2):
+        for size, seconds in fastest.items():
+            fastest[size] = min(seconds, _timed(run, size))
+    return Cost(np.array(list(fastest)), np.maximum.accumulate(list(fastest.values())))
 
 
 def _timed(run: Callable[[int], object], size: int) -> float:
@@ -104,67 +112,136 @@ def _timed(run: Callable[[int], object], size: int) -> float:
     return time.perf_counter() - started
 
 
+def measured_rows(max_rows: int) -> list[int]:
+    return row_counts(min(max_rows, MOST_ROWS))
+
+
+def measured_requests(max_requests: int) -> list[int]:
+    return [1 << power for power in range(min(max_requests, MOST_REQUESTS).bit_length())]
+
+
 @dataclass
-class _Mode:
-    """What is done under one load."""
+class _Load:
+    """What is done under one load, and what was seen of it. Steps are their tokens, seconds and rows."""
 
     drafts: bool = False
     num_left: int = NUM_PLAIN
     """Steps until drafting is judged, or until it is tried."""
+    rate_with: float | None = None
+    """Tokens per second of the latest steps with drafts, when they were judged."""
+    row_factor: float = 1.0
+    """How many times the target's own seconds a further row has cost in them."""
     num_until_look: int = FIRST_LOOK
     """Steps with drafts"""
     look_after: int = FIRST_LOOK
+    num_rests: int = 0
+    """One after the other."""
+    with_drafts: deque[tuple[int, float, int]] = field(default_factory=lambda: deque(maxlen=NUM_OBSERVED))
+    without: deque[tuple[int, float, int]] = field(default_factory=lambda: deque(maxlen=NUM_PLAIN_OBSERVED))
+
+    def rest(self, num_steps: float) -> None:
+        longest = SHORTEST_REST if self.rate_without() is None else LONGEST_REST
+        self.drafts, self.num_left = False, int(np.clip(num_steps * 2**self.num_rests, SHORTEST_REST, longest))
+        self.num_rests += 1
+        self.num_until_look = self.look_after = FIRST_LOOK
+        self.rate_with, self.row_factor = None, 1.0
+        self.with_drafts.clear()
+
+    def look(self) -> None:
+        self.drafts, self.num_left, self.num_rests = False, NUM_PLAIN, 0
+        self.num_until_look = self.look_after = min(2 * self.look_after, LAST_LOOK)
+
+    def drafted(self) -> np.ndarray | None:
+        """[3, n] tokens, seconds and rows of the latest steps with drafts, once there are enough of them."""
+        if len(self.with_drafts) < FEWEST_OBSERVED:
+            return None
+        steps = np.array(self.with_drafts).T
+        # A step in which the machine stood still says nothing about drafts.
+        steps[1] = np.minimum(steps[1], LONGEST_STEP * np.median(steps[1]))
+        return steps
+
+    def rate_without(self) -> float | None:
+        """Tokens per second of the latest steps without drafts. They differ in nothing but the machine's moods, and few
+        of them count.
+        """
+        if len(self.without) < FEWEST_OBSERVED:
+            return None
+        return median(tokens / seconds for tokens, seconds, _ in self.without)
 
 
 class NodeBudget:
-    def __init__(self, cost: TargetCost) -> None:
-        self._cost = cost
-        self._modes: dict[int, _Mode] = defaultdict(_Mode)
-        """By load, the number of bits of the number of requests."""
-        self._observed: dict[bool, dict[int, deque[tuple[int, float, int]]]] = {
-            True: defaultdict(lambda: deque(maxlen=NUM_OBSERVED)),
-            False: defaultdict(lambda: deque(maxlen=NUM_PLAIN_OBSERVED)),
-        }
-        """By whether drafts were made, and load: tokens, seconds and rows."""
+    def __init__(self, target: Cost, drafting: Cost, num_nodes: int) -> None:
+        """target: by rows; drafting: by requests; num_nodes: the largest N."""
+        self._target, self._drafting, self._num_nodes = target, drafting, num_nodes
+        self._loads: dict[int, _Load] = defaultdict(_Load)
+        """By the number of bits of the number of requests."""
         self._kind = self._kind_before = (0, False)
         """Load, and whether drafts were made, of the step that ends and of the one before."""
         self._believed = self._accepted = 0.0
+        self._profile: np.ndarray | None = None
+        """[N], psi of a tree's nodes, a mean over the latest trees."""
 
     def wants_drafts(self, num_requests: int) -> bool:
         """Asked once at the end of each step."""
-        load = num_requests.bit_length()
-        mode = self._modes[load]
-        mode.num_left -= 1
-        mode.num_until_look -= mode.drafts
-        if mode.num_left <= 0 and not mode.drafts:
-            mode.drafts, mode.num_left = True, NUM_TRIED
-        elif mode.num_left <= 0 and (rest := self._rest(num_requests)):
-            self._modes[load] = mode = _Mode(num_left=rest)
-            self._observed[True][load].clear()
-        elif mode.num_until_look <= 0:
-            longer = min(2 * mode.look_after, LAST_LOOK)
-            self._modes[load] = mode = _Mode(num_until_look=longer, look_after=longer)
-        self._kind_before, self._kind = self._kind, (load, mode.drafts)
-        return mode.drafts
+        key = num_requests.bit_length()
+        load = self._loads[key]
+        load.num_left -= 1
+        if load.drafts:
+            load.num_until_look -= 1
+            if load.num_left <= 0:
+                load.num_left = NUM_JUDGED
+                lost = self._judge(num_requests)
+                if lost > 0:
+                    load.rest(lost / (LOST_SHARE * num_requests))
+            elif load.rate_with is None and not self._may_pay(num_requests):
+                load.rest(SHORTEST_REST)
+            if load.drafts and load.num_until_look <= 0:
+                load.look()
+        elif load.num_left <= 0:
+            load.drafts = self._may_pay(num_requests)
+            load.num_left = NUM_JUDGED if load.drafts else SHORTEST_REST
+        self._kind_before, self._kind = self._kind, (key, load.drafts)
+        return load.drafts
 
-    def _rest(self, num_requests: int) -> int:
-        """Steps without drafts that make up for what the latest steps with drafts have lost; 0 if they have gained."""
-        if (seen := self._drafted(num_requests)) is None:
-            return 0
-        tokens, seconds, _ = seen
-        without = self._rate_without(num_requests)
-        losses = seconds * (without or self._highest_rate(num_requests)) - tokens
-        lost = losses.sum()
-        if lost <= SURE * losses.std() * len(losses) ** 0.5:
-            return 0
-        longest = LONGEST_REST if without else SHORTEST_REST
-        return int(np.clip(lost / (LOST_SHARE * num_requests), SHORTEST_REST, longest))
+    def _may_pay(self, num_requests: int) -> bool:
+        """Whether drafting could be faster if its steps took no more than what was measured at start-up takes longer
+        than without.
+        """
+        if self._profile is None:
+            return True
+        nodes = np.arange(len(self._profile) + 1)
+        gains = np.concatenate(([0.0], np.minimum(self._trust * self._profile, 1.0).cumsum()))
+        longer = self._target.at(num_requests * (1 + nodes)) - self._target.at(num_requests)
+        seconds = num_requests / self._rate_without(num_requests) + longer + self._drafting.at(num_requests)
+        return bool((num_requests * (1 + gains) / seconds).max() > self._rate_without(num_requests))
+
+    def _judge(self, num_requests: int) -> float:
+        """Learns from the latest steps with drafts. Returns the tokens that they have lost, if they surely have; else
+        0.
+        """
+        load = self._loads[num_requests.bit_length()]
+        if (seen := load.drafted()) is None:
+            return 0.0
+        tokens, seconds, rows = seen
+        load.rate_with = float(tokens.sum() / seconds.sum())
+        load.row_factor = _slope(self._target.at(rows), seconds)
+        losses = seconds * self._rate_without(num_requests) - tokens
+        lost = float(losses.sum())
+        return lost if lost > SURE * losses.std() * len(losses) ** 0.5 else 0.0
+
+    def _rate_without(self, num_requests: int) -> float:
+        """Tokens per second; if there were nothing but the target, where decoding without drafts has not been seen: so
+        it is tried where it may be better.
+        """
+        seen = self._loads[num_requests.bit_length()].rate_without()
+        return seen or num_requests / float(self._target.at(num_requests))
 
     def observe_step(self, num_tokens: int, seconds: float, num_rows: int) -> None:
         """Of a step of decoding alone, after `wants_drafts` was asked at its end."""
         if self._kind == self._kind_before:
-            load, drafts = self._kind
-            self._observed[drafts][load].append((num_tokens, seconds, num_rows))
+            key, drafts = self._kind
+            load = self._loads[key]
+            (load.with_drafts if drafts else load.without).append((num_tokens, seconds, num_rows))
 
     def observe_walk(self, believed: float, num_accepted: int) -> None:
         """believed: sum of psi over the verified nodes."""
@@ -177,52 +254,33 @@ class NodeBudget:
         probabilities: [R, N], psi in descending order, 0 behind a tree's last node; num_requests: those of the batch,
         of which the R draft.
         """
-        trust = (self._accepted + TRUST_PRIOR) / (self._believed + TRUST_PRIOR)
         flat = probabilities.ravel()
         order = np.argsort(-flat, kind="stable")[: np.count_nonzero(flat)]
-        seconds = self._cost.at(num_requests + np.arange(len(order) + 1))
-        costs = self._row_factor(num_requests) * (seconds - seconds[0])
-        gains = np.minimum(trust * flat[order], 1.0).cumsum()
-        rates = [rate(num_requests) for rate in (self._rate_with, self._rate_without)]
-        rate = max((rate for rate in rates if rate is not None), default=self._highest_rate(num_requests))
-        num_chosen = int(np.argmax(np.concatenate(([0.0], gains)) - rate * costs))
+        self._learn_profile(probabilities)
+        load = self._loads[num_requests.bit_length()]
+        rates = [rate for rate in (load.rate_with, load.rate_without()) if rate is not None]
+        rate = max(rates) if rates else self._rate_without(num_requests)
+        gains = np.concatenate(([0.0], np.minimum(self._trust * flat[order], 1.0).cumsum()))
+        rows = np.array(row_counts(num_requests + len(order)))
+        rows = np.concatenate(([num_requests], rows[rows > num_requests]))
+        costs = load.row_factor * (self._target.at(rows) - self._target.at(num_requests))
+        worth = gains[rows - num_requests] - rate * costs
+        num_chosen = rows[np.argmax(worth)] - num_requests
         return np.bincount(order[:num_chosen] // probabilities.shape[1], minlength=len(probabilities))
 
-    def _drafted(self, num_requests: int) -> np.ndarray | None:
-        """[3, n] tokens, seconds and rows of the latest steps with drafts, once there are enough of them."""
-        seen = self._observed[True][num_requests.bit_length()]
-        if len(seen) < FEWEST_OBSERVED:
-            return None
-        steps = np.array(seen).T
-        # A step in which the machine stood still says nothing about drafts.
-        steps[1] = np.minimum(steps[1], LONGEST_STEP * np.median(steps[1]))
-        return steps
+    @property
+    def _trust(self) -> float:
+        return (self._accepted + TRUST_PRIOR) / (self._believed + TRUST_PRIOR)
 
-    def _rate_with(self, num_requests: int) -> float | None:
-        """Tokens per second of the latest steps with drafts, once enough of them were seen."""
-        if (seen := self._drafted(num_requests)) is None:
-            return None
-        tokens, seconds, _ = seen
-        return float(tokens.sum() / seconds.sum())
+    def _learn_profile(self, probabilities: np.ndarray) -> None:
+        seen = np.zeros(self._num_nodes)
+        seen[: probabilities.shape[1]] = probabilities.mean(0)
+        self._profile = seen if self._profile is None else PROFILE_DECAY * self._profile + (1 - PROFILE_DECAY) * seen
 
-    def _rate_without(self, num_requests: int) -> float | None:
-        """The same without drafts. Such steps differ in nothing but the machine's moods, and few of them count."""
-        seen = self._observed[False][num_requests.bit_length()]
-        return median(tokens / seconds for tokens, seconds, _ in seen) if len(seen) >= FEWEST_OBSERVED else None
 
-    def _row_factor(self, num_requests: int) -> float:
-        """How many times the target's own seconds a further row has cost: the slope of a least-squares line through
-        the steps with drafts, held near 1 while they are few or alike.
-        """
-        if (seen := self._drafted(num_requests)) is None:
-            return 1.0
-        _, seconds, rows = seen
-        target = self._cost.at(rows)
-        prior = FACTOR_PRIOR * (0.1 * target.mean()) ** 2
-        spread = target - target.mean()
-        slope = (spread @ (seconds - seconds.mean()) + prior) / (spread @ spread + prior)
-        return float(np.clip(slope, 1.0, LARGEST_FACTOR))
-
-    def _highest_rate(self, num_requests: int) -> float:
-        """Of decoding without drafts, if there were nothing but the target: so it is tried where it may be better."""
-        return num_requests / float(self._cost.at(num_requests))
+def _slope(target: np.ndarray, seconds: np.ndarray) -> float:
+    """Of a least-squares line through steps, held near 1 while they are few or alike."""
+    prior = FACTOR_PRIOR * (0.1 * target.mean()) ** 2
+    spread = target - target.mean()
+    slope = (spread @ (seconds - seconds.mean()) + prior) / (spread @ spread + prior)
+    return float(np.clip(slope, 1.0, LARGEST_FACTOR))

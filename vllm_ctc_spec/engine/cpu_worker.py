@@ -19,11 +19,6 @@ class CTCCPUWorker(CTCWorker, CPUWorker):
         cpu_worker.CPUModelRunner = TreeCPUModelRunner
         return super().init_device()
 
-    def compile_or_warm_up_model(self) -> Any:
-        # The search for trees is compiled when it is first called.
-        self.model_runner.drafter.profile(num_requests=1)
-        return super().compile_or_warm_up_model()
-
     def sample_tokens(self, *args: Any) -> Any:
         output = super().sample_tokens(*args)
         # For `CTCExecutor`.

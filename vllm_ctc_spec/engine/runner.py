@@ -29,7 +29,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ctc_spec.engine.attention.interface import tree_attention_of
-from vllm_ctc_spec.engine.budget import NodeBudget, measure_target
+from vllm_ctc_spec.engine.budget import NodeBudget, measure, measured_requests, measured_rows
 from vllm_ctc_spec.engine.cpu_modules import use_vllms_kernels
 from vllm_ctc_spec.engine.proposer import CTCProposer, DraftRequests, VerifiedRows
 from vllm_ctc_spec.engine.recorded import MOST_REQUESTS, cuda_graphs
@@ -59,10 +59,12 @@ class TreeModelRunner(GPUModelRunner):
 
     def measure_step_cost(self) -> None:
         """Before the first request; needs the compiled model."""
-        if self.drafter.settings.options.adapts:
-            num_rows = self.max_num_reqs * (1 + self.drafter.settings.num_nodes)
-            cost = measure_target(self._run_target, min(num_rows, self.max_num_tokens))
-            self.budget = NodeBudget(cost)
+        settings = self.drafter.settings
+        if settings.options.adapts:
+            num_rows = min(self.max_num_reqs * (1 + settings.num_nodes), self.max_num_tokens)
+            target = measure(self._run_target, measured_rows(num_rows))
+            drafting = measure(self.drafter.profile, measured_requests(self.max_num_reqs))
+            self.budget = NodeBudget(target, drafting, settings.num_nodes)
 
     @torch.inference_mode()
     def _run_target(self, num_rows: int) -> None:
@@ -284,8 +286,8 @@ class TreeGPUModelRunner(TreeModelRunner):
         # vLLM gives the cache what memory is left, so drafting must have been seen as well.
         self.drafter.profile(self.max_num_reqs)
 
-    def record_drafting(self) -> None:
-        """As CUDA graphs, where the user wants any."""
+    def warm_up_drafting(self) -> None:
+        """Recorded as CUDA graphs, where the user wants any."""
         if self.compilation_config.cudagraph_mode.has_piecewise_cudagraphs():
             self.drafter.record(min(self.max_num_reqs, MOST_REQUESTS), cuda_graphs())
 
@@ -296,6 +298,10 @@ class TreeCPUModelRunner(TreeModelRunner, CPUModelRunner):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         use_vllms_kernels(self.drafter.drafter, self.max_model_len)
+
+    def warm_up_drafting(self) -> None:
+        # The search for trees is compiled when it is first called.
+        self.drafter.profile(1)
 
 
 def _cut(budget: NodeBudget, trees: list[HostTree], num_requests: int) -> list[HostTree]:

@@ -24,6 +24,7 @@ class CTCWorker(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
+        self.model_runner.warm_up_drafting()
         self.model_runner.measure_step_cost()
         return times
 
@@ -35,11 +36,6 @@ class CTCGPUWorker(CTCWorker):
 
         triton.register()
         return super().init_device()
-
-    def compile_or_warm_up_model(self) -> Any:
-        times = super().compile_or_warm_up_model()
-        self.model_runner.record_drafting()
-        return times
 
     def _make_model_runner(self) -> TreeGPUModelRunner:
         return TreeGPUModelRunner(self.vllm_config, self.device)
