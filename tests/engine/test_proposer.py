@@ -22,7 +22,7 @@ def proposer() -> CTCProposer:
     made = CTCProposer.__new__(CTCProposer)
     made.drafter = CTCDrafter(config).eval().requires_grad_(False)
     made.cache_layers = [SimpleNamespace(kv_cache=torch.zeros(2, 1, BLOCK_SIZE, 64))]
-    made.attention = CPUTreeAttention([])
+    made.attention = CPUTreeAttention(made.cache_layers)
     made.remembered, made.num_remembered = [], 0
     return made
 

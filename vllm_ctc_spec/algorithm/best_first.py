@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .emissions import ConditionedEmissions
-from .token_tree import TokenTrees
+from .token_tree import TokenTrees, check_num_nodes
 
 
 def search_prefix_trees(
@@ -29,8 +29,7 @@ def search_chains(emissions: ConditionedEmissions, num_nodes: int) -> TokenTrees
 
 
 def _search(emissions: ConditionedEmissions, num_nodes: int, min_psi: float, is_chain: bool) -> TokenTrees:
-    if num_nodes < 1:
-        raise ValueError(f"num_nodes={num_nodes}: a token tree needs a node budget of at least 1.")
+    check_num_nodes(num_nodes)
     tokens, conditioning = emissions.tokens, emissions.conditioning
     num_requests = len(tokens)
     columns, parents, depths = torch.zeros(3, num_requests, num_nodes, dtype=torch.int64)

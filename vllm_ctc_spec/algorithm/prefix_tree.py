@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .emissions import ConditionedEmissions, IndependentEmissions
-from .token_tree import TokenTrees
+from .token_tree import TokenTrees, check_num_nodes
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -235,8 +235,7 @@ def _process(emissions: IndependentEmissions | ConditionedEmissions) -> _Process
 def _build(
     emissions: IndependentEmissions | ConditionedEmissions, num_nodes: int, width: int, min_psi: float
 ) -> TokenTrees:
-    if num_nodes < 1:
-        raise ValueError(f"num_nodes={num_nodes}: a token tree needs a node budget of at least 1.")
+    check_num_nodes(num_nodes)
     process, tokens = _process(emissions), emissions.tokens
     request = _request_rows(tokens)
     levels = [_keep(process, process.first(), request, tokens, width)]

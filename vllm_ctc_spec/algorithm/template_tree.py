@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .ctc import collapse
-from .token_tree import TokenTrees
+from .token_tree import TokenTrees, check_num_nodes
 
 # One word per node, in Medusa's order: the rank of the label taken in each frame.
 _RANKS = (
@@ -32,8 +32,7 @@ def build_template_trees(logits: Tensor, num_nodes: int) -> TokenTrees:
     log probability of a single template path that collapses to the prefix or to one of its continuations.
     Waits for the device. Raises ValueError if num_nodes < 1.
     """
-    if num_nodes < 1:
-        raise ValueError(f"num_nodes={num_nodes}: a token tree needs a node budget of at least 1.")
+    check_num_nodes(num_nodes)
     blank = logits.shape[-1] - 1
     num_ranks = 1 + max(rank for path in MEDUSA_63 for rank in path)
     top = logits.float().log_softmax(-1).topk(min(num_ranks, blank + 1), dim=-1)

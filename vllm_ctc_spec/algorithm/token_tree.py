@@ -44,3 +44,9 @@ class TokenTrees:
             masks = masks | masks.gather(1, above)
             above = above.gather(1, above)
         return masks
+
+
+def check_num_nodes(num_nodes: int) -> None:
+    """Raises ValueError where there would be no tree."""
+    if num_nodes < 1:
+        raise ValueError(f"num_nodes={num_nodes}: a token tree needs a node budget of at least 1.")

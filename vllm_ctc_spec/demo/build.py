@@ -19,6 +19,7 @@ from vllm_ctc_spec.demo.target import train_target
 from vllm_ctc_spec.training.data import read_prompts
 from vllm_ctc_spec.training.regenerate import RegenerateSettings, regenerate
 from vllm_ctc_spec.training.trainer import FitSettings, fit
+from vllm_ctc_spec.user_cache import user_cache
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,12 @@ class DemoPaths:
     """JSONL of `prompt` texts from files that no training stage saw."""
 
 
-def default_cache_dir() -> Path:
-    """The user's cache folder by the XDG base directory specification."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm_ctc_spec" / "demo"
-
-
 def build_demo(
     cache_dir: Path | None = None, scale: DemoScale | None = None, report: Callable[[str], None] = print
 ) -> DemoPaths:
     """Build what is missing and return the paths; a run that was interrupted is taken up where it stopped."""
     scale = scale or DemoScale.full()
-    root = (cache_dir or default_cache_dir()) / scale.name
+    root = (cache_dir or user_cache("demo")) / scale.name
     corpus, target, rows, drafter = (root / name for name in ("corpus", "target", "rows.jsonl", "drafter"))
     stages = (
         _Stage("corpus, the standard library's source code", corpus, lambda: write_corpus(corpus, scale)),

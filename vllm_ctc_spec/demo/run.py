@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_ctc_spec.config import SpecOptions
-from vllm_ctc_spec.demo.build import DemoPaths, build_demo, default_cache_dir
-from vllm_ctc_spec.demo.scale import DemoScale
+from vllm_ctc_spec.demo.build import DemoPaths, build_demo
 from vllm_ctc_spec.inspection import draw, summary, to_terminal
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class Comparison:
 
 
 def print_paths() -> int:
-    paths = build_demo(default_cache_dir(), DemoScale.full())
+    paths = build_demo()
     print(paths.target)
     print(paths.drafter)
     return 0
@@ -48,7 +47,7 @@ def print_paths() -> int:
 
 def run_demo(num_nodes: int, json_path: Path | None) -> int:
     console = Console()
-    paths = build_demo(default_cache_dir(), DemoScale.full())
+    paths = build_demo()
     prompts = _read_prompts(paths)
     console.print("[bold]Serving both[/]: plain vLLM, and vLLM with CTC trees (compiled mode; a minute to start)")
     comparison = compare(paths, prompts, num_nodes)

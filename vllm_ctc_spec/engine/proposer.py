@@ -176,9 +176,8 @@ class CTCProposer:
     def _draft(self, inputs: DraftInputs) -> tuple[Draft, Tensor]:
         """And its `emission_logits`."""
         config, context = self.drafter.config, inputs.context
-        first = self.cache_layers[0].kv_cache
-        dtype = inputs.hidden.dtype
-        frames = self.attention.frames(context, config.num_frames + 1, config.num_attention_heads, first, dtype)
+        num_rows, num_heads = config.num_frames + 1, config.num_attention_heads
+        frames = self.attention.frames(context, num_rows, num_heads, inputs.hidden.dtype)
 
         def attend(layer: int, query: Tensor, own: KeyValue) -> Tensor:
             cache = self.cache_layers[layer].kv_cache

@@ -39,13 +39,14 @@ from vllm_ctc_spec.engine.step import Step
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
-    from vllm.v1.outputs import SamplerOutput
+    from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 
 
 class TreeModelRunner(GPUModelRunner):
     """Device-neutral: tensors are made on `self.device`, and attention is behind `attention.interface`."""
 
     drafter: CTCProposer
+    speculative_config: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -92,7 +93,14 @@ class TreeModelRunner(GPUModelRunner):
         self.attention = self.drafter.attention = tree_attention_of(list(layers.values()))
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
-        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        config = self.speculative_config
+        if not scheduler_output.scheduled_spec_decode_tokens:
+            # vLLM would count the drafts that there are not, which a step of a small target feels.
+            self.speculative_config = None
+        try:
+            prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        finally:
+            self.speculative_config = config
         num_requests = self.input_batch.num_reqs
         self.step = Step(
             [self._scheduled_tree(request, scheduler_output) for request in self.input_batch.req_ids],
@@ -100,6 +108,8 @@ class TreeModelRunner(GPUModelRunner):
             num_scheduled_tokens.tolist(),
             self.input_batch.num_computed_tokens_cpu[:num_requests].tolist(),
         )
+        if not self.step.has_drafts:
+            return prepared
         # Padding must be a token that the embedding has; nothing can accept it, whatever it is.
         self.input_ids.gpu[: scheduler_output.total_num_scheduled_tokens].clamp_(min=0)
         rows, positions = self.step.tree_positions()
@@ -141,7 +151,7 @@ class TreeModelRunner(GPUModelRunner):
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         attn_metadata, common = super()._build_attention_metadata(*args, **kwargs)
-        trees = self.step.branching_trees() if self.step is not None else None
+        trees = self.step.branching_trees() if self.step is not None and self.step.has_drafts else None
         if trees is not None:
             for metadata in {id(metadata): metadata for metadata in attn_metadata.values()}.values():
                 self.attention.attach(metadata, trees)
@@ -158,7 +168,8 @@ class TreeModelRunner(GPUModelRunner):
             self.discard_request_mask.np[: len(step.trees)].tolist(),
         )
         step.accepted_nodes = walked.accepted_nodes
-        self._move_accepted(step)
+        if step.has_drafts:
+            self._move_accepted(step)
         return walked.sampler_output
 
     def _move_accepted(self, step: Step) -> None:
@@ -198,29 +209,31 @@ class TreeModelRunner(GPUModelRunner):
         step, self.step = self.step, None
         assert step is not None
         verified = self._verified_rows(step, hidden_states)
-        rests = self.budget is not None and not self.budget.wants_drafts(len(step.trees))
-        drafting = [
-            index for index, tokens in enumerate(sampled_token_ids) if tokens and not rests and self._may_draft(index)
-        ]
-        trees: list[HostTree] = []
-        if rests:
+        drafts: list[list[int]] = [[] for _ in step.trees]
+        if self.budget is not None and not self.budget.wants_drafts(len(step.trees)):
             self.drafter.remember(verified)
-        else:
-            requests = self._draft_requests(step, drafting, sampled_token_ids, common_attn_metadata)
-            trees = self.drafter.propose(verified, requests)
+            self._observe(self.budget, step)
+            return drafts
+        drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens and self._may_draft(index)]
+        requests = self._draft_requests(step, drafting, sampled_token_ids, common_attn_metadata)
+        trees = self.drafter.propose(verified, requests)
         if self.budget is not None:
             self._observe(self.budget, step)
             trees = _cut(self.budget, trees, len(step.trees))
         self.trees = {request: tree for request, tree in self.trees.items() if request in self.requests}
-        drafts: list[list[int]] = [[] for _ in step.trees]
         for index, tree in zip(drafting, trees):
             self.trees[self.input_batch.req_ids[index]] = tree
             drafts[index] = tree.tokens
         return drafts
 
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        # The scheduler has forgotten the drafts of the step before, so it need not be told that there are none.
+        return super().take_draft_token_ids() if any(self._draft_token_ids or ()) else None
+
     def _observe(self, budget: NodeBudget, step: Step) -> None:
         num_accepted = sum(len(nodes) for nodes in step.accepted_nodes)
-        budget.observe_walk(sum(sum(tree.probabilities) for tree in step.trees), num_accepted)
+        if step.has_drafts:
+            budget.observe_walk(sum(sum(tree.probabilities) for tree in step.trees), num_accepted)
         now = time.perf_counter()
         is_decode = sum(step.num_rows) == sum(1 + len(tree.tokens) for tree in step.trees)
         # With the same requests as in the step before, nothing has waited for work in between.
@@ -230,14 +243,13 @@ class TreeModelRunner(GPUModelRunner):
 
     def _verified_rows(self, step: Step, hidden_states: Tensor) -> VerifiedRows:
         slots = self.input_batch.block_table[0].slot_mapping.gpu
-        if step.has_no_drafts:
+        if not step.has_drafts:
             total = sum(step.num_rows)
             return VerifiedRows(hidden_states[:total], self.positions[:total], slots[:total])
         rows: list[int] = []
         slot_rows: list[int] = []
         positions: list[int] = []
-        for index, (start, computed) in enumerate(zip(step.starts, step.num_computed)):
-            verified = step.verified_rows(index)
+        for verified, start, computed in zip(step.verified_rows, step.starts, step.num_computed):
             rows.extend(verified)
             slot_rows.extend(range(start, start + len(verified)))
             positions.extend(range(computed, computed + len(verified)))
@@ -249,7 +261,7 @@ class TreeModelRunner(GPUModelRunner):
     ) -> DraftRequests | None:
         if not drafting:
             return None
-        verified = [step.verified_rows(index) for index in range(len(step.trees))]
+        verified = step.verified_rows
         ends = list(accumulate(map(len, verified)))
         lens = [step.num_computed[index] + len(verified[index]) for index in drafting]
         at_request, at_last, last_rows, at_len, anchors = async_tensor_h2d(

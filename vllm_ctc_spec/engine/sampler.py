@@ -110,12 +110,16 @@ class TreeWalker:
         """logits: [sum of N_r + 1, V]; histories: each request's output tokens, the lists that vLLM's metadata
         and processors refer to; is_discarded: prompt chunks, whose sample vLLM throws away.
         """
+        is_greedy = _is_plain_greedy(metadata)
+        if is_greedy and not any(tree.tokens for tree in trees):
+            choices = self._greedy(logits)[:, None].to(torch.int32)
+            return WalkOutput(SamplerOutput(sampled_token_ids=choices, logprobs_tensors=None), [[] for _ in trees])
         walks, row = [], 0
         for tree, discarded in zip(trees, is_discarded):
             walks.append(Walk(tree.children(), row, active=not discarded))
             row += len(tree.tokens) + 1
         logprobs = None
-        if _is_plain_greedy(metadata):
+        if is_greedy:
             self._walk_greedy(logits, walks)
         else:
             logprobs = self._walk_sampled(logits, walks, metadata, histories)
@@ -126,10 +130,15 @@ class TreeWalker:
 
     def _walk_greedy(self, logits: Tensor, walks: list[Walk]) -> None:
         """Nothing depends on the path, so one argmax over all rows answers every node."""
-        choices = self.sampler.greedy_sample(logits.to(torch.float32)).tolist()
+        choices = self._greedy(logits).tolist()
         for walk in walks:
             while walk.active:
                 walk.step(choices[walk.row])
+
+    def _greedy(self, logits: Tensor) -> Tensor:
+        """[n] int64"""
+        choices: Tensor = self.sampler.greedy_sample(logits.to(torch.float32))
+        return choices
 
     def _walk_sampled(
         self, logits: Tensor, walks: list[Walk], metadata: SamplingMetadata, histories: Sequence[list[int]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from vllm_ctc_spec.engine.attention.interface import StepTrees
 from vllm_ctc_spec.engine.sampler import HostTree
@@ -21,17 +22,20 @@ class Step:
     """Verified positions before this step: the position of each request's first row."""
     accepted_nodes: list[list[int]] = field(default_factory=list)
 
-    @property
-    def has_no_drafts(self) -> bool:
-        """All rows are certain."""
-        return not any(tree.tokens for tree in self.trees)
+    @cached_property
+    def has_drafts(self) -> bool:
+        """Not all rows are certain."""
+        return any(tree.tokens for tree in self.trees)
 
-    def verified_rows(self, index: int) -> Sequence[int]:
-        """Rows of a request that are certain after the walk, by position."""
-        start = self.starts[index]
-        if not self.trees[index].tokens:
-            return range(start, start + self.num_rows[index])
-        return [start, *(start + node for node in self.accepted_nodes[index])]
+    @cached_property
+    def verified_rows(self) -> list[Sequence[int]]:
+        """Of each request, the rows that are certain after the walk, by position."""
+        return [
+            [start, *(start + node for node in nodes)] if tree.tokens else range(start, start + num_rows)
+            for tree, start, num_rows, nodes in zip(
+                self.trees, self.starts, self.num_rows, self.accepted_nodes, strict=True
+            )
+        ]
 
     def tree_positions(self) -> tuple[list[int], list[int]]:
         """Rows of branching trees' nodes, and their positions: one after their parent's."""

@@ -47,7 +47,9 @@ template <typename T> void widen_all(const T *__restrict from, int64_t count, fl
     for (int64_t index = 0; index < count; index++) to[index] = widen(from[index]);
 }
 
-inline int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+inline int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+inline int64_t round_up(int64_t count, int64_t multiple) { return divide_up(count, multiple) * multiple; }
 
 inline Vec *vectors(float *at) { return reinterpret_cast<Vec *>(at); }
 
@@ -162,7 +164,7 @@ struct Partial {
 class Floats {
   public:
     float *reserve(int64_t count) {
-        memory.resize(std::max<size_t>(memory.size(), (count + LANES - 1) / LANES));
+        memory.resize(std::max<size_t>(memory.size(), divide_up(count, LANES)));
         return reinterpret_cast<float *>(memory.data());
     }
 
@@ -257,9 +259,9 @@ template <typename T> void run(const TreeAttention &step) {
     const int64_t rows = round_up(step.max_rows * group, TILE), pairs = step.num_requests * heads;
     int64_t most_blocks = 1;
     for (int64_t request = 0; request < step.num_requests; request++)
-        most_blocks = std::max(most_blocks, round_up(step.context_lens[request], step.block_size) / step.block_size);
+        most_blocks = std::max(most_blocks, divide_up(step.context_lens[request], step.block_size));
     // Every core has a task, also where there are fewer heads than cores.
-    const int64_t splits = std::min(most_blocks, round_up(omp_get_max_threads(), pairs) / pairs);
+    const int64_t splits = std::min(most_blocks, divide_up(omp_get_max_threads(), pairs));
     const int64_t size = Partial::size(rows, step.head_size);
     // Kept, because the system clears large memory each time that it gives it.
     static thread_local Floats memory;
@@ -271,7 +273,7 @@ template <typename T> void run(const TreeAttention &step) {
         for (int64_t task = 0; task < pairs * splits; task++) {
             const int64_t request = task / splits / heads, split = task % splits;
             if (step.num_rows[request] == 0) continue;
-            const int64_t blocks = round_up(step.context_lens[request], step.block_size) / step.block_size;
+            const int64_t blocks = divide_up(step.context_lens[request], step.block_size);
             Task<T> own(step, request, task / splits % heads, scratch, {partials + task * size, rows, step.head_size});
             own.context(blocks * split / splits, blocks * (split + 1) / splits);
             if (split == splits - 1) own.own_rows();

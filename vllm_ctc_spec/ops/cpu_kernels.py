@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
+from vllm_ctc_spec.user_cache import user_cache
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 # Without -ffast-math, which would change how the whole process computes.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 LANES = 16
 """Head sizes and block sizes are multiples of it."""
 
@@ -75,7 +76,7 @@ def tree_attention(
         kv_cache.shape[2],
         scale,
     )
-    kernels()[f"tree_attention_{str(query.dtype).removeprefix('torch.')}"](ctypes.byref(step))
+    kernels()["tree_attention_" + DTYPES[query.dtype]](ctypes.byref(step))
     return out
 
 
@@ -84,8 +85,7 @@ def kernels() -> ctypes.CDLL:
     """The compiled kernels. Raises RuntimeError where there is no compiler."""
     compiler = os.environ.get("CXX", "g++")
     key = hashlib.sha256("\n".join((SOURCE.read_text(), compiler, *FLAGS, _processor())).encode()).hexdigest()
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache_home / "vllm_ctc_spec" / "kernels" / f"{key[:16]}.so"
+    path = user_cache("kernels") / f"{key[:16]}.so"
     if not path.exists():
         _compile(compiler, path)
     return ctypes.CDLL(str(path))

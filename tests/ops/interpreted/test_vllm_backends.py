@@ -146,7 +146,7 @@ def test_the_drafters_rows_see_their_context_and_one_another() -> None:
         step.attention.write(cache, slots_of(request, 0, count), *own)
     query = random_rows(10, 6, generator).unflatten(0, (2, 5))
     key, value = (random_rows(10, KV_HEADS, generator).unflatten(0, (2, 5)) for _ in range(2))
-    frames = step.attention.frames(step.attention.context(BLOCKS, requests, lens), 5, 6, cache, query.dtype)
+    frames = step.attention.frames(step.attention.context(BLOCKS, requests, lens), 5, 6, query.dtype)
     found = step.attention.attend_frames(query, key, value, cache, frames, SCALE)
     batch = make_batch([0, 5], [5, 5], [0b11111] * 10, lens.tolist(), BLOCKS[requests])
     own = query.flatten(0, 1).double(), key.flatten(0, 1), value.flatten(0, 1)
@@ -166,7 +166,7 @@ def test_moved_rows_are_read_before_any_is_written() -> None:
 
 
 def test_a_float8_cache_and_query_are_read_with_their_scales() -> None:
-    from vllm_ctc_spec.engine.attention.triton import TreeRows
+    from vllm_ctc_spec.engine.attention.interface import TreeRows
 
     layer, generator = make_layer(True, "fp8"), torch.Generator().manual_seed(7)
     float8 = torch.float8_e4m3fn

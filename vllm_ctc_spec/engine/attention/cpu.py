@@ -10,14 +10,13 @@ Letters: R tree requests, Q rows of each, M rows of the whole step, K key-value 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
-from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionLayer
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -26,24 +25,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from vllm_ctc_spec.engine.attention.interface import PagedContext, StepTrees, features_of, refuse_features
+from vllm_ctc_spec.engine.attention.interface import TreeAttention, features_of, refuse_features, tree_rows
 from vllm_ctc_spec.ops import cpu_kernels
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
 ISA = "vec"
-
-
-@dataclass(frozen=True)
-class TreeRows:
-    """The rows of a step that belong to branching trees."""
-
-    batch: TreeBatch
-    are_whole_step: bool
-
-
-@dataclass
-class TreeAttentionMetadata(CPUAttentionMetadata):
-    tree_rows: TreeRows | None = None
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):
@@ -70,11 +56,6 @@ class TreeCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self._set_isa_to_layers(self.layer_names)
         check_layout(self.block_size, self.head_dim, self.dtype)
 
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> TreeAttentionMetadata:
-        return TreeAttentionMetadata(**vars(super().build(common_prefix_len, common_attn_metadata, fast_build)))
-
 
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -92,12 +73,12 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: TreeAttentionMetadata | None,
+        attn_metadata: CPUAttentionMetadata | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        trees = None if attn_metadata is None else attn_metadata.tree_rows
+        trees = tree_rows(attn_metadata)
         if trees is None or not trees.are_whole_step:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if trees is not None:
@@ -105,54 +86,20 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         return output
 
 
-class CPUTreeAttention:
-    """TreeAttention over caches of isa "vec"; a context's block table and lengths are int32."""
+class CPUTreeAttention(TreeAttention):
+    """Over caches of isa "vec"."""
 
     def __init__(self, layers: list[Any]) -> None:
+        super().__init__(layers)
         # Compiled now, or a machine without a compiler would be found out by the first request.
         cpu_kernels.kernels()
         # Layers that share a cache must have their slots moved once.
         self.target_caches = list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers}.values())
 
-    def attach(self, metadata: TreeAttentionMetadata, trees: StepTrees) -> None:
-        counts = [len(masks) for masks in trees.masks]
-        ancestors = [0] * trees.num_rows
-        for start, masks in zip(trees.starts, trees.masks):
-            ancestors[start : start + len(masks)] = masks
-        starts, num_rows, lens = torch.tensor([trees.starts, counts, trees.context_lens], dtype=torch.int32)
-        batch = TreeBatch(
-            row_starts=starts,
-            num_rows=num_rows,
-            ancestor_masks=torch.tensor(ancestors),
-            context_lens=lens,
-            block_table=metadata.block_table[trees.requests],
-            max_rows=max(counts),
-        )
-        metadata.tree_rows = TreeRows(batch, trees.are_whole_step)
-
-    def context(self, block_table: Tensor, requests: Tensor, lens: Tensor) -> PagedContext:
-        return PagedContext(block_table[requests], lens.int())
-
-    def frames(
-        self, context: PagedContext, num_rows: int, num_heads: int, kv_cache: Tensor, dtype: torch.dtype
-    ) -> TreeBatch:
-        num_requests = len(context.lens)
-        return TreeBatch(
-            row_starts=torch.arange(0, num_rows * num_requests, num_rows, dtype=torch.int32),
-            num_rows=torch.full((num_requests,), num_rows, dtype=torch.int32),
-            ancestor_masks=torch.full((num_requests * num_rows,), -1, dtype=torch.int64),
-            context_lens=context.lens,
-            block_table=context.block_table,
-            max_rows=num_rows,
-        )
-
-    def attend_frames(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, frames: TreeBatch, scale: float
-    ) -> Tensor:
-        query, key, value = (rows.flatten(0, 1) for rows in (query, key, value))
-        out = torch.empty_like(query)
-        cpu_kernels.tree_attention(query, key, value, kv_cache, frames, scale, out)
-        return out.unflatten(0, (-1, frames.max_rows))
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor
+    ) -> None:
+        cpu_kernels.tree_attention(query, key, value, kv_cache, batch, scale, out)
 
     def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         write_cache(kv_cache, slots, key, value)

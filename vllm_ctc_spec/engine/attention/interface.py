@@ -6,11 +6,17 @@ D head size.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from vllm_ctc_spec.ops.launch import Launch
+from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
 
 @dataclass(frozen=True)
@@ -18,9 +24,9 @@ class PagedContext:
     """Where the contexts of R requests lie in the paged cache."""
 
     block_table: Tensor
-    """[R, blocks of the longest context]"""
+    """[R, blocks of the longest context] int32"""
     lens: Tensor
-    """[R]"""
+    """[R] int32"""
 
 
 @dataclass(frozen=True)
@@ -44,34 +50,101 @@ class StepTrees:
         return sum(map(len, self.masks)) == self.num_rows
 
 
-class TreeAttention(Protocol):
-    """One for the target's layers and the drafter's, whose caches have one layout. Tensors are on their device."""
+@dataclass(frozen=True)
+class TreeRows:
+    """The rows of a step that belong to branching trees."""
+
+    batch: TreeBatch
+    are_whole_step: bool
+
+
+def tree_rows(metadata: Any) -> TreeRows | None:
+    """What `TreeAttention.attach` added to vLLM's metadata, whose classes differ from backend to backend."""
+    return getattr(metadata, "tree_rows", None)
+
+
+class TreeAttention(ABC):
+    """One for the target's layers and the drafter's, whose caches have one layout. Tensors are on their device.
+
+    The caches' second-last dimension is the block size.
+    """
+
+    def __init__(self, layers: list[Any]) -> None:
+        """layers: the target's attention layers."""
+        self.layer = layers[0]
 
     def attach(self, metadata: Any, trees: StepTrees) -> None:
         """Makes the rows of `trees` attend to their ancestors in the forward pass with vLLM's `metadata`.
 
         Work that all layers share is done here, once.
         """
+        counts = [len(masks) for masks in trees.masks]
+        ancestors = np.zeros(trees.num_rows, dtype=np.int64)
+        for start, masks in zip(trees.starts, trees.masks):
+            ancestors[start : start + len(masks)] = masks
+        fields = np.array([trees.requests, trees.starts, counts, trees.context_lens])
+        packed = async_tensor_h2d(np.concatenate((fields.ravel(), ancestors)), metadata.block_table.device)
+        requests, starts, num_rows, lens = packed[: fields.size].view(fields.shape)
+        num_blocks = -(-max(trees.context_lens) // self.layer.kv_cache.shape[2])
+        batch = TreeBatch(
+            row_starts=starts.int(),
+            num_rows=num_rows.int(),
+            ancestor_masks=packed[fields.size :],
+            context_lens=lens.int(),
+            block_table=metadata.block_table[requests, :num_blocks],
+            max_rows=max(counts),
+            launch=self._launch(len(counts), max(counts), num_blocks, self.layer.num_heads, self.layer.dtype),
+        )
+        metadata.tree_rows = TreeRows(batch, trees.are_whole_step)
 
     def context(self, block_table: Tensor, requests: Tensor, lens: Tensor) -> PagedContext:
         """Of rows `requests` [R] int64 of a block table [batch, blocks], which has no more blocks than are needed;
         lens: [R] int64, at least 1.
         """
+        return PagedContext(block_table[requests], lens.int())
 
-    def frames(self, context: PagedContext, num_rows: int, num_heads: int, kv_cache: Tensor, dtype: torch.dtype) -> Any:
+    def frames(self, context: PagedContext, num_rows: int, num_heads: int, dtype: torch.dtype) -> TreeBatch:
         """What `attend_frames` needs for Q rows of H heads for each request, made once for the drafter's layers."""
+        (num_requests, num_blocks), device = context.block_table.shape, context.lens.device
+        return TreeBatch(
+            row_starts=num_rows * torch.arange(num_requests, dtype=torch.int32, device=device),
+            num_rows=torch.full((num_requests,), num_rows, dtype=torch.int32, device=device),
+            ancestor_masks=torch.full((num_requests * num_rows,), -1, dtype=torch.int64, device=device),
+            context_lens=context.lens,
+            block_table=context.block_table,
+            max_rows=num_rows,
+            launch=self._launch(num_requests, num_rows, num_blocks, num_heads, dtype),
+        )
 
     def attend_frames(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, frames: Any, scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, frames: TreeBatch, scale: float
     ) -> Tensor:
         """The Q rows of each request see its context and one another; returns like query.
 
         query: [R, Q, H, D]; key, value: [R, Q, K, D], the rows' own.
         """
+        query, key, value = (rows.flatten(0, 1) for rows in (query, key, value))
+        out = torch.empty_like(query)
+        self._attend(query, key, value, kv_cache, frames, scale, out)
+        return out.unflatten(0, (-1, frames.max_rows))
 
+    def _launch(
+        self, num_requests: int, max_rows: int, num_blocks: int, num_heads: int, dtype: torch.dtype
+    ) -> Launch | None:
+        """How kernels are launched, where that is to be planned."""
+        return None
+
+    @abstractmethod
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor
+    ) -> None:
+        """Of the drafter: query, out: [M, H, D]; key, value: [M, K, D]."""
+
+    @abstractmethod
     def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store key and value [n, K, D] at slots [n] int64 of a cache of the drafter."""
 
+    @abstractmethod
     def move(self, slots: Tensor, sources: list[list[int]], targets: list[list[int]]) -> None:
         """Copy the target's keys and values, in every layer, from the slots of rows `sources` to those of `targets`.
 

@@ -10,7 +10,6 @@ K key-value heads, B block size, D head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,19 +23,11 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAt
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
-from vllm_ctc_spec.engine.attention.interface import PagedContext, StepTrees, features_of, refuse_features
+from vllm_ctc_spec.engine.attention.interface import TreeAttention, features_of, refuse_features, tree_rows
 from vllm_ctc_spec.ops.kv_move import CacheTable, move_slots
 from vllm_ctc_spec.ops.launch import Launch, plan_launch
 from vllm_ctc_spec.ops.tree_attention import tree_attention
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
-
-
-@dataclass(frozen=True)
-class TreeRows:
-    """The rows of a step that belong to branching trees."""
-
-    batch: TreeBatch
-    are_whole_step: bool
 
 
 class TreeAttentionImpl(AttentionImpl):
@@ -114,44 +105,18 @@ def register() -> None:
         register_backend(name, f"{backend.__module__}.{backend.__name__}")
 
 
-def tree_rows(metadata: Any) -> TreeRows | None:
-    """What `TritonTreeAttention.attach` added to vLLM's metadata, whose classes differ from backend to backend."""
-    return getattr(metadata, "tree_rows", None)
-
-
-class TritonTreeAttention:
-    """TreeAttention over caches [blocks, K, B, 2 * D]; a context's block table and lengths are int32."""
+class TritonTreeAttention(TreeAttention):
+    """Over caches [blocks, K, B, 2 * D]."""
 
     def __init__(self, layers: list[Any]) -> None:
         refuse_features({"scales of each head for its K/V cache": any(each._k_scale.numel() > 1 for each in layers)})
-        self.layer = layers[0]
+        super().__init__(layers)
         self.table = CacheTable.of([layer.kv_cache for layer in layers])
         self.device = self.layer.kv_cache.device
         unit = torch.ones((), device=self.device)
         self.drafter_scales = SimpleNamespace(_k_scale=unit, _v_scale=unit)
         """The drafter's keys and values are its own, so the target's scales do not fit them."""
         self._check_layout()
-
-    def attach(self, metadata: Any, trees: StepTrees) -> None:
-        counts = [len(masks) for masks in trees.masks]
-        ancestors = np.zeros(trees.num_rows, dtype=np.int64)
-        for start, masks in zip(trees.starts, trees.masks):
-            ancestors[start : start + len(masks)] = masks
-        fields = np.array([trees.requests, trees.starts, counts, trees.context_lens])
-        packed = async_tensor_h2d(np.concatenate((fields.ravel(), ancestors)), self.device)
-        requests, starts, num_rows, lens = packed[: fields.size].view(fields.shape)
-        block_size = self.layer.kv_cache.shape[2]
-        num_blocks = -(-max(trees.context_lens) // block_size)
-        batch = TreeBatch(
-            row_starts=starts.int(),
-            num_rows=num_rows.int(),
-            ancestor_masks=packed[fields.size :],
-            context_lens=lens.int(),
-            block_table=metadata.block_table[requests, :num_blocks],
-            max_rows=max(counts),
-            launch=self._launch(len(counts), max(counts), num_blocks, self.layer.num_heads, self.layer.dtype),
-        )
-        metadata.tree_rows = TreeRows(batch, trees.are_whole_step)
 
     def _launch(self, num_requests: int, max_rows: int, num_blocks: int, num_heads: int, dtype: torch.dtype) -> Launch:
         """The longest context is rounded up, so that few plans serve all steps."""
@@ -161,31 +126,11 @@ class TritonTreeAttention:
             num_requests, max_rows, max_context, num_heads, num_kv_heads, packed // 2, dtype, self.device
         )
 
-    def context(self, block_table: Tensor, requests: Tensor, lens: Tensor) -> PagedContext:
-        return PagedContext(block_table[requests], lens.int())
-
-    def frames(
-        self, context: PagedContext, num_rows: int, num_heads: int, kv_cache: Tensor, dtype: torch.dtype
-    ) -> TreeBatch:
-        num_requests, num_blocks = context.block_table.shape
-        return TreeBatch(
-            row_starts=num_rows * torch.arange(num_requests, dtype=torch.int32, device=self.device),
-            num_rows=torch.full((num_requests,), num_rows, dtype=torch.int32, device=self.device),
-            ancestor_masks=torch.full((num_requests * num_rows,), -1, dtype=torch.int64, device=self.device),
-            context_lens=context.lens,
-            block_table=context.block_table,
-            max_rows=num_rows,
-            launch=self._launch(num_requests, num_rows, num_blocks, num_heads, dtype),
-        )
-
-    def attend_frames(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, frames: TreeBatch, scale: float
-    ) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor
+    ) -> None:
         cache, k_scale, v_scale = self.layer.impl.kernel_cache(kv_cache, self.drafter_scales)
-        query, key, value = (rows.flatten(0, 1) for rows in (query, key, value))
-        out = torch.empty_like(query)
-        tree_attention(query, key, value, cache, frames, scale, out, k_scale=k_scale, v_scale=v_scale)
-        return out.unflatten(0, (-1, frames.max_rows))
+        tree_attention(query, key, value, cache, batch, scale, out, k_scale=k_scale, v_scale=v_scale)
 
     def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         self.layer.impl.do_kv_cache_update(self.drafter_scales, key, value, kv_cache, slots)
