@@ -147,7 +147,8 @@ def test_drafting_that_does_not_pay_is_tried_at_the_price_of_a_small_share(slowe
 def test_drafting_that_pays_goes_on_and_is_compared_again_ever_more_rarely() -> None:
     kinds = steps(budget_of(FLAT), 1, 5000, 0.5, 1.0)
     drafted = [length for drafts, length in runs(kinds) if drafts][:-1]
-    assert drafted[:4] == [FIRST_LOOK, 2 * FIRST_LOOK, 4 * FIRST_LOOK, LAST_LOOK] and set(drafted[4:]) == {LAST_LOOK}
+    assert drafted[:5] == [FIRST_LOOK << doublings for doublings in range(4)] + [LAST_LOOK]
+    assert set(drafted[5:]) == {LAST_LOOK}
     assert {length for drafts, length in runs(kinds)[2:-1] if not drafts} == {NUM_PLAIN}
 
 

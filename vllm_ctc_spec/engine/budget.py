@@ -53,7 +53,7 @@ NUM_PLAIN = 16
 NUM_PLAIN_OBSERVED = 8
 """The latest of them count, because the first after others are slow."""
 
-FIRST_LOOK, LAST_LOOK = 64, 512
+FIRST_LOOK, LAST_LOOK = 32, 512
 """Steps with drafts before decoding without is looked at again; twice as many after each look."""
 
 NUM_JUDGED = 8
@@ -66,7 +66,7 @@ LOST_SHARE = 0.02
 """Of the tokens of a rest, those that the steps with drafts before it may have lost."""
 
 SHORTEST_REST, LONGEST_REST = 32, 8192
-"""Steps; each rest is twice as long as what was lost asks for, and twice that after another, until drafts have paid."""
+"""Steps; each rest is twice as long as that before it, unless drafts have paid meanwhile."""
 
 FACTOR_PRIOR = 8.0
 """Steps' worth of belief that a row costs what the target's pass does; such steps differ by 10 %."""
@@ -78,6 +78,7 @@ TRUST_PRIOR = 8.0
 """Nodes' worth of belief in the drafter's own probabilities."""
 
 PROFILE_DECAY = 0.9
+"""Of what trees are worth, at each step with drafts."""
 
 
 @dataclass(frozen=True)
