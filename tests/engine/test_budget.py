@@ -207,8 +207,8 @@ def test_decoding_without_drafts_is_tried_where_it_might_be_faster() -> None:
     budget = budget_of(Cost(np.array([1, 64]), np.array([0.1, 0.1])))
     for _ in range(NUM_PLAIN - 1):
         assert not budget.wants_drafts(1)
-    first, rest, then = runs(steps(budget, 1, 100, 0.5, 1.0))
-    assert (first, rest, then[0]) == ((True, NUM_JUDGED), (False, SHORTEST_REST), True)
+    first, rest, then, *_ = runs(steps(budget, 1, 100, 0.5, 1.0))
+    assert (first, rest, then) == ((True, NUM_JUDGED), (False, SHORTEST_REST), (True, FIRST_LOOK))
 
 
 def test_drafting_is_taken_up_again_when_it_pays_again() -> None:
