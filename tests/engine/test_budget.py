@@ -29,7 +29,7 @@ from vllm_ctc_spec.engine.budget import (
     measured_requests,
     measured_rows,
 )
-from vllm_ctc_spec.engine.row_counts import round_up_rows, row_counts
+from vllm_ctc_spec.engine.row_counts import row_counts
 
 FLAT = Cost(np.array([1, 64]), np.array([1.0, 1.0]))
 FREE = Cost(np.array([1]), np.array([0.0]))
@@ -62,7 +62,8 @@ def test_there_are_four_row_counts_in_each_doubling(most: int) -> None:
     assert counts[0] == 1 and counts[-1] == most and counts == sorted(set(counts))
     assert all(larger <= smaller * 1.25 or larger == smaller + 1 for smaller, larger in itertools.pairwise(counts))
     assert len(counts) <= 8 + 4 * max(0.0, np.log2(most / 8)) + 1
-    assert all(round_up_rows(number) in counts for number in range(1, most) if round_up_rows(number) < most)
+    grid = [*range(1, 8), *(eighths << power for power in range(10) for eighths in (8, 10, 12, 14))]
+    assert counts[:-1] == [count for count in grid if count < most]
 
 
 def budget_of(target: Cost, drafting: Cost = FREE) -> NodeBudget:
@@ -214,7 +215,8 @@ def test_decoding_without_drafts_is_tried_where_it_might_be_faster() -> None:
 def test_drafting_is_taken_up_again_when_it_pays_again() -> None:
     budget = budget_of(FLAT)
     assert not all(steps(budget, 1, 200, 2.0, 1.0)[NUM_PLAIN:])
-    assert sum(steps(budget, 1, 5000, 0.5, 1.0)[-1000:]) > 900
+    # Not at a look.
+    assert all(steps(budget, 1, 4800, 0.5, 1.0)[-200:])
 
 
 def test_drafting_that_cannot_pay_is_not_tried_once_it_is_known_what_trees_are_worth() -> None:

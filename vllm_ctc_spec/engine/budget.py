@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_ctc_spec.engine.row_counts import row_counts
+from vllm_ctc_spec.engine.row_counts import doublings, row_counts
 
 NUM_SWEEPS = 5
 """Through all sizes; the fastest run of each counts, because the first makes kernels and the machine has its moods."""
@@ -118,12 +118,12 @@ def measured_rows(max_rows: int) -> list[int]:
 
 
 def measured_requests(max_requests: int) -> list[int]:
-    return [1 << power for power in range(min(max_requests, MOST_REQUESTS).bit_length())]
+    return doublings(min(max_requests, MOST_REQUESTS))
 
 
 @dataclass
 class _Load:
-    """What is done under one load, and what was seen of it. Steps are their tokens, seconds and rows."""
+    """What is done under one load, and what was seen of it."""
 
     drafts: bool = False
     num_left: int = NUM_PLAIN
@@ -138,7 +138,9 @@ class _Load:
     num_rests: int = 0
     """One after the other."""
     with_drafts: deque[tuple[int, float, int]] = field(default_factory=lambda: deque(maxlen=NUM_OBSERVED))
-    without: deque[tuple[int, float, int]] = field(default_factory=lambda: deque(maxlen=NUM_PLAIN_OBSERVED))
+    """Tokens, seconds and rows of steps."""
+    rates_without: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_PLAIN_OBSERVED))
+    """Tokens per second of steps without drafts."""
 
     def rest(self, num_steps: float) -> None:
         longest = SHORTEST_REST if self.rate_without() is None else LONGEST_REST
@@ -162,12 +164,8 @@ class _Load:
         return steps
 
     def rate_without(self) -> float | None:
-        """Tokens per second of the latest steps without drafts. They differ in nothing but the machine's moods, and few
-        of them count.
-        """
-        if len(self.without) < FEWEST_OBSERVED:
-            return None
-        return median(tokens / seconds for tokens, seconds, _ in self.without)
+        """Of the latest steps without drafts. They differ in nothing but the machine's moods, and few of them count."""
+        return median(self.rates_without) if len(self.rates_without) >= FEWEST_OBSERVED else None
 
 
 class NodeBudget:
@@ -196,7 +194,7 @@ class NodeBudget:
                     load.rest(lost / (LOST_SHARE * num_requests))
             elif load.rate_with is None and not self._may_pay(num_requests):
                 load.rest(SHORTEST_REST)
-            if load.drafts and load.num_until_look <= 0:
+            if load.num_until_look <= 0:
                 load.look()
         elif load.num_left <= 0:
             load.drafts = self._may_pay(num_requests)
@@ -210,11 +208,11 @@ class NodeBudget:
         """
         if self._profile is None:
             return True
-        nodes = np.arange(len(self._profile) + 1)
-        gains = np.concatenate(([0.0], np.minimum(self._trust * self._profile, 1.0).cumsum()))
-        longer = self._target.at(num_requests * (1 + nodes)) - self._target.at(num_requests)
-        seconds = num_requests / self._rate_without(num_requests) + longer + self._drafting.at(num_requests)
-        return bool((num_requests * (1 + gains) / seconds).max() > self._rate_without(num_requests))
+        rate, gains = self._rate_without(num_requests), self._gains(self._profile)
+        rows = num_requests * np.arange(1, len(gains) + 1)
+        longer = self._target.at(rows) - self._target.at(num_requests)
+        seconds = num_requests / rate + longer + self._drafting.at(num_requests)
+        return bool((num_requests * (1 + gains) / seconds).max() > rate)
 
     def _judge(self, num_requests: int) -> float:
         """Learns from the latest steps with drafts. Returns the tokens that they have lost, if they surely have; else
@@ -242,7 +240,10 @@ class NodeBudget:
         if self._kind == self._kind_before:
             key, drafts = self._kind
             load = self._loads[key]
-            (load.with_drafts if drafts else load.without).append((num_tokens, seconds, num_rows))
+            if drafts:
+                load.with_drafts.append((num_tokens, seconds, num_rows))
+            else:
+                load.rates_without.append(num_tokens / seconds)
 
     def observe_walk(self, believed: float, num_accepted: int) -> None:
         """believed: sum of psi over the verified nodes."""
@@ -259,9 +260,8 @@ class NodeBudget:
         order = np.argsort(-flat, kind="stable")[: np.count_nonzero(flat)]
         self._learn_profile(probabilities)
         load = self._loads[num_requests.bit_length()]
-        rates = [rate for rate in (load.rate_with, load.rate_without()) if rate is not None]
-        rate = max(rates) if rates else self._rate_without(num_requests)
-        gains = np.concatenate(([0.0], np.minimum(self._trust * flat[order], 1.0).cumsum()))
+        rate = max(load.rate_with or 0.0, load.rate_without() or 0.0) or self._rate_without(num_requests)
+        gains = self._gains(flat[order])
         rows = np.array(row_counts(num_requests + len(order)))
         rows = np.concatenate(([num_requests], rows[rows > num_requests]))
         costs = load.row_factor * (self._target.at(rows) - self._target.at(num_requests))
@@ -269,9 +269,10 @@ class NodeBudget:
         num_chosen = rows[np.argmax(worth)] - num_requests
         return np.bincount(order[:num_chosen] // probabilities.shape[1], minlength=len(probabilities))
 
-    @property
-    def _trust(self) -> float:
-        return (self._accepted + TRUST_PRIOR) / (self._believed + TRUST_PRIOR)
+    def _gains(self, psi: np.ndarray) -> np.ndarray:
+        """[n + 1], tokens that the first 0, 1, ... n nodes are expected to bring; psi: [n]."""
+        trust = (self._accepted + TRUST_PRIOR) / (self._believed + TRUST_PRIOR)
+        return np.concatenate(([0.0], np.minimum(trust * psi, 1.0).cumsum()))
 
     def _learn_profile(self, probabilities: np.ndarray) -> None:
         seen = np.zeros(self._num_nodes)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_ctc_spec.engine.attention.interface import PagedContext
+from vllm_ctc_spec.engine.row_counts import doublings
 
 MOST_REQUESTS = 32
 """Of a recorded pass, whose memory is held for good; a larger batch fills the GPU without graphs."""
@@ -45,7 +46,7 @@ class RecordedDrafts:
     def __init__(self, draft: Callable[[DraftInputs], Tensor], buffers: DraftInputs, record: Record) -> None:
         self._buffers = buffers
         most = len(buffers.hidden)
-        sizes = sorted({most, *(1 << power for power in range(most.bit_length()))})
+        sizes = sorted({most, *doublings(most)})
         # From the largest on, whose memory the others can share.
         self._replays = {size: record(partial(draft, buffers.first(size))) for size in reversed(sizes)}
 

@@ -8,15 +8,14 @@ doubling.
 from __future__ import annotations
 
 
-def round_up_rows(num_rows: int) -> int:
-    """The next of 1, 2, ... 8, 10, ... 16, 20, ... 32, 40 and so on."""
-    step = max(1, (1 << (num_rows - 1).bit_length()) // 8)
-    return -(-num_rows // step) * step
-
-
 def row_counts(most: int) -> list[int]:
-    """All of them up to `most`, and `most` itself."""
+    """1, 2, ... 8, 10, ... 16, 20, ... 32, 40 and so on, and `most`."""
     counts = [1]
-    while counts[-1] < most:
-        counts.append(min(round_up_rows(counts[-1] + 1), most))
+    while (last := counts[-1]) < most:
+        counts.append(min(last + max(1, (1 << last.bit_length()) // 8), most))
     return counts
+
+
+def doublings(most: int) -> list[int]:
+    """1, 2, 4, ... at most `most`."""
+    return [1 << power for power in range(most.bit_length())]
