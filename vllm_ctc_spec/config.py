@@ -17,6 +17,7 @@ MAX_FRAMES = 16
 
 TREES = ("prefix", "template", "chain")
 EMISSIONS = ("independent", "conditioned")
+ATTENTION_KERNELS = ("own", "xformers")
 
 
 class CTCDrafterConfig(PretrainedConfig):
@@ -89,12 +90,14 @@ class SpecOptions:
     min_prefix_probability: nodes that the drafter believes less likely than this are not verified.
     adaptive_budget: verify only those nodes, up to the node budget, that make the batch faster (engine/budget.py);
         a template tree is always verified whole.
+    attention_kernel: what attends for trees and the drafter's frames; "xformers" on CUDA only.
     """
 
     tree: Literal["prefix", "template", "chain"] = "prefix"
     candidates: int = 32
     min_prefix_probability: float = 0.0
     adaptive_budget: bool = True
+    attention_kernel: Literal["own", "xformers"] = "own"
 
     @property
     def adapts(self) -> bool:
@@ -111,6 +114,11 @@ class SpecOptions:
             )
         if not isinstance(self.adaptive_budget, bool):
             raise ValueError(f"speculative_config adaptive_budget={self.adaptive_budget!r}: use true or false.")
+        if self.attention_kernel not in ATTENTION_KERNELS:
+            raise ValueError(
+                f"speculative_config attention_kernel={self.attention_kernel!r}: use one of "
+                f"{', '.join(ATTENTION_KERNELS)}."
+            )
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ def gather_and_sdpa(step: Step) -> Call:
 
 
 def xformers(step: Step) -> Call:
-    """Context and tail apart, then merged; the cache lies gathered, which is its best case."""
+    """Its own tree attention: context and tail apart, then merged; the cache lies gathered, which is its best case."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalPaddedKeysMask
     from xformers.ops.tree_attention import tree_attention
 
@@ -47,6 +47,14 @@ def xformers(step: Step) -> Call:
     allowed = unpack_ancestor_masks(step.by_request(step.batch.ancestor_masks), num_rows)[0]
     tail = _aligned(torch.zeros_like(allowed, dtype=query.dtype).masked_fill_(~allowed, -torch.inf))
     return lambda: tree_attention(query, *own, *cached, tail, prefix)
+
+
+def paged_xformers(step: Step) -> Call:
+    """What the engine does with attention_kernel="xformers"."""
+    from vllm_ctc_spec.ops.xformers_attention import pad_batch, tree_attention
+
+    batch, out = pad_batch(step.batch, BLOCK_SIZE), torch.empty_like(step.query)
+    return lambda: tree_attention(step.query, step.key, step.value, step.kv_cache, batch, SCALE, out)
 
 
 def flash(step: Step) -> Call:
@@ -83,6 +91,7 @@ BASELINES: dict[str, Callable[[Step], Call]] = {
     "sdpa": sdpa,
     "gather+sdpa": gather_and_sdpa,
     "xformers": xformers,
+    "paged xformers": paged_xformers,
     "flash": flash,
 }
 """All want equally many rows and equally long contexts, and raise ImportError where they are not installed."""

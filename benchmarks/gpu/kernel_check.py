@@ -8,7 +8,8 @@ key-value, size 128, bfloat16, blocks of 16) is timed, replayed from a CUDA grap
 * floor: the bytes it must move at the device's copy bandwidth, or the arithmetic it must do at the rate of a large
   matrix product, whichever takes longer, both measured here;
 * SDPA with an explicit mask over keys and values that lie gathered, and with the gathering;
-* xformers' `tree_attention` and FlashAttention (causal: it knows no trees), where they are installed.
+* xformers' `tree_attention` over a gathered cache, what the engine does with attention_kernel="xformers" (paged), and
+  FlashAttention (causal: it knows no trees), where they are installed.
 
 `--tune` tries other launch parameters instead; what wins belongs into vllm_ctc_spec/ops/launch.py.
 Exit status: 1 if a kernel is wrong, 2 without a CUDA device.
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.gpu.baselines import BASELINES
+from benchmarks.gpu.baselines import BASELINES, paged_xformers
 from benchmarks.gpu.steps import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, Step, make_step
 from vllm_ctc_spec.ops import kv_move, reference
 from vllm_ctc_spec.ops.launch import Launch
@@ -87,6 +88,24 @@ def check_attention() -> list[dict[str, Any]]:
                         error = (run(step, launch, softcap).double() - exact).abs().max().item()
                         case = f"{dtype} {cache_dtype} D={head_size} rows={num_rows} softcap={softcap} S={num_splits}"
                         rows.append({"case": case, "error": error, "ok": error <= TOLERANCE[dtype]})
+    return rows
+
+
+def check_xformers() -> list[dict[str, Any]]:
+    """attention_kernel="xformers", whose requests all have rows and a context; nothing where it is not installed."""
+    rows = []
+    for dtype in (torch.float16, torch.bfloat16):
+        for num_rows, contexts in (((64, 1, 33), (1000, 50, 4097)), ((9,) * 5, (77, 3000, 1, 16, 17))):
+            step = make_step(num_rows, contexts, dtype)
+            try:
+                call = paged_xformers(step)
+            except ImportError:
+                return []
+            exact = torch.zeros_like(step.query, dtype=torch.float64)
+            wide = step.query.double(), step.key, step.value, step.kv_cache, step.batch, SCALE, exact
+            error = (call().double() - reference.tree_attention(*wide)).abs().max().item()
+            case = f"xformers {dtype} rows={num_rows}"
+            rows.append({"case": case, "error": error, "ok": error <= TOLERANCE[dtype]})
     return rows
 
 
@@ -180,12 +199,12 @@ def tune(limits: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    names = ["ours", "sdpa", "gather+sdpa", "xformers", "flash"]
+    names = ["ours", *BASELINES]
     print(
-        f"{'batch':>5} {'context':>7} {'nodes':>5} {'floor':>8} {'x floor':>7} " + " ".join(f"{n:>11}" for n in names)
+        f"{'batch':>5} {'context':>7} {'nodes':>5} {'floor':>8} {'x floor':>7} " + " ".join(f"{n:>14}" for n in names)
     )
     for row in results:
-        times = " ".join(f"{row[name]:>11.3f}" if row.get(name) is not None else f"{'-':>11}" for name in names)
+        times = " ".join(f"{row[name]:>14.3f}" if row.get(name) is not None else f"{'-':>14}" for name in names)
         ratio = row["ours"] / row["floor"]
         print(f"{row['batch']:>5} {row['context']:>7} {row['nodes']:>5} {row['floor']:>8.3f} {ratio:>7.2f} {times}")
 
@@ -203,7 +222,7 @@ def main() -> int:
     limits = device_limits()
     checks = check_attention()
     move_checks, move_time = check_move()
-    checks += move_checks
+    checks += check_xformers() + move_checks
     wrong = [check for check in checks if not check["ok"]]
     report = {"device": device.name, "torch": torch.__version__, "triton": triton.__version__, "limits": limits}
     report |= {"checks": checks, "move": move_time}

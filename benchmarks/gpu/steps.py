@@ -47,7 +47,8 @@ def make_step(
     # Room for the rows themselves, too: FlashAttention reads them from the cache.
     table_width = -(-(max(contexts) + max(num_rows)) // BLOCK_SIZE)
     num_blocks = table_width * len(contexts)
-    kv_cache = torch.randn(num_blocks, NUM_KV_HEADS, BLOCK_SIZE, 2 * head_size, **random_on_gpu)
+    # Heads inside of slots, as vLLM lays its caches out unless it is told otherwise.
+    kv_cache = torch.randn(num_blocks, BLOCK_SIZE, NUM_KV_HEADS, 2 * head_size, **random_on_gpu).transpose(1, 2)
     is_fp8 = cache_dtype is not None and cache_dtype.itemsize == 1
     scales = [torch.tensor([scale], device="cuda") if is_fp8 else None for scale in (0.75, 1.25)]
     shape = max(num_rows), max(contexts), NUM_HEADS, NUM_KV_HEADS, head_size, dtype, device

@@ -6,6 +6,7 @@ Needs TRITON_INTERPRET=1 in its environment: Triton decides when a kernel is def
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from typing import Any
 
@@ -40,15 +41,30 @@ def interpret_vllms_kernels() -> None:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
 
 
+def allow_xformers_on_a_cpu() -> None:
+    # It says that its compiled parts fit another torch; none of them is used.
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+    from xformers.ops.fmha.triton_splitk import FwOp
+
+    FwOp.not_supported_reasons = classmethod(lambda cls, inputs: [])
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+
+
 class InterpretedWorker(CTCCPUWorker):
+    kernel = "own"
+
     def init_device(self) -> Any:
         super().init_device()
         interpret_vllms_kernels()
         # Trees are built as on a GPU.
         drafting.can_search = lambda table: False
         # Only now, because it takes its base classes from the modules that were loaded again.
+        from vllm_ctc_spec.engine.attention.triton import TreeAttentionImpl
         from vllm_ctc_spec.engine.attention.triton import TreeTritonAttentionBackend as backend
 
+        # Start-up refuses what is for CUDA only.
+        choose = TreeAttentionImpl.tree_attention
+        TreeAttentionImpl.tree_attention = staticmethod(lambda layers, kernel: choose(layers, self.kernel))
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{backend.__module__}.{backend.__name__}")
 
     def determine_available_memory(self) -> int:
@@ -88,3 +104,11 @@ class InterpretedWorker(CTCCPUWorker):
     def what_was_seen(self) -> dict[str, Any]:
         """The class that attends, steps of trees alone, of other rows beside trees, K/V moves, recorded drafts."""
         return self.seen
+
+
+class XformersWorker(InterpretedWorker):
+    kernel = "xformers"
+
+    def init_device(self) -> Any:
+        super().init_device()
+        allow_xformers_on_a_cpu()

@@ -84,6 +84,8 @@ def test_another_method_is_left_to_vllm(pair: DemoPaths) -> None:
         ({"tree": "bush"}, "tree='bush'.*prefix, template, chain"),
         ({"candidates": 0}, "candidates=0.*1 to 64"),
         ({"adaptive_budget": "yes"}, "adaptive_budget='yes'.*true or false"),
+        ({"attention_kernel": "flash"}, "attention_kernel='flash': use one of own, xformers"),
+        ({"attention_kernel": "xformers"}, "attention_kernel='xformers'.*CUDA device.*Leave it out"),
         ({"min_prefix_probability": 1.5}, r"min_prefix_probability=1.5.*\[0, 1\)"),
         ({"model": None}, "'model'.*folder of a trained CTC drafter"),
         ({"model": "no/such/folder"}, "'no/such/folder' is not a folder"),

@@ -14,14 +14,23 @@ NUM_REQUESTS = 4
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("worker", "attention"),
+    [("InterpretedWorker", "TritonTreeAttention"), ("XformersWorker", "XformersTreeAttention")],
+)
 def test_trees_over_vllms_gpu_cache_change_no_token(
-    pair: DemoPaths, plain: LLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    worker: str,
+    attention: str,
+    pair: DemoPaths,
+    plain: LLM,
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     few = [prompt[:20] for prompt in prompts[1 : NUM_REQUESTS + 1]]
     greedy = SamplingParams(temperature=0, max_tokens=16)
     sampled = seeded(NUM_REQUESTS, temperature=0.7, top_p=0.95, max_tokens=10)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setitem(plugin.WORKERS, "cpu", "tests.engine.interpreted.InterpretedWorker")
+    monkeypatch.setitem(plugin.WORKERS, "cpu", f"tests.engine.interpreted.{worker}")
     # So few tokens a step that prompts wait, and are read beside other requests' trees.
     options = {"max_num_seqs": NUM_REQUESTS, "max_num_batched_tokens": 48, "max_model_len": 64, "block_size": 32}
     with engine(pair, {"num_speculative_tokens": 12}, **options) as llm:
@@ -30,5 +39,5 @@ def test_trees_over_vllms_gpu_cache_change_no_token(
         metrics = read_tree_metrics(llm)
     assert answers == [complete(plain, few, params) for params in (greedy, sampled)]
     assert metrics is not None and metrics.acceptance_length > 1.2
-    assert seen["attention"] == "TritonTreeAttention"
+    assert seen["attention"] == attention
     assert min(seen["whole"], seen["mixed"], seen["moves"], seen["recorded"]) > 0, seen

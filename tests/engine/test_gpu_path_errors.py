@@ -38,6 +38,7 @@ def check(
     target: dict[str, Any] | None = None,
     platform: Platform | None = None,
     enable_dbo: bool = False,
+    attention_kernel: str = "own",
 ) -> None:
     sizes = {"head_size": 128, "num_heads": 32, "num_kv_heads": 8, "dtype": torch.bfloat16, **(target or {})}
     model = SimpleNamespace(
@@ -48,7 +49,7 @@ def check(
     )
     engine_args = EngineArgs(model=".", **options)
     with patch("vllm.platforms.current_platform", platform or Platform()):
-        check_device(engine_args, model, SimpleNamespace(enable_dbo=enable_dbo))
+        check_device(engine_args, model, SimpleNamespace(enable_dbo=enable_dbo), attention_kernel)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,13 @@ def test_what_is_not_is_refused_by_name(options: dict[str, Any], target: dict[st
         check(options, target)
 
 
+def test_xformers_is_refused_for_what_it_lacks_and_passes_otherwise() -> None:
+    check({}, attention_kernel="xformers")
+    for options, target in (({"kv_cache_dtype": "fp8"}, {}), ({}, {"dtype": torch.float32}), ({}, {"head_size": 80})):
+        with pytest.raises(ValueError, match="attention_kernel='xformers'"):
+            check(options, target, attention_kernel="xformers")
+
+
 def test_microbatches_are_refused() -> None:
     with pytest.raises(ValueError, match=r"enable_dbo.*Remove --enable-dbo"):
         check({}, enable_dbo=True)
@@ -109,7 +117,7 @@ def test_a_backend_that_vllm_chose_itself_is_refused_by_name() -> None:
     chosen = SimpleNamespace(get_name=lambda: "FLASHINFER")
     layer = SimpleNamespace(impl=SimpleNamespace(), get_attn_backend=lambda: chosen)
     with pytest.raises(ValueError, match=r"attention backend FLASHINFER.*--attention-backend FLASH_ATTN"):
-        tree_attention_of([layer])
+        tree_attention_of([layer], "own")
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,17 @@ class Case:
         )
 
 
+def attend_with_xformers(
+    query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, **optional: Any
+) -> Tensor:
+    """For `Case.check`, of cases without softcap and scales."""
+    from vllm_ctc_spec.ops.xformers_attention import pad_batch, tree_attention
+
+    assert optional.pop("softcap") == 0.0 and optional.pop("k_scale") is optional.pop("v_scale") is None
+    slots = kv_cache.transpose(1, 2).contiguous().transpose(1, 2)
+    return tree_attention(query, key, value, slots, pad_batch(batch, kv_cache.shape[2]), scale, **optional)
+
+
 def make_case(shape: Shape, launch: Launch, device: str = "cpu") -> Case:
     """Tensors of a shape; the rows of requests lie in the step in random order, with rows of nobody between them."""
     generator, rng = torch.Generator().manual_seed(shape.seed), random.Random(shape.seed)

@@ -49,6 +49,17 @@ def test_compiled_attention_equals_its_plain_twin(
     make_case(shape, planned(shape, num_splits), "cuda").check(tree_attention)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_compiled_xformers_equals_its_plain_twin(dtype: torch.dtype, head_size: int) -> None:
+    pytest.importorskip("xformers")
+    from tests.ops.cases import attend_with_xformers
+
+    shape = replace(SHAPE, dtype=dtype, cache_dtype=dtype, head_size=head_size)
+    shape = replace(shape, num_rows=(64, 1, 9), context_lens=(700, 30, 2100))
+    make_case(shape, planned(shape, 1), "cuda").check(attend_with_xformers)
+
+
 def test_a_captured_step_reads_what_was_written_into_its_buffers() -> None:
     from vllm_ctc_spec.ops.tree_attention import tree_attention
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_ctc_spec.ops import support
-from vllm_ctc_spec.ops.support import check_supported
+from vllm_ctc_spec.ops.support import check_supported, check_xformers
 
 GOOD: dict[str, Any] = {
     "head_size": 128,
@@ -60,6 +60,33 @@ def test_missing_triton_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(support, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install triton"):
         check_supported(**GOOD)
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_xformers_supports_passes(head_size: int, dtype: torch.dtype) -> None:
+    check_xformers(head_size, dtype, dtype)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "dtype", "cache_dtype", "named"),
+    [
+        (80, torch.float16, torch.float16, "head_size=80"),
+        (64, torch.float32, torch.float32, "dtype=torch.float32"),
+        (64, torch.float16, torch.float8_e4m3fn, "kv_cache_dtype=torch.float8_e4m3fn"),
+    ],
+)
+def test_what_xformers_lacks_is_refused_by_name(
+    head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, named: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{named}.*attention_kernel='xformers'.*Leave it out"):
+        check_xformers(head_size, dtype, cache_dtype)
+
+
+def test_missing_xformers_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"attention_kernel='xformers'.*pip install xformers"):
+        check_xformers(128, torch.bfloat16, torch.bfloat16)
 
 
 def test_the_kernels_import_neither_vllm_nor_transformers() -> None:

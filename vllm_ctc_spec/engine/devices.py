@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_ctc_spec.ops.support import check_supported
+from vllm_ctc_spec.ops.support import check_supported, check_xformers
 
 if TYPE_CHECKING:
     from vllm.config import CompilationConfig, ModelConfig, ParallelConfig
@@ -18,14 +18,16 @@ SMALLEST_BLOCK = 16
 """vLLM chooses a block size, if the user does not, that the attention backend takes: a multiple of this."""
 
 
-def check_device(engine_args: Any, target: ModelConfig, parallel: ParallelConfig) -> None:
+def check_device(engine_args: Any, target: ModelConfig, parallel: ParallelConfig, attention_kernel: str) -> None:
     """Raises ValueError."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        _check_cpu(engine_args, target)
+        _check_cpu(engine_args, target, attention_kernel)
     elif current_platform.is_cuda():
-        _check_cuda(engine_args, target, parallel, current_platform.get_device_capability())
+        cache_dtype = _check_cuda(engine_args, target, parallel, current_platform.get_device_capability())
+        if attention_kernel == "xformers":
+            check_xformers(target.get_head_size(), target.dtype, cache_dtype)
     else:
         raise ValueError(
             f'speculative method "ctc" runs on vLLM\'s CPU and CUDA backends, not on '
@@ -33,7 +35,12 @@ def check_device(engine_args: Any, target: ModelConfig, parallel: ParallelConfig
         )
 
 
-def _check_cpu(engine_args: Any, target: ModelConfig) -> None:
+def _check_cpu(engine_args: Any, target: ModelConfig, attention_kernel: str) -> None:
+    if attention_kernel != "own":
+        raise ValueError(
+            f"speculative_config attention_kernel={attention_kernel!r}: it needs a CUDA device, and this is vLLM for "
+            f"CPU. Leave it out."
+        )
     if engine_args.kv_cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(
             f'kv_cache_dtype={engine_args.kv_cache_dtype!r}: speculative method "ctc" needs an unquantized cache on '
@@ -52,7 +59,8 @@ def _check_cpu(engine_args: Any, target: ModelConfig) -> None:
 
 def _check_cuda(
     engine_args: Any, target: ModelConfig, parallel: ParallelConfig, capability: tuple[int, int] | None
-) -> None:
+) -> torch.dtype:
+    """Returns the dtype of the cache."""
     _check_attention_backend(engine_args)
     _check_graphs(engine_args.compilation_config)
     if parallel.enable_dbo:
@@ -77,6 +85,7 @@ def _check_cuda(
         block_size=engine_args.block_size or SMALLEST_BLOCK,
         capability=(capability[0], capability[1]),
     )
+    return cache_dtype
 
 
 def _check_attention_backend(engine_args: Any) -> None:

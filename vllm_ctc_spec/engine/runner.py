@@ -90,7 +90,9 @@ class TreeModelRunner(GPUModelRunner):
                 f"block_size={block_size}: the attention backend splits blocks into pieces of {own}, which speculative "
                 f'method "ctc" does not support. Set --block-size {own}.'
             )
-        self.attention = self.drafter.attention = tree_attention_of(list(layers.values()))
+        self.attention = self.drafter.attention = tree_attention_of(
+            list(layers.values()), self.drafter.settings.options.attention_kernel
+        )
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
         config = self.speculative_config

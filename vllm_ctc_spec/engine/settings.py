@@ -49,7 +49,7 @@ def resolve_settings(
     config = check_drafter(drafter)
     _check_engine(engine_args, parallel)
     _check_target(target)
-    check_device(engine_args, target, parallel)
+    check_device(engine_args, target, parallel, options.attention_kernel)
     _check_fit(config, drafter, target)
     return EngineSettings(os.path.abspath(drafter), num_nodes, options)
 

@@ -10,6 +10,7 @@ MIN_CAPABILITY = (8, 0)
 MIN_FP8_CAPABILITY = (8, 9)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+XFORMERS_HEAD_SIZES = (64, 128, 256)
 REMEDY = "Serve without speculative_config, or with another method."
 
 
@@ -55,6 +56,26 @@ def check_supported(
         )
     if block_size < 16 or block_size % 16:
         raise ValueError(f"block_size={block_size}: tree attention needs a multiple of 16. Set --block-size 16.")
+
+
+def check_xformers(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    """What `check_supported` allows and `ops.xformers_attention` lacks. Raises ValueError or ModuleNotFoundError."""
+    if find_spec("xformers") is None:
+        raise ModuleNotFoundError(
+            "speculative_config attention_kernel='xformers' needs xformers, which is not installed. "
+            "Install it with: pip install xformers"
+        )
+    lacks = {
+        f"dtype={dtype}": dtype not in (torch.bfloat16, torch.float16),
+        f"kv_cache_dtype={cache_dtype} with dtype={dtype}": cache_dtype != dtype,
+        f"head_size={head_size}": head_size not in XFORMERS_HEAD_SIZES,
+    }
+    for what, is_lacking in lacks.items():
+        if is_lacking:
+            raise ValueError(
+                f"{what}: speculative_config attention_kernel='xformers' needs bfloat16 or float16, a K/V cache of "
+                f"the same dtype and a head size of {', '.join(map(str, XFORMERS_HEAD_SIZES))}. Leave it out."
+            )
 
 
 def _dotted(capability: tuple[int, int]) -> str:

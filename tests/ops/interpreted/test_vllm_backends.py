@@ -195,6 +195,27 @@ def test_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         TritonTreeAttention([layer])
 
 
+@pytest.mark.parametrize("slots_first", [True, False])
+def test_xformers_reads_caches_in_which_heads_lie_inside_of_slots(slots_first: bool) -> None:
+    from tests.engine.interpreted import allow_xformers_on_a_cpu
+    from vllm_ctc_spec.engine.attention.interface import StepTrees
+
+    allow_xformers_on_a_cpu()
+    step = Step(slots_first)
+    layer = step.layer
+    if not slots_first:
+        with pytest.raises(ValueError, match=r"attention_kernel='xformers'.*Set VLLM_KV_CACHE_LAYOUT=NHD"):
+            layer.impl.tree_attention([layer], "xformers")
+        return
+    attention = layer.impl.tree_attention([layer], "xformers")
+    metadata, out = step.metadata(), torch.full_like(step.query, torch.nan)
+    attention.attach(metadata, StepTrees([1, 2], [5, 12], CONTEXTS[1:], [TREE, [0b1, 0b11, 0b101]], sum(COUNTS)))
+    layer.impl.do_kv_cache_update(layer, step.key, step.value, layer.kv_cache, step.slots)
+    layer.impl.forward(layer, step.query, step.key, step.value, layer.kv_cache, metadata, out)
+    expected = step.expected([*CAUSAL[:5], *TREE, 0b1, 0b11, 0b101])
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_scales_of_each_head_are_refused() -> None:
     from vllm_ctc_spec.engine.attention.triton import TritonTreeAttention
 

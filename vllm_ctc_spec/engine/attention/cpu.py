@@ -63,7 +63,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         refuse_features(features_of(self))
 
     @staticmethod
-    def tree_attention(layers: list[Any]) -> CPUTreeAttention:
+    def tree_attention(layers: list[Any], kernel: str) -> CPUTreeAttention:
         return CPUTreeAttention(layers)
 
     def forward(

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_ctc_spec.ops.launch import Launch
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
 
@@ -93,9 +92,9 @@ class TreeAttention(ABC):
             context_lens=lens.int(),
             block_table=metadata.block_table[requests, :num_blocks],
             max_rows=max(counts),
-            launch=self._launch(len(counts), max(counts), num_blocks, self.layer.num_heads, self.layer.dtype),
         )
-        metadata.tree_rows = TreeRows(batch, trees.are_whole_step)
+        planned = self._planned(batch, self.layer.num_heads, self.layer.dtype)
+        metadata.tree_rows = TreeRows(planned, trees.are_whole_step)
 
     def context(self, block_table: Tensor, requests: Tensor, lens: Tensor) -> PagedContext:
         """Of rows `requests` [R] int64 of a block table [batch, blocks], which has no more blocks than are needed;
@@ -105,16 +104,16 @@ class TreeAttention(ABC):
 
     def frames(self, context: PagedContext, num_rows: int, num_heads: int, dtype: torch.dtype) -> TreeBatch:
         """What `attend_frames` needs for Q rows of H heads for each request, made once for the drafter's layers."""
-        (num_requests, num_blocks), device = context.block_table.shape, context.lens.device
-        return TreeBatch(
+        num_requests, device = len(context.lens), context.lens.device
+        batch = TreeBatch(
             row_starts=num_rows * torch.arange(num_requests, dtype=torch.int32, device=device),
             num_rows=torch.full((num_requests,), num_rows, dtype=torch.int32, device=device),
             ancestor_masks=torch.full((num_requests * num_rows,), -1, dtype=torch.int64, device=device),
             context_lens=context.lens,
             block_table=context.block_table,
             max_rows=num_rows,
-            launch=self._launch(num_requests, num_rows, num_blocks, num_heads, dtype),
         )
+        return self._planned(batch, num_heads, dtype)
 
     def attend_frames(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, frames: TreeBatch, scale: float
@@ -128,11 +127,9 @@ class TreeAttention(ABC):
         self._attend(query, key, value, kv_cache, frames, scale, out)
         return out.unflatten(0, (-1, frames.max_rows))
 
-    def _launch(
-        self, num_requests: int, max_rows: int, num_blocks: int, num_heads: int, dtype: torch.dtype
-    ) -> Launch | None:
-        """How kernels are launched, where that is to be planned."""
-        return None
+    def _planned(self, batch: TreeBatch, num_heads: int, dtype: torch.dtype) -> TreeBatch:
+        """With what the kernel wants to have made before it runs in the first layer."""
+        return batch
 
     @abstractmethod
     def _attend(
@@ -152,15 +149,18 @@ class TreeAttention(ABC):
         """
 
 
-def tree_attention_of(layers: list[Any]) -> TreeAttention:
-    """The one that belongs to the backend of a target's attention layers. Raises ValueError for other backends."""
+def tree_attention_of(layers: list[Any], kernel: str) -> TreeAttention:
+    """The one that belongs to the backend of a target's attention layers. Raises ValueError for other backends.
+
+    kernel: one of ATTENTION_KERNELS that the device has.
+    """
     for layer in layers:
         if not hasattr(layer.impl, "tree_attention"):
             raise ValueError(
                 f'attention backend {layer.get_attn_backend().get_name()}: speculative method "ctc" needs FLASH_ATTN '
                 f"or TRITON_ATTN. Set --attention-backend FLASH_ATTN."
             )
-    attention: TreeAttention = layers[0].impl.tree_attention(layers)
+    attention: TreeAttention = layers[0].impl.tree_attention(layers, kernel)
     return attention
 
 

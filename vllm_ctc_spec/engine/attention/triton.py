@@ -10,6 +10,8 @@ K key-value heads, B block size, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +27,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, Trito
 
 from vllm_ctc_spec.engine.attention.interface import TreeAttention, features_of, refuse_features, tree_rows
 from vllm_ctc_spec.ops.kv_move import CacheTable, move_slots
-from vllm_ctc_spec.ops.launch import Launch, plan_launch
+from vllm_ctc_spec.ops.launch import plan_launch
 from vllm_ctc_spec.ops.tree_attention import tree_attention
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
@@ -33,13 +35,20 @@ from vllm_ctc_spec.ops.tree_batch import TreeBatch
 class TreeAttentionImpl(AttentionImpl):
     """Before one of vLLM's implementations in the order of base classes."""
 
+    kernel: Callable[..., Tensor] = staticmethod(tree_attention)
+    """Takes what `ops.tree_attention.tree_attention` takes."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         shares = {"layers that share their keys and values": self.kv_sharing_target_layer_name is not None}
         refuse_features(features_of(self) | shares)
 
     @staticmethod
-    def tree_attention(layers: list[Any]) -> TritonTreeAttention:
+    def tree_attention(layers: list[Any], kernel: str) -> TritonTreeAttention:
+        if kernel == "xformers":
+            from vllm_ctc_spec.engine.attention.xformers import XformersTreeAttention
+
+            return XformersTreeAttention(layers)
         return TritonTreeAttention(layers)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
@@ -65,15 +74,15 @@ class TreeAttentionImpl(AttentionImpl):
             if query.dtype != key.dtype:
                 # vLLM quantizes queries for a float8 cache.
                 query, scale = query.to(key.dtype), scale * layer._q_scale_float
-            cache, k_scale, v_scale = self.kernel_cache(kv_cache, layer)
-            tree_attention(query, key, value, cache, trees.batch, scale, output, k_scale=k_scale, v_scale=v_scale)
+            cache, scales = self.kernel_cache(kv_cache, layer)
+            self.kernel(query, key, value, cache, trees.batch, scale, output, **scales)
         return output
 
-    def kernel_cache(self, kv_cache: Tensor, layer: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """A cache as our kernels take it, and the scales of its keys and values, which an unquantized one lacks."""
+    def kernel_cache(self, kv_cache: Tensor, layer: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """A cache as the kernel takes it, and the scales of its keys and values, which an unquantized one lacks."""
         if is_quantized_kv_cache(self.kv_cache_dtype):
-            return kv_cache.view(current_platform.fp8_dtype()), layer._k_scale, layer._v_scale
-        return kv_cache, None, None
+            return kv_cache.view(current_platform.fp8_dtype()), {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
+        return kv_cache, {}
 
 
 class TreeFlashAttentionImpl(TreeAttentionImpl, FlashAttentionImpl):
@@ -118,19 +127,21 @@ class TritonTreeAttention(TreeAttention):
         """The drafter's keys and values are its own, so the target's scales do not fit them."""
         self._check_layout()
 
-    def _launch(self, num_requests: int, max_rows: int, num_blocks: int, num_heads: int, dtype: torch.dtype) -> Launch:
-        """The longest context is rounded up, so that few plans serve all steps."""
+    def _planned(self, batch: TreeBatch, num_heads: int, dtype: torch.dtype) -> TreeBatch:
+        num_requests, num_blocks = batch.block_table.shape
         _, num_kv_heads, block_size, packed = self.layer.kv_cache.shape
+        # Rounded up, so that few plans serve all steps.
         max_context = block_size << (num_blocks - 1).bit_length()
-        return plan_launch(
-            num_requests, max_rows, max_context, num_heads, num_kv_heads, packed // 2, dtype, self.device
+        launch = plan_launch(
+            num_requests, batch.max_rows, max_context, num_heads, num_kv_heads, packed // 2, dtype, self.device
         )
+        return replace(batch, launch=launch)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor
     ) -> None:
-        cache, k_scale, v_scale = self.layer.impl.kernel_cache(kv_cache, self.drafter_scales)
-        tree_attention(query, key, value, cache, batch, scale, out, k_scale=k_scale, v_scale=v_scale)
+        cache, scales = self.layer.impl.kernel_cache(kv_cache, self.drafter_scales)
+        self.layer.impl.kernel(query, key, value, cache, batch, scale, out, **scales)
 
     def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         self.layer.impl.do_kv_cache_update(self.drafter_scales, key, value, kv_cache, slots)
@@ -153,7 +164,7 @@ class TritonTreeAttention(TreeAttention):
         pattern = torch.randint(-16, 17, (2, block_size, num_kv_heads, packed // 2), generator=generator)
         key, value = pattern.to(self.device, self.layer.dtype)
         self.write(kv_cache, torch.arange(block_size, device=self.device), key, value)
-        cache, _, _ = self.layer.impl.kernel_cache(kv_cache, self.drafter_scales)
+        cache, _ = self.layer.impl.kernel_cache(kv_cache, self.drafter_scales)
         found = cache[0].transpose(0, 1).to(self.layer.dtype)
         is_right = torch.equal(found, torch.cat((key, value), dim=-1))
         kv_cache[0].zero_()
