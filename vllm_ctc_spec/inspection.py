@@ -11,6 +11,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from vllm_ctc_spec.config import SpecOptions
+from vllm_ctc_spec.training.atomic import save_png
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,13 +91,11 @@ def summary(drawn: DrawnTree) -> str:
 
 def to_png(drawn: DrawnTree, path: Path) -> None:
     """Depth from left to right; the accepted path in green, edges as wide as the prefix is probable."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = _rows(drawn.parents)
-    figure, axes = plt.subplots(figsize=(2.2 * (max(drawn.depths) + 1.5), 0.36 * (max(rows) + 3)))
+    figure = Figure(figsize=(2.2 * (max(drawn.depths) + 1.5), 0.36 * (max(rows) + 3)))
+    axes = figure.subplots()
     for node, parent in enumerate(drawn.parents):
         colour = "tab:green" if node in drawn.accepted else "0.55"
         at = (drawn.depths[node], -rows[node])
@@ -110,8 +109,7 @@ def to_png(drawn: DrawnTree, path: Path) -> None:
     axes.set_ylim(-max(rows) - 1, 1)
     axes.set_title(f"expected {drawn.expected_length:.2f} tokens, emitted {len(drawn.accepted)}", fontsize=9)
     axes.axis("off")
-    figure.savefig(path, dpi=160, bbox_inches="tight")
-    plt.close(figure)
+    save_png(figure, path, dpi=160, bbox_inches="tight")
 
 
 def _rows(parents: list[int]) -> list[float]:

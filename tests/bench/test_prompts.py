@@ -106,3 +106,22 @@ def test_a_cell_takes_prompts_from_all_over():
     prompts = [Prompt(str(index), "c", (index,)) for index in range(10)]
     assert [prompt.name for prompt in spread(prompts, 4)] == ["0", "2", "5", "7"]
     assert spread(prompts, 10) == prompts
+
+
+def test_a_subset_and_a_split_of_a_data_set_are_chosen(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    configs = ["---", "configs:"]
+    for subset, question in (("main", "one"), ("other", "two")):
+        (folder / f"{subset}.jsonl").write_text(json.dumps({"question": question}) + "\n")
+        files = f"data_files: [{{split: test, path: {subset}.jsonl}}]"
+        configs += [f"- config_name: {subset}", f"  {files}"]
+    (folder / "README.md").write_text("\n".join([*configs, "---", ""]))
+    [question] = read_questions("q", PromptSource(str(folder), subset="other"), tokenizer)
+    assert text(tokenizer, question.first) == "user : two assistant :"
+    with pytest.raises(ValueError, match=r"has no split 'train', only \['test'\]"):
+        read_questions("q", PromptSource(str(folder), subset="main", split="train"), tokenizer)

@@ -18,7 +18,7 @@ from vllm_ctc_spec.engine.budget import (
     LAST_LOOK,
     LONGEST_REST,
     LOST_SHARE,
-    MOST_REQUESTS,
+    MOST_DRAFTING,
     MOST_ROWS,
     NUM_JUDGED,
     NUM_PLAIN,
@@ -47,7 +47,7 @@ def test_cost_is_measured_at_every_number_of_rows_that_is_chosen() -> None:
     assert cost.sizes.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 21] == sorted(set(seen))
     assert (np.diff(cost.seconds) >= 0).all()
     assert measured_rows(100_000)[-1] == MOST_ROWS
-    assert measured_requests(1) == [1] and measured_requests(100_000) == [1, 2, 4, 8, 16, 32, MOST_REQUESTS]
+    assert measured_requests(1) == [1] and measured_requests(100_000) == [1, 2, 4, 8, 16, 32, MOST_DRAFTING]
 
 
 def test_larger_sizes_than_one_that_takes_long_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,15 @@ from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 UNTOUCHED = 7.0
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float8_e4m3fn),
+    (torch.float16, torch.float8_e5m2),
+    (torch.float32, torch.float8_e4m3fn),
+]
+"""Of the model and of its cache."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.ops.cases import UNTOUCHED, Moves, Shape, make_case, make_moves
+from tests.ops.cases import DTYPES, UNTOUCHED, Moves, Shape, make_case, make_moves
 from vllm_ctc_spec.ops import reference
 from vllm_ctc_spec.ops.launch import plan_launch
 
@@ -16,13 +16,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float8_e4m3fn),
-    (torch.float16, torch.float8_e5m2),
-]
 SHAPE = Shape((64, 1, 0, 9), (700, 0, 30, 2100), 2, 4, 128, 16, torch.bfloat16, torch.bfloat16, 0.0, seed=1)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_ctc_spec.bench.config import PLAIN
 from vllm_ctc_spec.bench.ratio import CONFIDENCE
-from vllm_ctc_spec.training.atomic import write_atomically
+from vllm_ctc_spec.training.atomic import save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,9 +34,7 @@ def draw(results: dict[str, Any], output: Path) -> list[str]:
             axes.grid(alpha=0.3)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-        png = BytesIO()
-        figure.savefig(png, format="png", dpi=130)
-        write_atomically(output / name, png.getvalue())
+        save_png(figure, output / name, dpi=130)
     return list(drawings)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from vllm_ctc_spec.bench.config import PromptSource
-from vllm_ctc_spec.training.sources import FaultyLine, Line, read_lines
+from vllm_ctc_spec.training.sources import FaultyLine, Line, read_dataset, read_lines
 
 KINDS = "'turns', 'question', 'prompt', 'text', 'messages' or 'prompt_token_ids'"
 
@@ -60,16 +60,7 @@ def read_questions(name: str, source: PromptSource, tokenizer: PreTrainedTokeniz
 def _lines(source: PromptSource) -> Iterator[Line]:
     if source.subset is None and source.split is None:
         return read_lines(source.source)
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source.source, source.subset, split=source.split or "test")
-    except Exception as error:  # The network, the hub and the readers of many formats raise what they like.
-        raise ValueError(
-            f"data set {source.source!r} cannot be read ({type(error).__name__}: {error}). Check the name, subset, "
-            "split and network, or give a JSONL file."
-        ) from error
-    return (Line(f"{source.source}, row {number}", dict(row)) for number, row in enumerate(rows, start=1))
+    return read_dataset(source.source, source.split or "test", source.subset)
 
 
 def _question(

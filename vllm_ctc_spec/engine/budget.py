@@ -35,7 +35,7 @@ from vllm_ctc_spec.engine.row_counts import doublings, row_counts
 NUM_SWEEPS = 5
 """Through all sizes; the fastest run of each counts, because the first makes kernels and the machine has its moods."""
 
-MOST_ROWS, MOST_REQUESTS = 512, 64
+MOST_ROWS, MOST_DRAFTING = 512, 64
 LONGEST_RUN = 0.5
 """Seconds. More rows or requests than that, or than those that take so long, are taken to cost in proportion."""
 
@@ -118,7 +118,7 @@ def measured_rows(max_rows: int) -> list[int]:
 
 
 def measured_requests(max_requests: int) -> list[int]:
-    return doublings(min(max_requests, MOST_REQUESTS))
+    return doublings(min(max_requests, MOST_DRAFTING))
 
 
 @dataclass

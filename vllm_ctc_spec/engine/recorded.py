@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm_ctc_spec.engine.attention.interface import PagedContext
 from vllm_ctc_spec.engine.row_counts import doublings
 
-MOST_REQUESTS = 32
+MOST_RECORDED = 32
 """Of a recorded pass, whose memory is held for good; a larger batch fills the GPU without graphs."""
 
 Call = Callable[[], Tensor]

@@ -32,7 +32,7 @@ from vllm_ctc_spec.engine.attention.interface import tree_attention_of
 from vllm_ctc_spec.engine.budget import NodeBudget, measure, measured_requests, measured_rows
 from vllm_ctc_spec.engine.cpu_modules import use_vllms_kernels
 from vllm_ctc_spec.engine.proposer import CTCProposer, DraftRequests, VerifiedRows
-from vllm_ctc_spec.engine.recorded import MOST_REQUESTS, cuda_graphs
+from vllm_ctc_spec.engine.recorded import MOST_RECORDED, cuda_graphs
 from vllm_ctc_spec.engine.sampler import EMPTY_TREE, HostTree, TreeWalker
 from vllm_ctc_spec.engine.step import Step
 
@@ -302,7 +302,7 @@ class TreeGPUModelRunner(TreeModelRunner):
     def warm_up_drafting(self) -> None:
         """Recorded as CUDA graphs, where the user wants any."""
         if self.compilation_config.cudagraph_mode.has_piecewise_cudagraphs():
-            self.drafter.record(min(self.max_num_reqs, MOST_REQUESTS), cuda_graphs())
+            self.drafter.record(min(self.max_num_reqs, MOST_RECORDED), cuda_graphs())
 
 
 class TreeCPUModelRunner(TreeModelRunner, CPUModelRunner):

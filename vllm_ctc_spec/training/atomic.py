@@ -6,7 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -41,3 +46,10 @@ def write_atomically(path: Path, contents: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_png(figure: Figure, path: Path, dpi: int, **options: Any) -> None:
+    """options: of matplotlib's `savefig`."""
+    png = BytesIO()
+    figure.savefig(png, format="png", dpi=dpi, **options)
+    write_atomically(path, png.getvalue())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
 
-from vllm_ctc_spec.training.atomic import write_atomically
+from vllm_ctc_spec.training.atomic import save_png
 from vllm_ctc_spec.training.evaluate import Evaluation, Rate, TreeAcceptance
 
 if TYPE_CHECKING:
@@ -101,9 +100,7 @@ def to_png(evaluation: Evaluation, path: Path) -> None:
     _draw_lengths(lengths, evaluation)
     _draw_depths(depths, evaluation)
     _draw_reliability(reliability, evaluation)
-    png = BytesIO()
-    figure.savefig(png, format="png", dpi=140)
-    write_atomically(path, png.getvalue())
+    save_png(figure, path, dpi=140)
 
 
 def _draw_lengths(axes: Axes, evaluation: Evaluation) -> None:

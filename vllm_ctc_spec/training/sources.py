@@ -43,11 +43,11 @@ def read_lines(source: str | Path) -> Iterator[Line]:
     """
     path = Path(source)
     if path.is_dir():
-        return _read_dataset(str(source), "train")
+        return read_dataset(str(source), "train")
     name, *split = str(source).rsplit(":", 1)
     if path.exists() or Path(name).is_file() or name.endswith(JSON_SUFFIXES):
         return _read_file(path)
-    return _read_dataset(name, split[0] if split else "train")
+    return read_dataset(name, split[0] if split else "train")
 
 
 def _read_file(path: Path) -> Iterator[Line]:
@@ -83,8 +83,9 @@ def _read_array(path: Path, file: BinaryIO) -> Iterator[Line]:
         yield Line(f"{path}, row {number}", row)
 
 
-def _read_dataset(name: str, split: str) -> Iterator[Line]:
-    splits = _load_splits(name)
+def read_dataset(name: str, split: str, subset: str | None = None) -> Iterator[Line]:
+    """Yield the rows of a split; of a data set that has them, from a subset. Raises ValueError."""
+    splits = _load_splits(name, subset)
     if split not in splits:
         raise ValueError(
             f"data set {name!r} has no split {split!r}, only {sorted(splits)}. Choose one: '{name}:{min(splits)}'."
@@ -95,7 +96,7 @@ def _read_dataset(name: str, split: str) -> Iterator[Line]:
         yield Line(f"{name}:{split}, row {number}", {key: value for key, value in row.items() if value is not None})
 
 
-def _load_splits(name: str) -> Mapping[str, Any]:
+def _load_splits(name: str, subset: str | None) -> Mapping[str, Any]:
     try:
         import datasets
     except ImportError as error:
@@ -107,7 +108,7 @@ def _load_splits(name: str) -> Mapping[str, Any]:
     saved = any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
     load = datasets.load_from_disk if saved else datasets.load_dataset
     try:
-        data = load(name)
+        data = load(name) if subset is None else datasets.load_dataset(name, subset)
     except Exception as error:  # The network, the hub and the readers of many formats raise what they like.
         tried = "a local folder" if folder.is_dir() else "neither a file nor a folder here, so a Hugging Face hub name"
         raise ValueError(

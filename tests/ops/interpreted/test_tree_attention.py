@@ -9,18 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops.cases import Shape, make_case, shapes
+from tests.ops.cases import DTYPES, Shape, make_case, shapes
 from vllm_ctc_spec.ops.launch import Launch
 from vllm_ctc_spec.ops.tree_attention import tree_attention
 
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float8_e4m3fn),
-    (torch.float16, torch.float8_e5m2),
-    (torch.float32, torch.float8_e4m3fn),
-]
 SMALL = Shape((5, 3), (70, 33), 2, 2, 64, 16, torch.float32, torch.float32, 0.0, seed=1)
 
 
