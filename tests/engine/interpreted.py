@@ -46,7 +46,14 @@ def allow_xformers_on_a_cpu() -> None:
     logging.getLogger("xformers").setLevel(logging.ERROR)
     from xformers.ops.fmha.triton_splitk import FwOp
 
-    FwOp.not_supported_reasons = classmethod(lambda cls, inputs: [])
+    reasons = FwOp.not_supported_reasons.__func__
+
+    def other_reasons(cls: type, inputs: Any) -> list[str]:
+        """float32 is for the exactness of a whole engine; our own start-up refuses it."""
+        ours = ("device=cpu", "dtype=torch.float32", "bf16 is only supported on A100+")
+        return [reason for reason in reasons(cls, inputs) if not reason.startswith(ours)]
+
+    FwOp.not_supported_reasons = classmethod(other_reasons)
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
 
 

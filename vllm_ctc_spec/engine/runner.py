@@ -58,6 +58,15 @@ class TreeModelRunner(GPUModelRunner):
         self.last_step: tuple[list[str], float] | None = None
         """Requests and end of the step before, if it decoded only."""
 
+    def warm_up_attention(self) -> None:
+        """For trees and for the drafter's frames, before the first request; needs the caches."""
+        frames = self.drafter.drafter.config
+        for num_rows, num_heads in (
+            (1 + self.drafter.settings.num_nodes, self.attention.layer.num_heads),
+            (1 + frames.num_frames, frames.num_attention_heads),
+        ):
+            self.attention.warm_up(num_rows, num_heads, self.max_model_len)
+
     def measure_step_cost(self) -> None:
         """Before the first request; needs the compiled model."""
         settings = self.drafter.settings

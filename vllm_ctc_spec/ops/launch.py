@@ -5,7 +5,7 @@ Letters: R requests, K key-value heads, G query heads per key-value head, D head
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -60,9 +60,16 @@ def plan_launch(
     """
     tile = plan_tile(max_rows * num_heads // num_kv_heads, head_size, dtype, _shared_memory(device))
     blocks = -(-max_rows * num_heads // num_kv_heads // tile.block_m)
-    max_splits = -(-max_context // (tile.block_n * MIN_TILES_PER_SPLIT))
-    num_splits = choose_num_splits(blocks * num_kv_heads * num_requests, _resident_programs(tile, device), max_splits)
-    return Launch(tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, num_splits)
+    resident = _resident_programs(tile, device)
+    num_splits = choose_num_splits(
+        blocks * num_kv_heads * num_requests, resident, most_splits(tile, max_context, device)
+    )
+    return replace(tile, num_splits=num_splits)
+
+
+def most_splits(tile: Launch, max_context: int, device: torch.device) -> int:
+    """That any plan of this tile has, for contexts up to `max_context`."""
+    return max(1, min(-(-max_context // (tile.block_n * MIN_TILES_PER_SPLIT)), _resident_programs(tile, device)))
 
 
 def plan_tile(num_folded_rows: int, head_size: int, dtype: torch.dtype, shared_memory: int) -> Launch:
@@ -91,7 +98,7 @@ def choose_num_splits(num_programs: int, num_resident: int, max_splits: int) -> 
         waves = num_programs * num_splits / num_resident
         return waves / -(-num_programs * num_splits // num_resident)
 
-    candidates = range(1, max(1, min(max_splits, num_resident)) + 1)
+    candidates = range(1, max_splits + 1)
     best = max(map(efficiency, candidates))
     return next(splits for splits in candidates if efficiency(splits) >= MIN_EFFICIENCY * best)
 

@@ -15,12 +15,15 @@ B block size, S splits.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_ctc_spec.ops.launch import MERGE_WARPS, MIN_TILES_PER_SPLIT
+from vllm_ctc_spec.ops.launch import MERGE_WARPS, MIN_TILES_PER_SPLIT, Launch
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
 
@@ -90,7 +93,7 @@ def tree_attention(
         FP8_MAX=torch.finfo(kv_cache.dtype).max if kv_cache.dtype.itemsize == 1 else 0.0,
         IS_SPLIT=is_split,
         BLOCK_M=launch.block_m,
-        BLOCK_T=max(16, triton.next_power_of_2(batch.max_rows)),
+        BLOCK_T=_block_t(batch.max_rows),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         **sizes,
@@ -110,6 +113,16 @@ def tree_attention(
             **sizes,
         )
     return out
+
+
+def kernels_of(launch: Launch, max_rows: int) -> Hashable:
+    """What is compiled: the same for batches of other sizes that need nothing new."""
+    return replace(launch, num_splits=triton.next_power_of_2(launch.num_splits)), _block_t(max_rows)
+
+
+def _block_t(max_rows: int) -> int:
+    """Rows of the tile of the step's own keys; Triton multiplies no fewer than 16."""
+    return max(16, triton.next_power_of_2(max_rows))
 
 
 @triton.jit

@@ -72,6 +72,10 @@ class TreeAttention(ABC):
         """layers: the target's attention layers."""
         self.layer = layers[0]
 
+    def warm_up(self, most_rows: int, num_heads: int, max_len: int) -> None:
+        """Compiles what is compiled for sizes: for up to so many rows of a request and positions of its context."""
+        return None
+
     def attach(self, metadata: Any, trees: StepTrees) -> None:
         """Makes the rows of `trees` attend to their ancestors in the forward pass with vLLM's `metadata`.
 

@@ -25,10 +25,17 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAt
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
-from vllm_ctc_spec.engine.attention.interface import TreeAttention, features_of, refuse_features, tree_rows
+from vllm_ctc_spec.engine.attention.interface import (
+    PagedContext,
+    TreeAttention,
+    features_of,
+    refuse_features,
+    tree_rows,
+)
+from vllm_ctc_spec.engine.row_counts import doublings
 from vllm_ctc_spec.ops.kv_move import CacheTable, move_slots
-from vllm_ctc_spec.ops.launch import plan_launch
-from vllm_ctc_spec.ops.tree_attention import tree_attention
+from vllm_ctc_spec.ops.launch import most_splits, plan_launch
+from vllm_ctc_spec.ops.tree_attention import kernels_of, tree_attention
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
 
@@ -127,15 +134,37 @@ class TritonTreeAttention(TreeAttention):
         """The drafter's keys and values are its own, so the target's scales do not fit them."""
         self._check_layout()
 
-    def _planned(self, batch: TreeBatch, num_heads: int, dtype: torch.dtype) -> TreeBatch:
-        num_requests, num_blocks = batch.block_table.shape
+    def warm_up(self, most_rows: int, num_heads: int, max_len: int) -> None:
         _, num_kv_heads, block_size, packed = self.layer.kv_cache.shape
-        # Rounded up, so that few plans serve all steps.
-        max_context = block_size << (num_blocks - 1).bit_length()
-        launch = plan_launch(
-            num_requests, batch.max_rows, max_context, num_heads, num_kv_heads, packed // 2, dtype, self.device
-        )
-        return replace(batch, launch=launch)
+        # One position of the block that vLLM keeps for padding.
+        table = torch.zeros(1, -(-max_len // block_size), dtype=torch.int32, device=self.device)
+        context = PagedContext(table, torch.ones_like(table[:, 0]))
+        compiled = set()
+        for num_rows in range(1, most_rows + 1):
+            frames = self.frames(context, num_rows, num_heads, self.layer.dtype)
+            tile = frames.launch
+            assert tile is not None
+            # The next power of two, too.
+            for num_splits in doublings(2 * most_splits(tile, self._max_context(table), self.device) - 1):
+                launch = replace(tile, num_splits=num_splits)
+                if (kernels := kernels_of(launch, num_rows)) in compiled:
+                    continue
+                compiled.add(kernels)
+                query, key = (
+                    torch.zeros(1, num_rows, heads, packed // 2, dtype=self.layer.dtype, device=self.device)
+                    for heads in (num_heads, num_kv_heads)
+                )
+                self.attend_frames(query, key, key, self.layer.kv_cache, replace(frames, launch=launch), 1.0)
+
+    def _planned(self, batch: TreeBatch, num_heads: int, dtype: torch.dtype) -> TreeBatch:
+        _, num_kv_heads, _, packed = self.layer.kv_cache.shape
+        max_context = self._max_context(batch.block_table)
+        sizes = len(batch.block_table), batch.max_rows, max_context, num_heads, num_kv_heads, packed // 2
+        return replace(batch, launch=plan_launch(*sizes, dtype, self.device))
+
+    def _max_context(self, block_table: Tensor) -> int:
+        """Rounded up, so that few plans serve all steps."""
+        return int(self.layer.kv_cache.shape[2]) << (block_table.shape[1] - 1).bit_length()
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor

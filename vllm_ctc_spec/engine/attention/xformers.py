@@ -22,5 +22,8 @@ class XformersTreeAttention(TritonTreeAttention):
         for layer in layers:
             layer.impl.kernel = tree_attention
 
+    def warm_up(self, *sizes: int) -> None:
+        """Nothing: xformers compiles for every number of requests, rows and blocks, which are too many beforehand."""
+
     def _planned(self, batch: TreeBatch, num_heads: int, dtype: torch.dtype) -> PaddedBatch:
         return pad_batch(batch, self.layer.kv_cache.shape[2])
