@@ -96,7 +96,7 @@ def test_the_merge_compiles() -> None:
 
 
 def test_the_move_reads_sixteen_bytes_at_a_time_and_waits_before_it_writes() -> None:
-    constants = {"BLOCK_SIZE": 16, "ROW_WORDS": 128, "BLOCK_P": 8, "BLOCK_W": 128}
+    constants = {"BLOCK_SIZE": 16, "ROW_WORDS": 128, "BLOCK_P": kv_move.NUM_PLACES, "BLOCK_W": 128}
     ptx = compile_kernel(kv_move._move_kernel, constants, POINTEES, 80, num_warps=4).asm["ptx"]
     # Only words of the cache are loaded four at a time; slots are 64 bits wide.
     assert ptx.rindex("ld.global.v4.b32") < ptx.rindex("bar.sync") < ptx.index("st.global.v4.b32")

@@ -21,6 +21,8 @@ from vllm_ctc_spec.ops.launch import MOVE_WARPS
 
 WORD = torch.int32
 """Bytes move as words of this type, whatever the cache holds."""
+NUM_PLACES = 16
+"""Of a path, that one compiled kernel is for: no drafter has more frames."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,14 @@ def move_slots(table: CacheTable, sources: Tensor, targets: Tensor) -> None:
         num_places,
         BLOCK_SIZE=block_size,
         ROW_WORDS=row_words,
-        BLOCK_P=triton.next_power_of_2(num_places),
+        BLOCK_P=max(NUM_PLACES, triton.next_power_of_2(num_places)),
         BLOCK_W=triton.next_power_of_2(row_words),
         num_warps=MOVE_WARPS,
     )
 
 
-@triton.jit
+# One kernel for all steps, whatever their sizes and however their tensors are aligned.
+@triton.jit(do_not_specialize=["sources_ptr", "targets_ptr", "sources_row", "targets_row", "num_places"])
 def _move_kernel(
     addresses_ptr,
     sources_ptr,

@@ -133,6 +133,9 @@ class TritonTreeAttention(TreeAttention):
         self.drafter_scales = SimpleNamespace(_k_scale=unit, _v_scale=unit)
         """The drafter's keys and values are its own, so the target's scales do not fit them."""
         self._check_layout()
+        # Compiled now, or the first accepted branch would wait for it.
+        nothing = torch.full((1, 1), -1, dtype=torch.int64, device=self.device)
+        move_slots(self.table, nothing, nothing)
 
     def warm_up(self, most_rows: int, num_heads: int, max_len: int) -> None:
         _, num_kv_heads, block_size, packed = self.layer.kv_cache.shape
