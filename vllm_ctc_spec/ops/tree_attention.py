@@ -115,9 +115,12 @@ def tree_attention(
     return out
 
 
-def kernels_of(launch: Launch, max_rows: int) -> Hashable:
-    """What is compiled: the same for batches of other sizes that need nothing new."""
-    return replace(launch, num_splits=triton.next_power_of_2(launch.num_splits)), _block_t(max_rows)
+def kernels_of(launch: Launch, max_rows: int) -> set[Hashable]:
+    """Names of what is compiled for `tree_attention`, shared by batches of many sizes."""
+    kernels: set[Hashable] = {(replace(launch, num_splits=min(launch.num_splits, 2)), _block_t(max_rows))}
+    if launch.num_splits > 1:
+        kernels.add((launch.block_n, triton.next_power_of_2(launch.num_splits)))
+    return kernels
 
 
 def _block_t(max_rows: int) -> int:

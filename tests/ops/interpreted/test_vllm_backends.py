@@ -193,15 +193,15 @@ def test_no_batch_needs_a_kernel_that_was_not_warmed_up() -> None:
     seen = []
     attention.layer.impl.kernel = lambda *arguments, **scales: seen.append(arguments[4])
     attention.warm_up(40, HEADS, 5000)
-    kernels = [kernels_of(batch.launch, batch.max_rows) for batch in seen]
-    assert len(kernels) == len(set(kernels)) > 3
+    kernels = set().union(*(kernels_of(batch.launch, batch.max_rows) for batch in seen))
+    assert len(seen) <= len(kernels)
     for num_requests in (1, 3, 50):
         for num_rows in range(1, 41):
             for length in (1, 700, 3000, 5000):
                 table = torch.zeros(num_requests, -(-length // BLOCK), dtype=torch.int32)
                 context = PagedContext(table, torch.full((num_requests,), length, dtype=torch.int32))
                 batch = attention.frames(context, num_rows, HEADS, torch.float32)
-                assert kernels_of(batch.launch, num_rows) in kernels
+                assert kernels_of(batch.launch, num_rows) <= kernels
 
 
 def test_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ K key-value heads, B block size, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -142,17 +142,18 @@ class TritonTreeAttention(TreeAttention):
         # One position of the block that vLLM keeps for padding.
         table = torch.zeros(1, -(-max_len // block_size), dtype=torch.int32, device=self.device)
         context = PagedContext(table, torch.ones_like(table[:, 0]))
-        compiled = set()
+        compiled: set[Hashable] = set()
         for num_rows in range(1, most_rows + 1):
             frames = self.frames(context, num_rows, num_heads, self.layer.dtype)
-            tile = frames.launch
-            assert tile is not None
+            assert frames.launch is not None
+            most = most_splits(frames.launch, self._max_context(table), self.device)
             # The next power of two, too.
-            for num_splits in doublings(2 * most_splits(tile, self._max_context(table), self.device) - 1):
-                launch = replace(tile, num_splits=num_splits)
-                if (kernels := kernels_of(launch, num_rows)) in compiled:
+            for num_splits in doublings(2 * most - 1):
+                launch = replace(frames.launch, num_splits=num_splits)
+                # The first rows have compiled what merges many splits, whose memory grows with the rows.
+                if (kernels := kernels_of(launch, num_rows)) <= compiled:
                     continue
-                compiled.add(kernels)
+                compiled |= kernels
                 query, key = (
                     torch.zeros(1, num_rows, heads, packed // 2, dtype=self.layer.dtype, device=self.device)
                     for heads in (num_heads, num_kv_heads)
