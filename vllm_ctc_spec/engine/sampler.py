@@ -166,9 +166,11 @@ class TreeWalker:
         along with their generator taken away: a seeded generator is drawn once for each emitted token, no more.
         """
         generators = {index: draw for index, draw in metadata.generators.items() if walks[index].active}
-        rows = async_tensor_h2d([walk.row for walk in walks], logits.device)
+        if len(logits) > len(walks):
+            # A copy, because the sampler writes into what it is given and there may be another level.
+            logits = logits[async_tensor_h2d([walk.row for walk in walks], logits.device)]
         level = dataclasses.replace(metadata, generators=generators, spec_token_ids=[[] for _ in walks])
-        return self.sampler(logits=logits[rows], sampling_metadata=level)
+        return self.sampler(logits=logits, sampling_metadata=level)
 
 
 def _is_plain_greedy(metadata: SamplingMetadata) -> bool:
