@@ -68,6 +68,18 @@ def run(step: Step, launch: Launch, softcap: float = 0.0) -> torch.Tensor:
     return tree_attention(*own, step.kv_cache, batch, SCALE, out, softcap, step.k_scale, step.v_scale)
 
 
+def exact_attention(step: Step, softcap: float = 0.0) -> torch.Tensor:
+    """By the plain twin, in float64."""
+    own = step.query.double(), step.key, step.value
+    out = torch.zeros_like(own[0])
+    return reference.tree_attention(*own, step.kv_cache, step.batch, SCALE, out, softcap, step.k_scale, step.v_scale)
+
+
+def verdict(case: str, found: torch.Tensor, exact: torch.Tensor) -> dict[str, Any]:
+    error = (found.double() - exact).abs().max().item()
+    return {"case": case, "error": error, "ok": error <= TOLERANCE[found.dtype]}
+
+
 def check_attention() -> list[dict[str, Any]]:
     """Ragged steps of every dtype and head size, with the planned launch and with three splits."""
     rows = []
@@ -79,15 +91,12 @@ def check_attention() -> list[dict[str, Any]]:
             shape = {"dtype": dtype, "cache_dtype": cache_dtype, "head_size": head_size}
             for num_rows, contexts in (((64, 1, 0, 33), (1000, 4097, 50, 0)), ((1, 1), (77, 3000))):
                 step = make_step(num_rows, contexts, **shape)
-                exact = torch.zeros_like(step.query, dtype=torch.float64)
                 for softcap in (0.0, 20.0):
-                    wide = step.query.double(), step.key, step.value, step.kv_cache, step.batch, SCALE, exact
-                    reference.tree_attention(*wide, softcap, step.k_scale, step.v_scale)
+                    exact = exact_attention(step, softcap)
                     for num_splits in {step.batch.launch.num_splits, 3}:
                         launch = dataclasses.replace(step.batch.launch, num_splits=num_splits)
-                        error = (run(step, launch, softcap).double() - exact).abs().max().item()
                         case = f"{dtype} {cache_dtype} D={head_size} rows={num_rows} softcap={softcap} S={num_splits}"
-                        rows.append({"case": case, "error": error, "ok": error <= TOLERANCE[dtype]})
+                        rows.append(verdict(case, run(step, launch, softcap), exact))
     return rows
 
 
@@ -101,11 +110,7 @@ def check_xformers() -> list[dict[str, Any]]:
                 call = paged_xformers(step)
             except ImportError:
                 return []
-            exact = torch.zeros_like(step.query, dtype=torch.float64)
-            wide = step.query.double(), step.key, step.value, step.kv_cache, step.batch, SCALE, exact
-            error = (call().double() - reference.tree_attention(*wide)).abs().max().item()
-            case = f"xformers {dtype} rows={num_rows}"
-            rows.append({"case": case, "error": error, "ok": error <= TOLERANCE[dtype]})
+            rows.append(verdict(f"xformers {dtype} rows={num_rows}", call(), exact_attention(step)))
     return rows
 
 

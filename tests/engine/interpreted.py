@@ -37,8 +37,7 @@ def interpret_vllms_kernels() -> None:
     triton_utils.triton, triton_utils.tl = triton, triton.language
     for name in VLLMS_KERNELS:
         importlib.reload(importlib.import_module(name))
-    # vLLM's kernels choose tile sizes by it.
-    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    _assume_a_gpu()
 
 
 def allow_xformers_on_a_cpu() -> None:
@@ -54,6 +53,11 @@ def allow_xformers_on_a_cpu() -> None:
         return [reason for reason in reasons(cls, inputs) if not reason.startswith(ours)]
 
     FwOp.not_supported_reasons = classmethod(other_reasons)
+    _assume_a_gpu()
+
+
+def _assume_a_gpu() -> None:
+    """Other people's kernels choose tile sizes by it."""
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.ops.cases import DTYPES, UNTOUCHED, Moves, Shape, make_case, make_moves
+from tests.ops.cases import DTYPES, UNTOUCHED, Moves, Shape, attend_with_xformers, make_case, make_moves
 from vllm_ctc_spec.ops import reference
 from vllm_ctc_spec.ops.launch import plan_launch
 
@@ -46,10 +46,8 @@ def test_compiled_attention_equals_its_plain_twin(
 @pytest.mark.parametrize("head_size", [64, 128, 256])
 def test_compiled_xformers_equals_its_plain_twin(dtype: torch.dtype, head_size: int) -> None:
     pytest.importorskip("xformers")
-    from tests.ops.cases import attend_with_xformers
-
-    shape = replace(SHAPE, dtype=dtype, cache_dtype=dtype, head_size=head_size)
-    shape = replace(shape, num_rows=(64, 1, 9), context_lens=(700, 30, 2100))
+    sizes = {"num_rows": (64, 1, 9), "context_lens": (700, 30, 2100), "head_size": head_size}
+    shape = replace(SHAPE, dtype=dtype, cache_dtype=dtype, **sizes)
     make_case(shape, planned(shape, 1), "cuda").check(attend_with_xformers)
 
 

@@ -25,9 +25,7 @@ def check_device(engine_args: Any, target: ModelConfig, parallel: ParallelConfig
     if current_platform.is_cpu():
         _check_cpu(engine_args, target, attention_kernel)
     elif current_platform.is_cuda():
-        cache_dtype = _check_cuda(engine_args, target, parallel, current_platform.get_device_capability())
-        if attention_kernel == "xformers":
-            check_xformers(target.get_head_size(), target.dtype, cache_dtype)
+        _check_cuda(engine_args, target, parallel, current_platform.get_device_capability(), attention_kernel)
     else:
         raise ValueError(
             f'speculative method "ctc" runs on vLLM\'s CPU and CUDA backends, not on '
@@ -58,9 +56,12 @@ def _check_cpu(engine_args: Any, target: ModelConfig, attention_kernel: str) -> 
 
 
 def _check_cuda(
-    engine_args: Any, target: ModelConfig, parallel: ParallelConfig, capability: tuple[int, int] | None
-) -> torch.dtype:
-    """Returns the dtype of the cache."""
+    engine_args: Any,
+    target: ModelConfig,
+    parallel: ParallelConfig,
+    capability: tuple[int, int] | None,
+    attention_kernel: str,
+) -> None:
     _check_attention_backend(engine_args)
     _check_graphs(engine_args.compilation_config)
     if parallel.enable_dbo:
@@ -85,7 +86,8 @@ def _check_cuda(
         block_size=engine_args.block_size or SMALLEST_BLOCK,
         capability=(capability[0], capability[1]),
     )
-    return cache_dtype
+    if attention_kernel == "xformers":
+        check_xformers(target.get_head_size(), target.dtype, cache_dtype)
 
 
 def _check_attention_backend(engine_args: Any) -> None:

@@ -74,7 +74,7 @@ def most_splits(tile: Launch, max_context: int, device: torch.device) -> int:
 
 def plan_tile(num_folded_rows: int, head_size: int, dtype: torch.dtype, shared_memory: int) -> Launch:
     """Tile sizes for G * rows folded rows, in `shared_memory` bytes per program."""
-    row_bytes = _next_power_of_2(head_size) * dtype.itemsize
+    row_bytes = next_power_of_2(head_size) * dtype.itemsize
     rows_at_hand = shared_memory // row_bytes
     is_small = row_bytes <= 256 and dtype.itemsize == 2
     block_n = 64 if is_small else 32
@@ -84,7 +84,7 @@ def plan_tile(num_folded_rows: int, head_size: int, dtype: torch.dtype, shared_m
     fitting = [block_m for block_m in sizes if block_m + 2 * MIN_STAGES * block_n <= rows_at_hand]
     block_m = min(fitting, key=lambda block_m: -(-num_folded_rows // block_m) * (block_m + READ_COST))
     num_stages = min(MAX_STAGES, (rows_at_hand - block_m) // (2 * block_n))
-    num_warps = 8 if block_m * _next_power_of_2(head_size) >= 128 * 128 else 4
+    num_warps = 8 if block_m * next_power_of_2(head_size) >= 128 * 128 else 4
     return Launch(block_m, block_n, num_warps, num_stages)
 
 
@@ -119,5 +119,5 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin) - RESERVED_SHARED_MEMORY
 
 
-def _next_power_of_2(number: int) -> int:
+def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()

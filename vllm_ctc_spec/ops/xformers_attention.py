@@ -20,6 +20,7 @@ from torch import Tensor
 from xformers.ops.fmha import memory_efficient_attention_partial, merge_attentions, triton_splitk
 from xformers.ops.fmha.attn_bias import PagedBlockDiagonalPaddedKeysMask, _PaddedSeqLenInfo, _SeqLenInfo
 
+from vllm_ctc_spec.ops.launch import next_power_of_2
 from vllm_ctc_spec.ops.reference import unpack_ancestor_masks
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
@@ -42,7 +43,7 @@ def pad_batch(batch: TreeBatch, block_size: int) -> PaddedBatch:
     batch: without requests that have no row or no context.
     """
     num_requests, num_rows, num_blocks = (
-        1 << (size - 1).bit_length() for size in (len(batch.row_starts), batch.max_rows, batch.block_table.shape[1])
+        next_power_of_2(size) for size in (len(batch.row_starts), batch.max_rows, batch.block_table.shape[1])
     )
     device = batch.row_starts.device
     requests = torch.arange(num_requests, device=device).clamp_(max=len(batch.row_starts) - 1)

@@ -105,10 +105,10 @@ def _load_splits(name: str, subset: str | None) -> Mapping[str, Any]:
             'pip install "vllm-ctc-spec[train]".'
         ) from error
     folder = Path(name)
-    saved = any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
+    saved = subset is None and any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
     load = datasets.load_from_disk if saved else datasets.load_dataset
     try:
-        data = load(name) if subset is None else datasets.load_dataset(name, subset)
+        data = load(name) if subset is None else load(name, subset)
     except Exception as error:  # The network, the hub and the readers of many formats raise what they like.
         tried = "a local folder" if folder.is_dir() else "neither a file nor a folder here, so a Hugging Face hub name"
         raise ValueError(

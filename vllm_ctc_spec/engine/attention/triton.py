@@ -34,7 +34,7 @@ from vllm_ctc_spec.engine.attention.interface import (
 )
 from vllm_ctc_spec.engine.row_counts import doublings
 from vllm_ctc_spec.ops.kv_move import CacheTable, move_slots
-from vllm_ctc_spec.ops.launch import most_splits, plan_launch
+from vllm_ctc_spec.ops.launch import most_splits, next_power_of_2, plan_launch
 from vllm_ctc_spec.ops.tree_attention import kernels_of, tree_attention
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
@@ -168,7 +168,7 @@ class TritonTreeAttention(TreeAttention):
 
     def _max_context(self, block_table: Tensor) -> int:
         """Rounded up, so that few plans serve all steps."""
-        return int(self.layer.kv_cache.shape[2]) << (block_table.shape[1] - 1).bit_length()
+        return int(self.layer.kv_cache.shape[2]) * next_power_of_2(block_table.shape[1])
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor
