@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm_ctc_spec.drafter import drafting
 from vllm_ctc_spec.engine.cpu_worker import CTCCPUWorker
 from vllm_ctc_spec.engine.recorded import Call
+from vllm_ctc_spec.engine.sampler import TreeWalker
 
 MOST_RECORDED = 3
 """Requests; one less than the test serves, so that some steps draft without a record."""
@@ -111,6 +112,12 @@ class InterpretedWorker(CTCCPUWorker):
             move(*args)
 
         attention.attach, attention.move = watched_attach, watched_move
+
+    def sample_as_on_a_gpu(self) -> None:
+        """From now on: with noise for the whole vocabulary, all nodes of a tree at once."""
+        runner = self.model_runner
+        runner.sampler.topk_topp_sampler.forward = runner.sampler.topk_topp_sampler.forward_native
+        runner.walker = TreeWalker(runner.sampler, at_once=True)
 
     def what_was_seen(self) -> dict[str, Any]:
         """The class that attends, steps of trees alone, of other rows beside trees, K/V moves, recorded drafts."""

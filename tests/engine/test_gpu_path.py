@@ -37,7 +37,12 @@ def test_trees_over_vllms_gpu_cache_change_no_token(
         answers = [complete(llm, few, params) for params in (greedy, sampled)]
         [seen] = llm.collective_rpc("what_was_seen")
         metrics = read_tree_metrics(llm)
+        llm.collective_rpc("sample_as_on_a_gpu")
+        at_once = complete(llm, few, sampled)
+        # Log probabilities are asked for level by level, with vLLM's own sampler.
+        by_levels = complete(llm, few, seeded(NUM_REQUESTS, temperature=0.7, top_p=0.95, max_tokens=10, logprobs=0))
     assert answers == [complete(plain, few, params) for params in (greedy, sampled)]
+    assert at_once == by_levels != answers[1]
     assert metrics is not None and metrics.acceptance_length > 1.2
     assert seen["attention"] == attention
     assert min(seen["whole"], seen["mixed"], seen["moves"], seen["recorded"]) > 0, seen

@@ -5,10 +5,10 @@ One step, in the order of vLLM's `execute_model` and `sample_tokens`: lay out th
 sampler and move the accepted keys and values (`_sample`), draft the next trees (`propose_draft_token_ids`).
 The scheduler sees lists of draft tokens and needs nothing else.
 
-The trees of a step live on the host. On a GPU the host waits for the device where it reads the walk's choices (once
-for a greedy batch, else once for each token of the longest path), once where it reads the drafted trees (and once more
-for the chains of structured output), and where somebody asked for log probabilities. What the device needs of the
-host's lists goes there without waiting.
+The trees of a step live on the host. On a GPU the host waits for the device where it reads the walk's choices (once,
+or once for each token of the longest path where parameters of the batch see the path), once where it reads the drafted
+trees (and once more for the chains of structured output), and where somebody asked for log probabilities. What the
+device needs of the host's lists goes there without waiting.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class TreeModelRunner(GPUModelRunner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.walker = TreeWalker(self.sampler)
+        self.walker = TreeWalker(self.sampler, at_once=self.device.type != "cpu")
         self.trees: dict[str, HostTree] = {}
         """The last tree drafted for each request; the scheduler holds its tokens, perhaps cut short."""
         self.step: Step | None = None

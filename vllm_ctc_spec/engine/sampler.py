@@ -2,9 +2,10 @@
 
 The tree is a function of the past alone, so sampling the target at a node and stepping to the child that
 carries the sampled token is exact for any sampling parameters. vLLM's own `Sampler` draws every token, once,
-with the history that plain decoding would have at that point.
+with the history that plain decoding would have at that point. Where nothing but the noise depends on the history, all
+nodes choose at once, because a GPU is waited for before each next token otherwise.
 
-Letters: R requests of the batch, N nodes.
+Letters: R requests of the batch, N nodes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
-from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
+from vllm.v1.sample.logits_processor import (
+    LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, sample_with_exponential_noise
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
-from vllm.v1.sample.sampler import Sampler
+from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
+
+MOST_LOGITS = 1 << 26
+"""Entries of [rows, V] that choose at once: 256 MiB in float32, of which a choice holds three."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +105,12 @@ class WalkOutput:
 
 
 class TreeWalker:
-    def __init__(self, sampler: Sampler) -> None:
+    def __init__(self, sampler: Sampler, at_once: bool) -> None:
+        """at_once: sampled nodes choose together where they can. Not for a CPU: nothing waits there, choices that no
+        walk comes to would be work, and vLLM's sampler for CPU draws its noise in another way.
+        """
         self.sampler = sampler
+        self.at_once = at_once
 
     def __call__(
         self,
@@ -110,8 +123,9 @@ class TreeWalker:
         """logits: [sum of N_r + 1, V]; histories: each request's output tokens, the lists that vLLM's metadata
         and processors refer to; is_discarded: prompt chunks, whose sample vLLM throws away.
         """
-        is_greedy = _is_plain_greedy(metadata)
-        if is_greedy and not any(tree.tokens for tree in trees):
+        is_greedy = metadata.all_greedy and _is_plain(metadata)
+        has_drafts = any(tree.tokens for tree in trees)
+        if is_greedy and not has_drafts:
             choices = self._greedy(logits)[:, None].to(torch.int32)
             return WalkOutput(SamplerOutput(sampled_token_ids=choices, logprobs_tensors=None), [[] for _ in trees])
         walks, row = [], 0
@@ -121,6 +135,8 @@ class TreeWalker:
         logprobs = None
         if is_greedy:
             self._walk_greedy(logits, walks)
+        elif self.at_once and has_drafts and _is_plain(metadata) and not _changes_probabilities(metadata):
+            self._walk_at_once(logits, walks, trees, metadata)
         else:
             logprobs = self._walk_sampled(logits, walks, metadata, histories)
         return WalkOutput(
@@ -139,6 +155,69 @@ class TreeWalker:
         """[n] int64"""
         choices: Tensor = self.sampler.greedy_sample(logits.to(torch.float32))
         return choices
+
+    def _walk_at_once(
+        self, logits: Tensor, walks: list[Walk], trees: Sequence[HostTree], metadata: SamplingMetadata
+    ) -> None:
+        """As `_walk_sampled` with one wait. A node has one depth, and which noise a depth gets does not depend on the
+        path: so each generator draws for all depths of its tree, and goes back to where the walk has ended.
+        """
+        generators = [metadata.generators.get(index) if walk.active else None for index, walk in enumerate(walks)]
+        num_rows = [1 + len(tree.tokens) for tree in trees]
+        choices: list[Tensor] = []
+        states: list[list[Tensor]] = []
+        for requests in _split(num_rows, MOST_LOGITS // logits.shape[1]):
+            at_request: list[int] = []
+            at_noise: list[int] = []
+            num_levels: list[int] = []
+            for index in requests:
+                at_request += [index] * num_rows[index]
+                at_noise += [sum(num_levels) + depth for depth in (0, *trees[index].depths)]
+                num_levels.append(1 + max(trees[index].depths, default=0))
+            first = walks[requests[0]].first_row
+            rows = logits[first : first + len(at_request)].to(torch.float32)
+            noise, drawn = self._noise(rows, num_levels, [generators[index] for index in requests])
+            request_of, noise_of = async_tensor_h2d([at_request, at_noise], logits.device)
+            choices.append(self._choose(rows, noise[noise_of], request_of, metadata))
+            states += drawn
+        tokens = torch.cat(choices).tolist()
+        for walk, generator, own_states in zip(walks, generators, states):
+            while walk.active:
+                walk.step(tokens[walk.row])
+            if generator is not None:
+                generator.set_state(own_states[len(walk.tokens)])
+
+    def _noise(
+        self, like: Tensor, num_levels: list[int], generators: list[torch.Generator | None]
+    ) -> tuple[Tensor, list[list[Tensor]]]:
+        """[sum of levels, V], drawn as vLLM's `random_sample` does, and each generator's states, 1 + level of them."""
+        dtype = torch.float64 if self.sampler.use_fp64_gumbel else torch.float32
+        noise = like.new_empty(sum(num_levels), like.shape[1], dtype=dtype)
+        if None in generators:
+            noise.exponential_()
+        states: list[list[Tensor]] = []
+        for own, generator in zip(noise.split(num_levels), generators):
+            states.append([])
+            if generator is not None:
+                states[-1].append(generator.get_state())
+                for level in own:
+                    level.exponential_(generator=generator)
+                    states[-1].append(generator.get_state())
+        return noise, states
+
+    def _choose(self, logits: Tensor, noise: Tensor, at_request: Tensor, metadata: SamplingMetadata) -> Tensor:
+        """[n, V], [n, V], [n] -> [n] int64: what vLLM's `Sampler.sample` draws in each row with the noise given."""
+
+        def of_rows(setting: Tensor | None) -> Tensor | None:
+            return None if setting is None else setting[at_request]
+
+        temperature = of_rows(metadata.temperature)
+        assert temperature is not None
+        greedy = None if metadata.all_random else self.sampler.greedy_sample(logits)
+        logits = self.sampler.apply_temperature(logits, temperature, metadata.all_random)
+        logits = apply_top_k_top_p(logits, of_rows(metadata.top_k), of_rows(metadata.top_p))
+        sampled = sample_with_exponential_noise(logits.softmax(dim=-1, dtype=torch.float32), noise)
+        return sampled if greedy is None else torch.where(temperature < _SAMPLING_EPS, greedy, sampled)
 
     def _walk_sampled(
         self, logits: Tensor, walks: list[Walk], metadata: SamplingMetadata, histories: Sequence[list[int]]
@@ -173,12 +252,11 @@ class TreeWalker:
         return self.sampler(logits=logits, sampling_metadata=level)
 
 
-def _is_plain_greedy(metadata: SamplingMetadata) -> bool:
-    """Every token is the argmax of the raw logits, and nobody asks for log probabilities."""
+def _is_plain(metadata: SamplingMetadata) -> bool:
+    """The raw logits decide, and nobody asks for log probabilities."""
     thinking = metadata.thinking_budget_state_holder
     return (
-        metadata.all_greedy
-        and metadata.max_num_logprobs is None
+        metadata.max_num_logprobs is None
         and not metadata.logprob_token_ids
         and metadata.no_penalties
         and metadata.allowed_token_ids_mask is None
@@ -194,6 +272,27 @@ def _may_change_argmax(processor: object) -> bool:
     if isinstance(processor, LogitBiasLogitsProcessor):
         return bool(processor.biases)
     return True
+
+
+def _changes_probabilities(metadata: SamplingMetadata) -> bool:
+    """A processor that spares the argmax wants the batch as it is, one row for each request."""
+    return any(
+        not isinstance(processor, MinPLogitsProcessor) or processor.min_p_count
+        for processor in metadata.logitsprocs.argmax_invariant
+    )
+
+
+def _split(sizes: list[int], most: int) -> list[list[int]]:
+    """Indices in order, in runs whose sizes sum to at most `most`, or of one."""
+    runs: list[list[int]] = []
+    total = 0
+    for index, size in enumerate(sizes):
+        total += size
+        if not runs or total > most:
+            runs.append([])
+            total = size
+        runs[-1].append(index)
+    return runs
 
 
 def _pad(paths: list[list[int]]) -> Tensor:
