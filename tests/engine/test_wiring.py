@@ -10,7 +10,7 @@ from vllm import _custom_ops as ops
 
 from tests.engine.conftest import engine, generate
 from tests.engine.probe import record_trees, recorded_trees
-from vllm_ctc_spec.engine.attention.cpu import ISA, move_slots, split_cache, write_cache
+from vllm_ctc_spec.engine.attention.cpu import ISA, write_cache
 from vllm_ctc_spec.engine.sampler import HostTree
 from vllm_ctc_spec.ops.cpu_kernels import tree_attention
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
@@ -112,21 +112,6 @@ def test_hiding_one_ancestor_changes_that_node_and_no_other() -> None:
         hidden = rows.attend([*masks[:6], masks[6] & ~(1 << ancestor)])
         torch.testing.assert_close(hidden[:6], full[:6])
         assert (hidden[6] - full[6]).abs().max() > 1e-3
-
-
-def test_moving_slots_reads_everything_before_it_writes() -> None:
-    caches = [Rows().cache, Rows().cache * 2]
-    before = [cache.clone() for cache in caches]
-    sources, targets = torch.tensor([129, 130, 133, 32]), torch.tensor([128, 129, 130, 133])
-    move_slots(caches, sources, targets)
-    for cache, old in zip(caches, before):
-        for source, target in zip(sources.tolist(), targets.tolist()):
-            for now, then, is_key in zip(split_cache(cache), split_cache(old), (True, False)):
-                index = (target // BLOCK, target % BLOCK), (source // BLOCK, source % BLOCK)
-                (tb, to), (sb, so) = index
-                got = now[tb, :, :, to] if is_key else now[tb, :, to]
-                want = then[sb, :, :, so] if is_key else then[sb, :, so]
-                assert torch.equal(got, want)
 
 
 def test_logits_of_every_node_equal_a_plain_run_over_its_ancestors(

@@ -1,4 +1,4 @@
-"""The CPU's kernel against the plain twin in float64."""
+"""The CPU's kernels against their plain twins."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.cases import Case, Shape, make_case, shapes
+from tests.ops.cases import Case, Shape, make_case, make_moves, shapes
 from vllm_ctc_spec.ops import cpu_kernels
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
@@ -20,10 +21,23 @@ DTYPES = [(dtype, dtype) for dtype in cpu_kernels.DTYPES]
 def attend(
     query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor, **_: None
 ) -> Tensor:
-    """On a cache that is laid out as vLLM's CPU backend has it."""
+    return cpu_kernels.tree_attention(query, key, value, as_on_a_cpu(kv_cache), batch, scale, out)
+
+
+def as_on_a_cpu(kv_cache: Tensor) -> Tensor:
+    """A copy that is laid out as vLLM's CPU backend has it."""
     keys, values = kv_cache.contiguous().chunk(2, dim=-1)
-    halves = torch.stack((keys.mT.flatten(2), values.flatten(2)), dim=2)
-    return cpu_kernels.tree_attention(query, key, value, halves.view(kv_cache.shape), batch, scale, out)
+    return torch.stack((keys.mT.flatten(2), values.flatten(2)), dim=2).view(kv_cache.shape)
+
+
+def move(kv_caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
+    moved = [as_on_a_cpu(kv_cache) for kv_cache in kv_caches]
+    cpu_kernels.move_slots(moved, sources[sources >= 0], targets[sources >= 0])
+    for kv_cache, now in zip(kv_caches, moved):
+        block_size = kv_cache.shape[2]
+        keys, values = now.view(*kv_cache.shape[:2], 2, -1).unbind(2)
+        keys, values = keys.unflatten(-1, (-1, block_size)).mT, values.unflatten(-1, (block_size, -1))
+        kv_cache.copy_(torch.cat((keys, values), dim=-1))
 
 
 def check(shape: Shape) -> None:
@@ -51,6 +65,20 @@ def test_the_context_may_be_split_between_cores(dtype: torch.dtype, num_threads:
 def test_large_scores_neither_overflow_nor_vanish() -> None:
     case = make_case(Shape((9, 17), (100, 0), 2, 2, 64, 16, torch.float32, torch.float32, 0.0, seed=1), launch=None)
     replace(case, query=60 * case.query).check(attend)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.sampled_from(list(cpu_kernels.DTYPES)),
+    st.integers(0, 2**32),
+)
+def test_every_layer_moves_alike_and_reads_before_it_writes(
+    num_layers: int, num_requests: int, num_places: int, dtype: torch.dtype, seed: int
+) -> None:
+    make_moves(num_layers, num_requests, num_places, dtype, seed).check(move)
 
 
 def test_without_a_compiler_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

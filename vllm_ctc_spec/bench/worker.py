@@ -51,6 +51,9 @@ class Engine:
         This is the loop of `LLM.generate` (add requests, step until all are done), which itself admits as many
         requests as the engine can hold; here one engine serves every batch size.
         """
+        from vllm_ctc_spec.engine.lifetime import wake
+
+        wake(self.llm)
         engine = self.llm.llm_engine
         waiting = deque(_Running(index, params) for index, params in enumerate(_sampling_params(workload)))
         running: dict[str, _Running] = {}

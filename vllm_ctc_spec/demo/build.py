@@ -18,6 +18,7 @@ from vllm_ctc_spec.demo.scale import DemoScale
 from vllm_ctc_spec.demo.target import train_target
 from vllm_ctc_spec.training.data import read_prompts
 from vllm_ctc_spec.training.regenerate import RegenerateSettings, regenerate
+from vllm_ctc_spec.training.target import target_dtype
 from vllm_ctc_spec.training.trainer import FitSettings, fit
 from vllm_ctc_spec.user_cache import user_cache
 
@@ -78,6 +79,8 @@ def _regenerate(target: Path, corpus: Path, rows: Path, scale: DemoScale) -> Non
 
 def _engine_options(scale: DemoScale) -> dict[str, Any]:
     return {
+        # The checkpoint's own, bfloat16, is slow where the processor has to emulate it.
+        "dtype": target_dtype(),
         "max_model_len": scale.max_position_embeddings,
         # Compiling takes longer than so many tokens of so small a model.
         "enforce_eager": True,

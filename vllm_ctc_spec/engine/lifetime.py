@@ -25,6 +25,14 @@ def started(model: str, **options: Any) -> Iterator[LLM]:
         gc.collect()
 
 
+def wake(llm: LLM) -> None:
+    """To be called before the work of an engine that has stood still is timed: its worker may have missed the notice of
+    a message meanwhile, and would find it up to five seconds later (SHM_READER_RECHECK_INTERVAL_MS of
+    vllm/distributed/device_communicators/shm_broadcast.py).
+    """
+    llm.collective_rpc("check_health")
+
+
 class TakingTurns:
     """Several engines of which one runs at a time.
 
@@ -61,6 +69,7 @@ class TakingTurns:
         try:
             for process in waiting:
                 process.suspend()
+            wake(llm)
             return work(llm)
         finally:
             for process in waiting:

@@ -1,6 +1,7 @@
-// Tree attention over vLLM's paged CPU cache; cpu_kernels.py compiles and calls it, and says what the arguments are.
+// Tree attention over vLLM's paged CPU cache, and the K/V move in it; cpu_kernels.py compiles and calls both, and says
+// what the arguments are.
 //
-// A task is one request, one key-value head and a part of the context: its rows, the query heads of the key-value head
+// A task of attention is one request, one key-value head and a part of the context: its rows, the query heads of the key-value head
 // folded in, run over the blocks with an online softmax. A block's keys and values are widened to float32 once for all
 // rows. The step's own keys and values, under the ancestor masks, are one more block after the context.
 //
@@ -309,3 +310,40 @@ template <typename T> void run(const TreeAttention &step) {
 extern "C" void tree_attention_float32(const TreeAttention *step) { run<float>(*step); }
 extern "C" void tree_attention_float16(const TreeAttention *step) { run<_Float16>(*step); }
 extern "C" void tree_attention_bfloat16(const TreeAttention *step) { run<BFloat16>(*step); }
+
+struct Move {
+    void *const *caches;
+    int64_t num_caches, cache_block_stride, cache_head_stride;
+    const int64_t *sources, *targets;
+    int64_t num_slots, num_kv_heads, head_size, block_size;
+};
+
+namespace {
+
+// Calls f with the place of each element of keys and values that `slots` hold of one head, in the same order.
+template <typename T, typename F> void visit(const Move &move, T *head, const int64_t *slots, F f) {
+    for (int64_t index = 0; index < move.num_slots; index++) {
+        T *keys = head + slots[index] / move.block_size * move.cache_block_stride;
+        const int64_t place = slots[index] % move.block_size;
+        T *values = keys + (move.block_size + place) * move.head_size;
+        for (int64_t d = 0; d < move.head_size; d++) f(keys + d * move.block_size + place);
+        for (int64_t d = 0; d < move.head_size; d++) f(values + d);
+    }
+}
+
+template <typename T> void run(const Move &move) {
+    std::vector<T> held(2 * move.num_slots * move.head_size);
+    for (int64_t cache = 0; cache < move.num_caches; cache++)
+        for (int64_t head = 0; head < move.num_kv_heads; head++) {
+            T *first = static_cast<T *>(move.caches[cache]) + head * move.cache_head_stride;
+            auto next = held.begin();
+            visit(move, first, move.sources, [&](const T *from) { *next++ = *from; });
+            next = held.begin();
+            visit(move, first, move.targets, [&](T *to) { *to = *next++; });
+        }
+}
+
+} // namespace
+
+extern "C" void move_slots_2(const Move *move) { run<uint16_t>(*move); }
+extern "C" void move_slots_4(const Move *move) { run<uint32_t>(*move); }

@@ -1,4 +1,7 @@
-"""Tree attention on a CPU, in C++ that is compiled for the processor at hand when it is first needed.
+"""Tree attention and the K/V move on a CPU, in C++ that is compiled for the processor at hand when it is first needed.
+
+A layer's cache is [blocks, K, B, 2 * D]; of each block and head the first half holds the keys as [D, B] and the second
+the values as [B, D].
 
 Letters: R requests, M query rows of the whole step, H query heads, K key-value heads, D head size, B block size.
 """
@@ -51,14 +54,22 @@ class _TreeAttention(ctypes.Structure):
     )
 
 
+class _Move(ctypes.Structure):
+    _fields_ = (
+        ("caches", ctypes.POINTER(ctypes.c_void_p)),
+        *((name, ctypes.c_int64) for name in ("num_caches", "cache_block_stride", "cache_head_stride")),
+        *((name, ctypes.c_void_p) for name in ("sources", "targets")),
+        *((name, ctypes.c_int64) for name in ("num_slots", "num_kv_heads", "head_size", "block_size")),
+    )
+
+
 def tree_attention(
     query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor
 ) -> Tensor:
     """Attention of the tree rows of a step; returns `out`, whose other rows stay as they are.
 
     query, out: [M, H, D]; key, value: [M, K, D], the step's own, with any stride over rows and heads;
-    kv_cache: [blocks, K, B, 2 * D]; of each block and head the first half holds the keys as [D, B] and the second the
-    values as [B, D]. All of one dtype of DTYPES; D and B are multiples of LANES.
+    all and the cache of one dtype of DTYPES; D and B are multiples of LANES.
     """
     (_, num_heads, head_size), num_kv_heads = query.shape, key.shape[1]
     step = _TreeAttention(
@@ -78,6 +89,27 @@ def tree_attention(
     )
     kernels()["tree_attention_" + DTYPES[query.dtype]](ctypes.byref(step))
     return out
+
+
+def move_slots(kv_caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
+    """Copy keys and values of slots `sources` [n] int64 to slots `targets` [n], in every layer; contiguous both.
+
+    Each layer reads all before it writes any, so the two sets may overlap. The caches are alike in all but place.
+    """
+    first = kv_caches[0]
+    _, num_kv_heads, block_size, packed = first.shape
+    move = _Move(
+        (ctypes.c_void_p * len(kv_caches))(*(kv_cache.data_ptr() for kv_cache in kv_caches)),
+        len(kv_caches),
+        *first.stride()[:2],
+        sources.data_ptr(),
+        targets.data_ptr(),
+        len(sources),
+        num_kv_heads,
+        packed // 2,
+        block_size,
+    )
+    kernels()[f"move_slots_{first.itemsize}"](ctypes.byref(move))
 
 
 @cache

@@ -105,7 +105,9 @@ class CPUTreeAttention(TreeAttention):
         write_cache(kv_cache, slots, key, value)
 
     def move(self, slots: Tensor, sources: list[list[int]], targets: list[list[int]]) -> None:
-        move_slots(self.target_caches, *(slots[list(chain.from_iterable(rows))] for rows in (sources, targets)))
+        cpu_kernels.move_slots(
+            self.target_caches, *(slots[list(chain.from_iterable(rows))] for rows in (sources, targets))
+        )
 
 
 def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,22 +124,6 @@ def write_cache(kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> 
     num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
     key_cache, value_cache = kv_cache.view(num_blocks, num_kv_heads, block_size * 2, -1).chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, ISA)
-
-
-def move_slots(kv_caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
-    """Copy keys and values of slots `sources` [n] to slots `targets` [n], in every layer.
-
-    Each layer reads all before it writes any, so the two sets may overlap.
-    """
-    block_size = kv_caches[0].shape[2]
-    source_block, source_offset = sources // block_size, sources % block_size
-    target_block, target_offset = targets // block_size, targets % block_size
-    for kv_cache in kv_caches:
-        keys, values = split_cache(kv_cache)
-        moved_keys = keys[source_block, :, :, source_offset]
-        moved_values = values[source_block, :, source_offset]
-        keys[target_block, :, :, target_offset] = moved_keys
-        values[target_block, :, target_offset] = moved_values
 
 
 def check_layout(block_size: int, head_size: int, dtype: torch.dtype) -> None:
