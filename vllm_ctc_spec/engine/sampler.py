@@ -171,8 +171,9 @@ class TreeWalker:
             at_noise: list[int] = []
             num_levels: list[int] = []
             for index in requests:
+                first_level = sum(num_levels)
                 at_request += [index] * num_rows[index]
-                at_noise += [sum(num_levels) + depth for depth in (0, *trees[index].depths)]
+                at_noise += [first_level, *(first_level + depth for depth in trees[index].depths)]
                 num_levels.append(1 + max(trees[index].depths, default=0))
             first = walks[requests[0]].first_row
             rows = logits[first : first + len(at_request)].to(torch.float32)
