@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.launches import Launches
 from vllm_ctc_spec.algorithm import (
     Conditioning,
     TokenTrees,
@@ -51,20 +51,6 @@ def test_all_shapes_are_known_without_any_value(build: Callable[..., TokenTrees]
     accepted = accept_greedy(trees, meta(3, 33, dtype=torch.int64), max_depth=8)
     assert accepted.nodes.shape == (3, 8) and accepted.num_accepted.shape == (3,)
     assert child_of(trees, tokens, tokens).shape == (3,)
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operations that a GPU would be given: those that neither allocate nor only look at memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in ("empty", "new_empty", "empty_like", "_unsafe_view"):
-            self.names.append(name)
-        return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -28,7 +28,8 @@ def test_trees_over_vllms_gpu_cache_change_no_token(
 ) -> None:
     few = [prompt[:20] for prompt in prompts[1 : NUM_REQUESTS + 1]]
     greedy = SamplingParams(temperature=0, max_tokens=16)
-    sampled = seeded(NUM_REQUESTS, temperature=0.7, top_p=0.95, max_tokens=10)
+    sampling = {"temperature": 0.7, "top_p": 0.95, "max_tokens": 10}
+    sampled = seeded(NUM_REQUESTS, **sampling)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(plugin.WORKERS, "cpu", f"tests.engine.interpreted.{worker}")
     # So few tokens a step that prompts wait, and are read beside other requests' trees.
@@ -40,7 +41,7 @@ def test_trees_over_vllms_gpu_cache_change_no_token(
         llm.collective_rpc("sample_as_on_a_gpu")
         at_once = complete(llm, few, sampled)
         # Log probabilities are asked for level by level, with vLLM's own sampler.
-        by_levels = complete(llm, few, seeded(NUM_REQUESTS, temperature=0.7, top_p=0.95, max_tokens=10, logprobs=0))
+        by_levels = complete(llm, few, seeded(NUM_REQUESTS, **sampling, logprobs=0))
     assert answers == [complete(plain, few, params) for params in (greedy, sampled)]
     assert at_once == by_levels != answers[1]
     assert metrics is not None and metrics.acceptance_length > 1.2

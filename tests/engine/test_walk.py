@@ -13,11 +13,11 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from tests.launches import Launches
 from vllm_ctc_spec.engine import sampler as walking
 from vllm_ctc_spec.engine.sampler import HostTree, TreeWalker
 
@@ -195,23 +195,15 @@ def test_what_depends_on_the_path_or_the_batch_goes_by_levels(asked: str) -> Non
         assert all(7 not in path for path in tokens)
 
 
-class Operations(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **kwargs or {})
-
-
-def test_a_deeper_tree_takes_no_more_operations() -> None:
+def test_a_deeper_tree_takes_no_more_launches() -> None:
     counts = []
     for depth in (2, 10):
         chain = HostTree.padding(list(range(depth)))
         logits = logits_of([chain], 0)
         metadata = metadata_of([1.0], [None], top_k=[5])
-        with Operations() as operations:
+        with Launches() as launches:
             walker(True)(logits, [chain], metadata, metadata.output_token_ids, [False])
-        counts.append(operations.count)
+        counts.append(len(launches.names))
     assert 0 < counts[0] == counts[1]
 
 

@@ -215,5 +215,16 @@ def make_moves(
     return Moves(caches, sources.to(device), targets.to(device))
 
 
+def random_moves(dtypes: list[torch.dtype]) -> st.SearchStrategy[Moves]:
+    return st.builds(
+        make_moves,
+        num_layers=st.integers(1, 3),
+        num_requests=st.integers(1, 3),
+        num_places=st.integers(1, 9),
+        dtype=st.sampled_from(dtypes),
+        seed=st.integers(0, 2**32),
+    )
+
+
 def _random_order(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(like.shape, generator=generator).argsort(-1)

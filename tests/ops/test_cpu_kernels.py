@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.cases import Case, Shape, make_case, make_moves, shapes
+from tests.ops.cases import Case, Moves, Shape, make_case, random_moves, shapes
 from vllm_ctc_spec.ops import cpu_kernels
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
@@ -26,18 +25,19 @@ def attend(
 
 def as_on_a_cpu(kv_cache: Tensor) -> Tensor:
     """A copy that is laid out as vLLM's CPU backend has it."""
-    keys, values = kv_cache.contiguous().chunk(2, dim=-1)
-    return torch.stack((keys.mT.flatten(2), values.flatten(2)), dim=2).view(kv_cache.shape)
+    made = torch.empty_like(kv_cache, memory_format=torch.contiguous_format)
+    key, value = kv_cache.chunk(2, dim=-1)
+    for half, own in zip(cpu_kernels.split_cache(made), (key.mT, value)):
+        half.copy_(own)
+    return made
 
 
 def move(kv_caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
     moved = [as_on_a_cpu(kv_cache) for kv_cache in kv_caches]
     cpu_kernels.move_slots(moved, sources[sources >= 0], targets[sources >= 0])
     for kv_cache, now in zip(kv_caches, moved):
-        block_size = kv_cache.shape[2]
-        keys, values = now.view(*kv_cache.shape[:2], 2, -1).unbind(2)
-        keys, values = keys.unflatten(-1, (-1, block_size)).mT, values.unflatten(-1, (block_size, -1))
-        kv_cache.copy_(torch.cat((keys, values), dim=-1))
+        keys, values = cpu_kernels.split_cache(now)
+        kv_cache.copy_(torch.cat((keys.mT, values), dim=-1))
 
 
 def check(shape: Shape) -> None:
@@ -68,17 +68,9 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(1, 9),
-    st.sampled_from(list(cpu_kernels.DTYPES)),
-    st.integers(0, 2**32),
-)
-def test_every_layer_moves_alike_and_reads_before_it_writes(
-    num_layers: int, num_requests: int, num_places: int, dtype: torch.dtype, seed: int
-) -> None:
-    make_moves(num_layers, num_requests, num_places, dtype, seed).check(move)
+@given(random_moves(list(cpu_kernels.DTYPES)))
+def test_every_layer_moves_alike_and_reads_before_it_writes(moves: Moves) -> None:
+    moves.check(move)
 
 
 def test_without_a_compiler_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

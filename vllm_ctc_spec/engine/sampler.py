@@ -95,6 +95,11 @@ class Walk:
         else:
             self.nodes.append(child)
 
+    def follow(self, choices: list[int]) -> None:
+        """choices: of every row of the batch."""
+        while self.active:
+            self.step(choices[self.row])
+
 
 @dataclass(frozen=True)
 class WalkOutput:
@@ -148,8 +153,7 @@ class TreeWalker:
         """Nothing depends on the path, so one argmax over all rows answers every node."""
         choices = self._greedy(logits).tolist()
         for walk in walks:
-            while walk.active:
-                walk.step(choices[walk.row])
+            walk.follow(choices)
 
     def _greedy(self, logits: Tensor) -> Tensor:
         """[n] int64"""
@@ -183,8 +187,7 @@ class TreeWalker:
             states += drawn
         tokens = torch.cat(choices).tolist()
         for walk, generator, own_states in zip(walks, generators, states):
-            while walk.active:
-                walk.step(tokens[walk.row])
+            walk.follow(tokens)
             if generator is not None:
                 generator.set_state(own_states[len(walk.tokens)])
 

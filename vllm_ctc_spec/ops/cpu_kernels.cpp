@@ -1,9 +1,9 @@
 // Tree attention over vLLM's paged CPU cache, and the K/V move in it; cpu_kernels.py compiles and calls both, and says
 // what the arguments are.
 //
-// A task of attention is one request, one key-value head and a part of the context: its rows, the query heads of the key-value head
-// folded in, run over the blocks with an online softmax. A block's keys and values are widened to float32 once for all
-// rows. The step's own keys and values, under the ancestor masks, are one more block after the context.
+// A task of attention is one request, one key-value head and a part of the context: its rows, the query heads of the
+// key-value head folded in, run over the blocks with an online softmax. A block's keys and values are widened to float32
+// once for all rows. The step's own keys and values, under the ancestor masks, are one more block after the context.
 //
 // Letters: R requests, H query heads, K key-value heads, G = H / K, D head size, B block size.
 

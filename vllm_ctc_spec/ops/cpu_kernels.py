@@ -112,6 +112,15 @@ def move_slots(kv_caches: list[Tensor], sources: Tensor, targets: Tensor) -> Non
     kernels()[f"move_slots_{first.itemsize}"](ctypes.byref(move))
 
 
+def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of one layer's cache: keys [blocks, K, D, B] and values [blocks, K, B, D]."""
+    num_blocks, num_kv_heads, block_size, packed = kv_cache.shape
+    halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * packed // 2)
+    keys = halves[:, :, 0].view(num_blocks, num_kv_heads, packed // 2, block_size)
+    values = halves[:, :, 1].view(num_blocks, num_kv_heads, block_size, packed // 2)
+    return keys, values
+
+
 @cache
 def kernels() -> ctypes.CDLL:
     """The compiled kernels. Raises RuntimeError where there is no compiler."""

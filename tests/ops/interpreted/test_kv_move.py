@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from tests.ops.cases import Moves, make_moves
+from tests.ops.cases import Moves, make_moves, random_moves
 from vllm_ctc_spec.ops.kv_move import CacheTable, move_slots
 
 
@@ -16,17 +15,9 @@ def move(kv_caches: list[torch.Tensor], sources: torch.Tensor, targets: torch.Te
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(1, 9),
-    st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]),
-    st.integers(0, 2**32),
-)
-def test_every_layer_moves_alike_and_reads_before_it_writes(
-    num_layers: int, num_requests: int, num_places: int, dtype: torch.dtype, seed: int
-) -> None:
-    make_moves(num_layers, num_requests, num_places, dtype, seed).check(move)
+@given(random_moves([torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]))
+def test_every_layer_moves_alike_and_reads_before_it_writes(moves: Moves) -> None:
+    moves.check(move)
 
 
 def test_an_accepted_path_lands_in_consecutive_slots() -> None:

@@ -110,15 +110,6 @@ class CPUTreeAttention(TreeAttention):
         )
 
 
-def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of one layer's cache: keys [blocks, K, D, B] and values [blocks, K, B, D]."""
-    num_blocks, num_kv_heads, block_size, packed = kv_cache.shape
-    halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * packed // 2)
-    keys = halves[:, :, 0].view(num_blocks, num_kv_heads, packed // 2, block_size)
-    values = halves[:, :, 1].view(num_blocks, num_kv_heads, block_size, packed // 2)
-    return keys, values
-
-
 def write_cache(kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
     """Store key and value [n, K, D] at slots [n] int64, as vLLM's own kernel does."""
     num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
@@ -133,7 +124,7 @@ def check_layout(block_size: int, head_size: int, dtype: torch.dtype) -> None:
     # A generator of its own: the engine's random state must be what it is without us.
     key, value = torch.randn(2, num_tokens, 2, head_size, generator=torch.Generator().manual_seed(0)).to(dtype)
     write_cache(cache, torch.arange(num_tokens), key, value)
-    keys, values = split_cache(cache)
+    keys, values = cpu_kernels.split_cache(cache)
     found_key, found_value = keys.permute(0, 3, 1, 2).flatten(0, 1), values.permute(0, 2, 1, 3).flatten(0, 1)
     if not (torch.equal(found_key, key) and torch.equal(found_value, value)):
         raise RuntimeError(
