@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
+from torch.overrides import TorchFunctionMode
+
+from vllm_ctc_spec.training.loop import bf16_is_fast
 
 
 class MuonAdamW(Optimizer):
@@ -42,6 +46,17 @@ class MuonAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for part in self._parts:
-            part.step()
+        with nullcontext() if bf16_is_fast() else _InFloat32():
+            for part in self._parts:
+                part.step()
         return loss
+
+
+class _InFloat32(TorchFunctionMode):
+    """Muon always orthogonalises in bfloat16 (torch/optim/_muon.py); emulated, that took half of a training step."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # A copy, like the conversion: Muon writes into it.
+        return args[0].float().clone() if func is Tensor.bfloat16 else func(*args, **kwargs or {})
