@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 # vLLM compiles with its own thread and process settings; a test run must not depend on the caller's.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -27,7 +28,10 @@ NUM_NODES = 32
 
 @pytest.fixture(scope="session")
 def pair(request: pytest.FixtureRequest) -> DemoPaths:
-    return build_demo(request.config.cache.mkdir("ctc-tiny-pair"), DemoScale.tiny())
+    folder = request.config.cache.mkdir("ctc-tiny-pair")
+    # `make test` has several processes, of which one trains.
+    with FileLock(f"{folder}.lock"):
+        return build_demo(folder, DemoScale.tiny())
 
 
 def engine(pair: DemoPaths, spec: dict[str, Any] | None, **options: Any) -> AbstractContextManager[LLM]:
