@@ -162,7 +162,7 @@ class TreeModelRunner(GPUModelRunner):
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         attn_metadata, common = super()._build_attention_metadata(*args, **kwargs)
-        trees = self.step.branching_trees() if self.step is not None else None
+        trees = self.step.branching_trees() if self.step is not None and self.step.has_drafts else None
         if trees is not None:
             for metadata in {id(metadata): metadata for metadata in attn_metadata.values()}.values():
                 self.attention.attach(metadata, trees)
@@ -171,12 +171,17 @@ class TreeModelRunner(GPUModelRunner):
     def _sample(self, logits: Tensor | None, spec_decode_metadata: Any) -> SamplerOutput:
         step = self.step
         assert step is not None and logits is not None
+        discarded = self.discard_request_mask.np[: len(step.trees)]
+        # vLLM's own sampler draws for discarded samples, too.
+        if not step.has_drafts and not discarded.any():
+            step.accepted_nodes = [[] for _ in step.trees]
+            return super()._sample(logits, spec_decode_metadata)
         walked = self.walker(
             logits,
             step.trees,
             self.input_batch.sampling_metadata,
             [self.requests[request].output_token_ids for request in self.input_batch.req_ids],
-            self.discard_request_mask.np[: len(step.trees)].tolist(),
+            discarded.tolist(),
         )
         step.accepted_nodes = walked.accepted_nodes
         self._move_accepted(step)

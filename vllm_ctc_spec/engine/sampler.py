@@ -129,10 +129,6 @@ class TreeWalker:
         and processors refer to; is_discarded: prompt chunks, whose sample vLLM throws away.
         """
         is_greedy = metadata.all_greedy and _is_plain(metadata)
-        has_drafts = any(tree.tokens for tree in trees)
-        if is_greedy and not has_drafts:
-            choices = self._greedy(logits)[:, None].to(torch.int32)
-            return WalkOutput(SamplerOutput(sampled_token_ids=choices, logprobs_tensors=None), [[] for _ in trees])
         walks, row = [], 0
         for tree, discarded in zip(trees, is_discarded):
             walks.append(Walk(tree.children(), row, active=not discarded))
@@ -140,7 +136,7 @@ class TreeWalker:
         logprobs = None
         if is_greedy:
             self._walk_greedy(logits, walks)
-        elif self.at_once and has_drafts and _is_plain(metadata) and not _changes_probabilities(metadata):
+        elif self.at_once and _is_plain(metadata) and not _changes_probabilities(metadata):
             self._walk_at_once(logits, walks, trees, metadata)
         else:
             logprobs = self._walk_sampled(logits, walks, metadata, histories)
