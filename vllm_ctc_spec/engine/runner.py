@@ -162,7 +162,7 @@ class TreeModelRunner(GPUModelRunner):
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         attn_metadata, common = super()._build_attention_metadata(*args, **kwargs)
-        trees = self.step.branching_trees() if self.step is not None and self.step.has_drafts else None
+        trees = self.step.branching_trees() if self.step is not None else None
         if trees is not None:
             for metadata in {id(metadata): metadata for metadata in attn_metadata.values()}.values():
                 self.attention.attach(metadata, trees)

@@ -147,14 +147,9 @@ class TreeWalker:
 
     def _walk_greedy(self, logits: Tensor, walks: list[Walk]) -> None:
         """Nothing depends on the path, so one argmax over all rows answers every node."""
-        choices = self._greedy(logits).tolist()
+        choices = self.sampler.greedy_sample(logits.to(torch.float32)).tolist()
         for walk in walks:
             walk.follow(choices)
-
-    def _greedy(self, logits: Tensor) -> Tensor:
-        """[n] int64"""
-        choices: Tensor = self.sampler.greedy_sample(logits.to(torch.float32))
-        return choices
 
     def _walk_at_once(
         self, logits: Tensor, walks: list[Walk], trees: Sequence[HostTree], metadata: SamplingMetadata

@@ -59,4 +59,4 @@ class _InFloat32(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # A copy, like the conversion: Muon writes into it.
-        return args[0].float().clone() if func is Tensor.bfloat16 else func(*args, **kwargs or {})
+        return args[0].to(torch.float32, copy=True) if func is Tensor.bfloat16 else func(*args, **kwargs or {})
