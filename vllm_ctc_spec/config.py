@@ -27,6 +27,7 @@ class CTCDrafterConfig(PretrainedConfig):
     shares its embedding and LM head and keeps its keys and values in the same paged cache.
     `emission` names the family (see algorithm/ctc.py): "independent" (CTC, repeats merge) or "conditioned"
     (one label per frame, each emission conditioned on the emitted tokens through tables of rank `condition_rank`).
+    `draft_vocab_size` tokens, which stand beside the weights, are all that is ever drafted; None for every token.
     """
 
     model_type = "ctc_drafter"
@@ -44,6 +45,7 @@ class CTCDrafterConfig(PretrainedConfig):
         label_length: int = 8,
         emission: Literal["independent", "conditioned"] = "conditioned",
         condition_rank: int = 256,
+        draft_vocab_size: int | None = None,
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 10000.0,
         max_position_embeddings: int = 2048,
@@ -61,6 +63,7 @@ class CTCDrafterConfig(PretrainedConfig):
         self.label_length = label_length
         self.emission = emission
         self.condition_rank = condition_rank
+        self.draft_vocab_size = draft_vocab_size
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
         self.max_position_embeddings = max_position_embeddings
@@ -73,6 +76,11 @@ class CTCDrafterConfig(PretrainedConfig):
             raise ValueError(
                 f"label_length={label_length}, num_frames={num_frames} in the drafter's config.json: "
                 f"needs 1 <= label_length <= num_frames <= {MAX_FRAMES}."
+            )
+        if draft_vocab_size is not None and not 1 <= draft_vocab_size <= vocab_size:
+            raise ValueError(
+                f"draft_vocab_size={draft_vocab_size} in the drafter's config.json: use a number from 1 to "
+                f"vocab_size={vocab_size}, or null to draft every token."
             )
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_ctc_spec.algorithm import TokenTrees, accept_greedy
 from vllm_ctc_spec.config import SpecOptions
-from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
+from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of
 from vllm_ctc_spec.drafter.modeling import CTCDrafter, KeyValue
 
 
@@ -87,7 +87,7 @@ def draft(
 
     embedding = target.get_input_embeddings()(last[:, 1])
     drafted = drafter(last, embedding, hidden[:, -1], torch.tensor([length]), attend)
-    logits = emission_logits(drafter, drafted.frames, target.lm_head)
+    logits = emission_logits(drafter, drafted.frames, head_of(drafter, target))
     return draft_trees(drafter, drafted, logits, num_nodes, options)
 
 

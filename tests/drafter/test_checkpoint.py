@@ -24,8 +24,11 @@ def drafter(emission: str = "conditioned") -> CTCDrafter:
         label_length=4,
         emission=emission,
         condition_rank=6,
+        draft_vocab_size=7,
     )
-    return CTCDrafter(config).eval()
+    model = CTCDrafter(config).eval()
+    model.draft_vocab = torch.randperm(40)[:7]
+    return model
 
 
 def run(model: CTCDrafter) -> list[Tensor]:
@@ -77,6 +80,12 @@ def test_frames_depend_on_positions_only_through_their_differences_to_keys():
 
     assert model.config.rope_theta > 1
     torch.testing.assert_close(score(0), score(500), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [0, 41])
+def test_a_draft_vocabulary_that_cannot_be_is_refused(size):
+    with pytest.raises(ValueError, match=f"draft_vocab_size={size} in the drafter's config.json"):
+        CTCDrafterConfig(vocab_size=40, draft_vocab_size=size)
 
 
 def test_a_truncated_weights_file_is_refused(tmp_path):

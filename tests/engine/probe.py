@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from vllm_ctc_spec.engine.draft_head import draft_head
 from vllm_ctc_spec.engine.sampler import HostTree
 
 
@@ -42,3 +44,18 @@ def record_trees(worker: Any) -> None:
 
 def recorded_trees(worker: Any) -> list[RecordedTree]:
     return worker.model_runner.recorded_trees
+
+
+def draft_heads(worker: Any) -> dict[str, torch.Tensor]:
+    """What heads make of the same rows: the target's, the drafter's, and the drafter's of targets that differ."""
+    runner = worker.model_runner
+    target, drafter = runner.model, runner.drafter.drafter
+    torch.manual_seed(0)
+    rows = torch.randn(5, drafter.config.hidden_size)
+    products = {"target": target.compute_logits(rows), "drafter": runner.drafter.head(rows)}
+    target.logits_processor.scale = 0.5
+    products["of a target that scales"] = draft_head(target, drafter)(rows)
+    method = target.lm_head.quant_method
+    target.lm_head.quant_method = SimpleNamespace(apply=method.apply)
+    products["of a quantised head"] = draft_head(target, drafter)(rows)
+    return products

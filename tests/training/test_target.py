@@ -13,6 +13,13 @@ def test_the_drafter_has_the_targets_shapes():
     assert (config.rope_theta, config.max_position_embeddings, config.num_frames) == (5000.0, 128, 9)
 
 
+@pytest.mark.parametrize(("vocab_size", "drafted"), [(2048, None), (4096, 2048), (131_072, 32_768)])
+def test_of_a_large_vocabulary_the_frequent_tokens_are_drafted(vocab_size, drafted):
+    target = tiny_target(vocab_size=vocab_size).config
+    assert drafter_config(target).draft_vocab_size == drafted
+    assert drafter_config(target, draft_vocab_size=None).draft_vocab_size is None
+
+
 def test_an_unknown_drafter_setting_is_refused_by_name():
     with pytest.raises(ValueError, match="unknown drafter setting 'frames'"):
         drafter_config(tiny_target().config, frames=5)

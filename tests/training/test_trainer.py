@@ -49,7 +49,7 @@ def settings(steps: int, **options: object) -> FitSettings:
         "budget": Budget(steps),
         "learning_rate": 1e-2,
         "batch_size": 4,
-        "drafter": {"num_frames": 4, "label_length": 4, "condition_rank": 8},
+        "drafter": {"num_frames": 4, "label_length": 4, "condition_rank": 8, "draft_vocab_size": 2 * PERIOD},
     }
     return FitSettings(**defaults | options)
 
@@ -81,6 +81,9 @@ def test_fit_learns_and_the_saved_drafter_drafts(target_path, rows_path, tmp_pat
     folder = fit(target_path, rows_path, tmp_path / "drafter", settings(80, log_steps=20))
     assert [path.name for path in tmp_path.iterdir()] == ["drafter"]
     assert check_drafter(str(folder)).num_frames == 4
+    drafted = set(weights(folder)["draft_vocab"].tolist())
+    assert len(drafted) == 2 * PERIOD
+    assert drafted >= set(range(2, 2 + PERIOD))
     losses = report(folder)["losses"]
     assert len(losses) == 4
     assert losses[-1] < 0.5 * losses[0]

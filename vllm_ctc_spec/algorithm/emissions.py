@@ -10,7 +10,10 @@ Two families of emission, over V tokens and a blank, which is column V of the lo
 
 Everything has a fixed shape and nothing waits for the device, so the functions can be captured in a graph.
 
-Letters: R requests, T frames, V vocabulary without blank, C candidates, r rank of the tables.
+A drafter may draft some tokens only; logits then have a column for each of these, and `drafted` names them.
+
+Letters: R requests, T frames, V vocabulary without blank, K tokens of it that are drafted (V where no `drafted` is
+given), C candidates, r rank of the tables.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class IndependentEmissions:
-    """Log probabilities of C distinct candidate tokens in each frame; normalised over all V + 1 labels."""
+    """Log probabilities of C distinct candidate tokens in each frame; normalised over all K + 1 labels."""
 
     tokens: Tensor
     """[R, C] int64, distinct within a request."""
@@ -68,46 +71,56 @@ class ConditionedEmissions:
     conditioning: Conditioning
 
 
-def independent_emissions(logits: Tensor, num_candidates: int) -> IndependentEmissions:
-    """Emissions of the min(V, num_candidates) tokens with the largest probability in any one frame.
+def independent_emissions(logits: Tensor, num_candidates: int, drafted: Tensor | None = None) -> IndependentEmissions:
+    """Emissions of the min(K, num_candidates) tokens with the largest probability in any one frame.
 
-    logits: [R, T, V + 1], any floating type, blank last; -inf is allowed, a frame of nothing else is not.
+    logits: [R, T, K + 1], any floating type, blank last; -inf is allowed, a frame of nothing else is not.
+    drafted: [K] int64, distinct.
     Raises ValueError if the shape or num_candidates is unusable.
     """
     _check(logits, num_candidates)
     logp = logits.float().log_softmax(-1)
-    tokens = _top_tokens(logp[..., :-1], num_candidates)
-    return IndependentEmissions(tokens, _columns(logp, tokens), logp[..., -1])
+    columns = _top_columns(logp[..., :-1], num_candidates)
+    return IndependentEmissions(_tokens(columns, drafted), _take(logp, columns), logp[..., -1])
 
 
 def conditioned_emissions(
-    logits: Tensor, start: Tensor, gate: Tensor, conditioning: Conditioning, num_candidates: int
+    logits: Tensor,
+    start: Tensor,
+    gate: Tensor,
+    conditioning: Conditioning,
+    num_candidates: int,
+    drafted: Tensor | None = None,
 ) -> ConditionedEmissions:
-    """Emissions of the min(V, num_candidates) tokens with the largest probability in any one frame without bias.
+    """Emissions of the min(K, num_candidates) tokens with the largest probability in any one frame without bias.
 
-    The normaliser is exact where all V tokens are candidates. Otherwise all labels that are none enter it as one mass
+    The normaliser is exact where all K tokens are candidates. Otherwise all labels that are none enter it as one mass
     without bias: wrong by as much as a state's bias would move mass to or from them.
 
-    logits: [R, T, V], or with a blank [R, T, V + 1], blank last; start: [R, r], the state of the empty prefix;
-    gate: [R, r].
+    logits: [R, T, K], or with a blank [R, T, K + 1], blank last; start: [R, r], the state of the empty prefix;
+    gate: [R, r]; drafted: [K] int64, distinct.
     Raises ValueError if shapes disagree or num_candidates is unusable.
     """
     _check(logits, num_candidates)
-    num_tokens, num_labels = len(conditioning.last), logits.shape[-1]
-    if len(conditioning.following) != num_labels or num_labels - num_tokens not in (0, 1):
+    num_tokens = len(conditioning.last)
+    num_columns = num_tokens if drafted is None else len(drafted)
+    num_blanks = logits.shape[-1] - num_columns
+    if num_blanks not in (0, 1) or len(conditioning.following) != num_tokens + num_blanks:
         raise ValueError(
-            f"condition tables of {num_tokens} and {len(conditioning.following)} rows for logits over {num_labels} "
-            f"labels: the first needs one row per token, the second one per label, blank included."
+            f"condition tables of {num_tokens} and {len(conditioning.following)} rows for logits over "
+            f"{logits.shape[-1]} labels, of which {num_columns} are tokens: the first needs one row per token, the "
+            f"second one per label, blank included."
         )
     logp = logits.float().log_softmax(-1)
-    tokens = _top_tokens(logp[..., :num_tokens], num_candidates)
-    token_logp, labels, blank_logp = _columns(logp, tokens), tokens, None
+    columns = _top_columns(logp[..., :num_columns], num_candidates)
+    tokens = _tokens(columns, drafted)
+    token_logp, labels, blank_logp = _take(logp, columns), tokens, None
     outside = 1 - token_logp.exp().sum(-1)
-    if num_labels > num_tokens:
+    if num_blanks:
         labels, blank_logp = F.pad(tokens, (0, 1), value=num_tokens), logp[..., -1]
         outside -= blank_logp.exp()
     outside.clamp_(min=0.0)
-    if tokens.shape[1] == num_tokens:
+    if columns.shape[1] == num_columns:
         # Nothing is outside, and rounding must not say otherwise.
         outside.zero_()
     following = F.embedding(labels, conditioning.following) * gate[:, None]
@@ -121,12 +134,16 @@ def _check(logits: Tensor, num_candidates: int) -> None:
         raise ValueError(f"num_candidates={num_candidates}: needs at least one candidate token.")
 
 
-def _top_tokens(logp: Tensor, num_candidates: int) -> Tensor:
-    """[R, C] tokens by their largest value over the frames of logp [R, T, V]."""
+def _top_columns(logp: Tensor, num_candidates: int) -> Tensor:
+    """[R, C], by their largest value over the frames of logp [R, T, K]."""
     best = logp.amax(1)
     return best.topk(min(best.shape[-1], num_candidates), dim=-1).indices
 
 
-def _columns(logp: Tensor, tokens: Tensor) -> Tensor:
-    """[R, T, C]: the columns `tokens` [R, C] of logp [R, T, labels]."""
-    return logp.gather(2, tokens[:, None].expand(-1, logp.shape[1], -1))
+def _tokens(columns: Tensor, drafted: Tensor | None) -> Tensor:
+    return columns if drafted is None else drafted[columns]
+
+
+def _take(logp: Tensor, columns: Tensor) -> Tensor:
+    """[R, T, C]: the `columns` [R, C] of logp [R, T, labels]."""
+    return logp.gather(2, columns[:, None].expand(-1, logp.shape[1], -1))

@@ -1,16 +1,18 @@
 """From the drafter's frames to token trees: the one way, for serving, for the reference loop and for evaluation.
 
-Letters: R requests, T frames, H hidden size, V vocabulary without blank.
+Letters: R requests, T frames, H hidden size, V vocabulary without blank, K tokens of it that are drafted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from vllm_ctc_spec.algorithm import (
     ConditionedEmissions,
@@ -28,9 +30,18 @@ from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft
 
 
-def emission_logits(drafter: CTCDrafter, frames: Tensor, lm_head: Callable[[Tensor], Tensor]) -> Tensor:
-    """[R, T, V], or with a blank [R, T, V + 1], float32; frames: [R, T, H]; lm_head: the target's, [n, H] -> [n, V]."""
-    logits = lm_head(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+def head_of(drafter: CTCDrafter, target: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """For `emission_logits`, of a target of transformers."""
+    weight = target.get_output_embeddings().weight
+    return partial(F.linear, weight=weight if drafter.draft_vocab is None else weight[drafter.draft_vocab])
+
+
+def emission_logits(drafter: CTCDrafter, frames: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """[R, T, K], or with a blank [R, T, K + 1], float32; frames: [R, T, H].
+
+    head: [n, H] -> [n, K], the product with those rows of the target's LM head.
+    """
+    logits = head(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
     if drafter.config.has_blank:
         logits = torch.cat((logits, drafter.blank_logits(frames)[..., None]), dim=-1)
     return logits.float()
@@ -42,12 +53,26 @@ def emissions(
     """Emission probabilities over `candidates` tokens for each frame; logits: of the draft's frames."""
     num_candidates = candidates * logits.shape[1]
     if drafter.config.emission == "independent":
-        return independent_emissions(logits, num_candidates)
-    return conditioned_emissions(logits, draft.start, draft.gate, drafter.conditioning, num_candidates)
+        return independent_emissions(logits, num_candidates, drafter.draft_vocab)
+    return conditioned_emissions(
+        logits, draft.start, draft.gate, drafter.conditioning, num_candidates, drafter.draft_vocab
+    )
+
+
+def over_all_tokens(drafter: CTCDrafter, logits: Tensor) -> Tensor:
+    """`emission_logits` with a column for each of the V tokens, -inf for those that are never drafted."""
+    if drafter.draft_vocab is None:
+        return logits
+    drafted, vocab_size = drafter.draft_vocab, drafter.config.vocab_size
+    labels = F.pad(drafted, (0, logits.shape[-1] - len(drafted)), value=vocab_size)
+    wide = logits.new_full((*logits.shape[:-1], vocab_size + len(labels) - len(drafted)), -torch.inf)
+    wide[..., labels] = logits
+    return wide
 
 
 def draft_trees(drafter: CTCDrafter, draft: Draft, logits: Tensor, num_nodes: int, options: SpecOptions) -> TokenTrees:
     if options.tree == "template":
+        logits = over_all_tokens(drafter, logits)
         if not drafter.config.has_blank:
             logits = F.pad(logits, (0, 1), value=-torch.inf)
         return build_template_trees(logits, num_nodes)

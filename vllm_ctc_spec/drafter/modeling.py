@@ -1,6 +1,7 @@
 """The CTC drafter: one module for training, for the reference loop and for vLLM.
 
-Letters: T frames, H hidden size, V vocabulary without blank, r rank of the conditioning (0 if there is none).
+Letters: T frames, H hidden size, V vocabulary without blank, K tokens of it that are drafted, r rank of the
+conditioning (0 if there is none).
 
 From every verified position i the target's last hidden state h_i gives keys and values; they depend on
 nothing later, so a prefix cache may share them. At a step the drafter runs 1 + T queries per request, at
@@ -34,7 +35,7 @@ class Draft(NamedTuple):
     """What the drafter says about the tokens after an anchor."""
 
     frames: Tensor
-    """[..., T, H], to be fed to the target's LM head and, where there is a blank, to `blank_logits`."""
+    """[..., T, H], to be fed to rows of the target's LM head and, where there is a blank, to `blank_logits`."""
     start: Tensor
     """[..., r], the conditioning's state of the empty prefix, which the two last tokens make."""
     gate: Tensor
@@ -128,6 +129,9 @@ class CTCDrafter(PreTrainedModel):
     config_class = CTCDrafterConfig
     base_model_prefix = ""
 
+    draft_vocab: Tensor | None
+    """[K] int64, distinct: the tokens that are drafted; None for all V."""
+
     def __init__(self, config: CTCDrafterConfig) -> None:
         super().__init__(config)
         size = config.hidden_size
@@ -137,6 +141,9 @@ class CTCDrafter(PreTrainedModel):
         self.frame_queries = nn.Parameter(torch.empty(config.num_frames + 1, size))
         self.layers = nn.ModuleList(DrafterLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(size, config.rms_norm_eps)
+        # Drafting from the frequent tokens alone makes the LM head cheap (Zhao et al. 2025, arXiv 2502.14856).
+        size_drafted = config.draft_vocab_size
+        self.register_buffer("draft_vocab", None if size_drafted is None else torch.arange(size_drafted))
         if config.has_blank:
             self.blank = nn.Parameter(torch.empty(size))
             self.blank_bias = nn.Parameter(torch.zeros(1))

@@ -26,6 +26,7 @@ from vllm_ctc_spec.drafter.checkpoint import load_drafter
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
 from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft, KeyValue
 from vllm_ctc_spec.engine.attention.interface import PagedContext, TreeAttention
+from vllm_ctc_spec.engine.draft_head import draft_head
 from vllm_ctc_spec.engine.recorded import DraftInputs, Record, RecordedDrafts
 from vllm_ctc_spec.engine.sampler import HostTree
 from vllm_ctc_spec.engine.settings import EngineSettings
@@ -92,6 +93,7 @@ class CTCProposer:
         self.target: Any = target
         self.drafter: CTCDrafter = load_drafter(self.settings.drafter, self.vllm_config.model_config.dtype)
         self.drafter.to(self.vllm_config.device_config.device)
+        self.head = draft_head(target, self.drafter)
         forward_context = self.vllm_config.compilation_config.static_forward_context
         attention_layers = get_layers_from_vllm_config(self.vllm_config, Attention)
         like = next(iter(attention_layers.values()))
@@ -185,7 +187,7 @@ class CTCProposer:
 
         embedding = self.target.embed_input_ids(inputs.last_tokens[:, 1])
         drafted = self.drafter(inputs.last_tokens, embedding, inputs.hidden, context.lens, attend)
-        return drafted, emission_logits(self.drafter, drafted.frames, self.target.compute_logits)
+        return drafted, emission_logits(self.drafter, drafted.frames, self.head)
 
     def _build(self, drafted: Draft, logits: Tensor, options: SpecOptions) -> Tensor:
         """[R, 4 N + 1], see `pack`."""

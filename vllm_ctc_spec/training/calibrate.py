@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter import CTCDrafter, Draft
-from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
+from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of
 from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, TrainingRow, with_anchors
 from vllm_ctc_spec.training.evaluate import walk_text
 from vllm_ctc_spec.training.objective import DraftObjective, target_hidden
@@ -107,10 +107,11 @@ def _expectations(objective: DraftObjective, drafts: Sequence[_Drafted], factor:
     """Drafts believed to be accepted, and accepted, with all logits multiplied by `factor`."""
     scaled = copy.deepcopy(objective.drafter)
     scale_logits(scaled, factor)
+    head = head_of(scaled, objective.target)
     believed = accepted = 0.0
     for draft, labels in drafts:
         louder = Draft(draft.frames * factor, draft.start * factor, draft.gate)
-        logits = emission_logits(scaled, louder.frames, objective.target.get_output_embeddings())
+        logits = emission_logits(scaled, louder.frames, head)
         trees = draft_trees(scaled, louder, logits, NUM_NODES, SpecOptions())
         believed += float(trees.prefix_logp.exp().sum())
         accepted += float(walk_text(trees, labels).num_accepted.sum())

@@ -91,6 +91,10 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         "--emission", default="conditioned", choices=("conditioned", "independent"),
         help="independent is plain CTC, for comparison",
     )  # fmt: skip
+    parser.add_argument(
+        "--draft-vocab-size", type=int, metavar="NUMBER",
+        help="draft the most frequent tokens of the rows alone (default: a quarter of all, at least 2048; 0: all)",
+    )  # fmt: skip
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep the target's hidden states on disk")
     parser.add_argument("--save-steps", type=int, default=500, help="between checkpoints (default %(default)s)")
     parser.add_argument(
@@ -193,6 +197,7 @@ def _fit_settings(options: argparse.Namespace) -> FitSettings:
     from vllm_ctc_spec.training.budget import Budget
     from vllm_ctc_spec.training.trainer import FitSettings
 
+    vocab = {} if options.draft_vocab_size is None else {"draft_vocab_size": options.draft_vocab_size or None}
     limit = {} if options.minutes is None else {"max_seconds": options.minutes * 60}
     return FitSettings(
         budget=Budget(options.steps, **limit),
@@ -209,6 +214,7 @@ def _fit_settings(options: argparse.Namespace) -> FitSettings:
             "num_hidden_layers": options.layers,
             "condition_rank": options.rank,
             "emission": options.emission,
+            **vocab,
         },
         trainer=dict(options.trainer),
     )

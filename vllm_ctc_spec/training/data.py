@@ -33,6 +33,7 @@ SHAREGPT_ROLES = {
     "system": "system",
 }
 ANY_VOCAB_SIZE = 2**31
+FEWEST_FREQUENT, FREQUENT_SHARE = 2048, 4
 
 Encoded = TypeVar("Encoded")
 
@@ -114,6 +115,12 @@ class AnchorCollator:
 def with_anchors(rows: Sequence[TrainingRow], label_length: int) -> list[TrainingRow]:
     """The rows that have at least one usable anchor."""
     return [row for row in rows if len(row.usable_anchors(label_length))]
+
+
+def num_frequent(vocab_size: int) -> int | None:
+    """How many tokens make up nearly all text, max(FEWEST_FREQUENT, V / FREQUENT_SHARE), if that is not all of them."""
+    number = max(FEWEST_FREQUENT, vocab_size // FREQUENT_SHARE)
+    return number if number < vocab_size else None
 
 
 def most_frequent(rows: Sequence[TrainingRow], vocab_size: int, num_tokens: int) -> Tensor:

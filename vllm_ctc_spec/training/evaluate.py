@@ -26,7 +26,7 @@ from vllm_ctc_spec.algorithm import (
 from vllm_ctc_spec.config import MAX_FRAMES, MAX_NODES, SpecOptions, check_node_budget
 from vllm_ctc_spec.drafter import CTCDrafter, Draft
 from vllm_ctc_spec.drafter.checkpoint import check_drafter, load_drafter
-from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
+from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of, over_all_tokens
 from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, read_rows, with_anchors
 from vllm_ctc_spec.training.objective import DraftObjective, target_hidden
 from vllm_ctc_spec.training.target import load_target
@@ -168,7 +168,7 @@ def _observe_batch(objective: DraftObjective, batch: dict[str, Tensor], trees: S
     input_ids, anchors, valid = batch["input_ids"], batch["anchors"], batch["valid"]
     draft = objective.draft(input_ids, target_hidden(objective.target, input_ids), anchors).of(valid)
     rows = valid.nonzero()[:, 0]
-    logits = emission_logits(objective.drafter, draft.frames, objective.target.get_output_embeddings())
+    logits = emission_logits(objective.drafter, draft.frames, head_of(objective.drafter, objective.target))
     return observe(objective.drafter, draft, logits, batch["labels"][valid], rows, trees)
 
 
@@ -279,6 +279,7 @@ def _best_of_siblings(trees: TokenTrees) -> Tensor:
 
 def _next_tokens(drafter: CTCDrafter, draft: Draft, logits: Tensor, labels: Tensor) -> Tensor:
     """[S, T]: the drafter's most probable token after 0 .. T - 1 tokens of `labels`."""
+    logits = over_all_tokens(drafter, logits)
     if drafter.config.emission == "independent":
         return independent_next_tokens(logits, labels)
     return conditioned_next_tokens(logits, draft.start, draft.gate, drafter.conditioning, labels)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from vllm_ctc_spec.drafter import CTCDrafterConfig
+from vllm_ctc_spec.training.data import num_frequent
 from vllm_ctc_spec.training.loop import bf16_is_fast
 
 
@@ -30,7 +31,7 @@ def load_target(path: str) -> PreTrainedModel:
 
 
 def drafter_config(target: PretrainedConfig, **overrides: Any) -> CTCDrafterConfig:
-    """The drafter that shares the target's embedding, LM head, K/V shape and rotary base.
+    """The drafter that shares the target's embedding, LM head, K/V shape and rotary base, and drafts frequent tokens.
 
     `overrides` are fields of CTCDrafterConfig; an unknown one is refused by name.
     """
@@ -45,6 +46,7 @@ def drafter_config(target: PretrainedConfig, **overrides: Any) -> CTCDrafterConf
         "intermediate_size": text.intermediate_size,
         "rope_theta": _rope_theta(text),
         "max_position_embeddings": text.max_position_embeddings,
+        "draft_vocab_size": num_frequent(text.vocab_size),
     }
     known = CTCDrafterConfig().to_dict()
     for name in overrides:

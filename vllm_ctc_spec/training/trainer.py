@@ -25,6 +25,7 @@ from vllm_ctc_spec.training.data import (
     AnchorDataset,
     TrainingRow,
     most_frequent,
+    num_frequent,
     read_rows,
     with_anchors,
 )
@@ -34,10 +35,6 @@ from vllm_ctc_spec.training.optimizer import MuonAdamW
 from vllm_ctc_spec.training.resume import claim
 from vllm_ctc_spec.training.target import drafter_config, load_target, target_dtype
 from vllm_ctc_spec.training.timing import StepTimes
-
-FEWEST_SAMPLED, SAMPLED_SHARE = 2048, 4
-"""Of a vocabulary of V tokens, max(FEWEST_SAMPLED, V / SAMPLED_SHARE) make the normaliser of a training step: half of
-them the most frequent, half drawn at random. Per step the loss falls as with all V, and a step takes less time."""
 
 DRY_RUN_LINES = 1000
 NOT_RESUMED = ("save_steps", "log_steps")
@@ -90,6 +87,8 @@ def fit(
     rows, calibration_rows = split_rows(rows)
     hidden = _cached_hidden(settings.cache, target, target_path, rows)
     dataset = AnchorDataset(rows, config.label_length, settings.anchors_per_row, settings.seed, hidden)
+    if config.draft_vocab_size is not None:
+        drafter.draft_vocab = most_frequent(rows, config.vocab_size, config.draft_vocab_size)
     objective = DraftObjective(drafter, target, _frequent(rows, config))
     try:
         training = _train(objective, dataset, checkpoints, settings)
@@ -153,11 +152,12 @@ def _usable_rows(
 
 
 def _frequent(rows: Sequence[TrainingRow], config: CTCDrafterConfig) -> Tensor | None:
-    """Tokens that stand for the vocabulary in the loss, where that is worth it."""
-    num_sampled = max(FEWEST_SAMPLED, config.vocab_size // SAMPLED_SHARE)
-    if num_sampled >= config.vocab_size:
-        return None
-    return most_frequent(rows, config.vocab_size, num_sampled // 2)
+    """Tokens that stand for the vocabulary in the loss, together with as many drawn at random.
+
+    Per step the loss falls as with all V, and a step takes less time.
+    """
+    num_sampled = num_frequent(config.vocab_size)
+    return None if num_sampled is None else most_frequent(rows, config.vocab_size, num_sampled // 2)
 
 
 def _resumable(target_path: str, data: str | Path, settings: FitSettings) -> dict[str, Any]:
