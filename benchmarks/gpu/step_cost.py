@@ -9,7 +9,7 @@ compares the kernel with others. Each part is replayed from a CUDA graph, with a
 
     decode   one row per request through the target
     verify   N + 1 rows per request
-    draft    the drafter's context of as many rows as are accepted, its frames, the LM head
+    draft    the drafter's context of as many rows as are accepted, its frames, the LM head of the frequent tokens
     build    from logits to the best N-node tree
     walk     greedy
     move     four nodes of each request, in all layers
@@ -43,6 +43,7 @@ from vllm_ctc_spec.ops.kv_move import CacheTable, move_slots
 from vllm_ctc_spec.ops.launch import plan_launch
 from vllm_ctc_spec.ops.tree_attention import tree_attention
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
+from vllm_ctc_spec.training.data import num_frequent
 
 NUM_FRAMES = 10
 NUM_ACCEPTED = 4
@@ -84,9 +85,12 @@ class Setting:
             hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, num_attention_heads=shape.num_heads,
             num_key_value_heads=shape.num_kv_heads, head_dim=shape.head_size,
             intermediate_size=shape.intermediate_size, num_frames=NUM_FRAMES, label_length=NUM_FRAMES,
+            draft_vocab_size=num_frequent(shape.vocab_size),
         )  # fmt: skip
         with device:
             self.drafter = CTCDrafter(config).bfloat16().eval().requires_grad_(False)
+        drafted = self.drafter.draft_vocab
+        self.head = self.target.lm_head if drafted is None else self.target.lm_head[drafted]
         self.drafter_cache = torch.zeros_like(self.target.layers[0].kv_cache)
 
     def rows(self, num_rows: int, masks: Tensor) -> TreeBatch:
@@ -135,7 +139,7 @@ class Setting:
                 store(self.drafter_cache, slots, own.key, own.value)
             embedding = self.target.embedding[last_tokens[:, 1]]
             drafted = self.drafter(last_tokens, embedding, hidden[: self.batch], frames.context_lens.long(), attend)
-            return drafted, emission_logits(self.drafter, drafted.frames, lambda rows: rows @ self.target.lm_head.T)
+            return drafted, emission_logits(self.drafter, drafted.frames, lambda rows: rows @ self.head.T)
 
         return draft
 
