@@ -5,7 +5,8 @@
 
 Of the demo's pair on held-out prompts, which the target first continues with plain vLLM, greedily and at temperature
 0.8; or of another pair on rows of its target's text. Trees for random anchors are walked along that text
-(vllm_ctc_spec/training/evaluate.py).
+(vllm_ctc_spec/training/evaluate.py). Tokens are restricted in two ways: to a request's candidates, and to the first
+tokens of the draft vocabulary, if the drafter has one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from transformers import AutoTokenizer
 
 from vllm_ctc_spec.config import MAX_FRAMES, SpecOptions
 from vllm_ctc_spec.demo.build import DemoPaths, build_demo
+from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.checkpoint import check_drafter
 from vllm_ctc_spec.training.data import read_prompts
 from vllm_ctc_spec.training.evaluate import TreeChoice, evaluate
 from vllm_ctc_spec.training.regenerate import RegenerateSettings, regenerate
@@ -37,6 +41,8 @@ TEMPERATURES = (0.0, 0.8)
 DEFAULT = SpecOptions().candidates
 CANDIDATES = (DEFAULT, 4, 8, 16, 64)
 """Per frame: what is no candidate is no node, and enters the normaliser without its bias."""
+
+FEWEST_DRAFTED = 512
 
 
 def trees(candidates: int) -> list[TreeChoice]:
@@ -82,8 +88,25 @@ def measure(target: str, drafter: str, rows: Path, text: str) -> list[dict[str, 
         name = f"{candidates} candidates per frame" + " (default)" * (candidates == DEFAULT)
         table.add_row(name, *(f"{each.length:.2f}" for each in measured))
         results += [{"text": text, "candidates": candidates, **dataclasses.asdict(each)} for each in measured]
+    with tempfile.TemporaryDirectory() as folder:
+        for fewer in with_fewer_tokens(drafter, Path(folder)):
+            num_drafted = check_drafter(str(fewer)).draft_vocab_size
+            measured = evaluate(target, str(fewer), rows, trees(DEFAULT)).trees
+            table.add_row(f"{num_drafted} tokens drafted", *(f"{each.length:.2f}" for each in measured))
+            results += [{"text": text, "drafted": num_drafted, **dataclasses.asdict(each)} for each in measured]
     Console().print(table)
     return results
+
+
+def with_fewer_tokens(path: str, folder: Path) -> Iterator[Path]:
+    """The drafter with half of its draft vocabulary, a quarter of it and so on, if it has one."""
+    size = (check_drafter(path).draft_vocab_size or 0) // 2
+    while size >= FEWEST_DRAFTED:
+        drafter = CTCDrafter.from_pretrained(path)
+        drafter.config.draft_vocab_size, drafter.draft_vocab = size, drafter.draft_vocab[:size]
+        drafter.save_pretrained(folder / str(size))
+        yield folder / str(size)
+        size //= 2
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 @compiled
 def search_all(  # type: ignore[no-untyped-def]
-    token_logp, outside, start, last, carry, following, min_psi, is_chain, columns, parents, depths, psi, counts
+    rows, token_logp, outside, start, last, carry, following, min_psi, is_chain, columns, parents, depths, psi, counts
 ):
-    """token_logp: [R, T, C]; outside: [R, T]; start: [R, r]; last, following: [R, C, r]; carry: [r, r].
+    """rows: [R, C], of the candidates in last [n, r]; token_logp: [R, T, C]; outside: [R, T]; start: [R, r];
+    carry: [r, r]; following: [R, C, r].
 
     Filled: columns (nodes' candidates), parents, depths, psi: [R, N], zeros before; counts: [R].
     """
@@ -45,7 +46,7 @@ def search_all(  # type: ignore[no-untyped-def]
                 states[0] = start[request]
             else:
                 above, frame = best[node - 1], depth[node - 1]
-                advance(last[request, column[node - 1]], carry, states[parent[node - 1]], states[node])
+                advance(last[rows[request, column[node - 1]]], carry, states[parent[node - 1]], states[node])
             if frame == num_frames:
                 continue
             scale = above / weigh(

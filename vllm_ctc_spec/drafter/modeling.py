@@ -130,7 +130,7 @@ class CTCDrafter(PreTrainedModel):
     base_model_prefix = ""
 
     draft_vocab: Tensor | None
-    """[K] int64, distinct: the tokens that are drafted; None for all V."""
+    """[K] int64, distinct, the most frequent first: the tokens that are drafted; None for all V."""
 
     def __init__(self, config: CTCDrafterConfig) -> None:
         super().__init__(config)
