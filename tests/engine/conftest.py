@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,8 @@ def pair(request: pytest.FixtureRequest) -> DemoPaths:
         return build_demo(folder, DemoScale.tiny())
 
 
-def engine(pair: DemoPaths, spec: dict[str, Any] | None, **options: Any) -> AbstractContextManager[LLM]:
+@contextmanager
+def engine(pair: DemoPaths, spec: dict[str, Any] | None, **options: Any) -> Iterator[LLM]:
     """spec: our options beside method and model; None is plain vLLM."""
     settings: dict[str, Any] = {
         "dtype": "float32",
@@ -48,7 +49,10 @@ def engine(pair: DemoPaths, spec: dict[str, Any] | None, **options: Any) -> Abst
         # What an adaptive budget chooses depends on the machine's mood; tests of trees need trees.
         ours = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": NUM_NODES}
         spec = {**ours, "adaptive_budget": False, **spec}
-    return started(str(pair.target), speculative_config=spec, **{**settings, **options})
+    with started(str(pair.target), speculative_config=spec, **{**settings, **options}) as llm:
+        yield llm
+        # Two interpreters that come to their end by themselves take more than the five seconds that vLLM gives them.
+        llm.llm_engine.engine_core.shutdown(timeout=0)
 
 
 @pytest.fixture(scope="session")
