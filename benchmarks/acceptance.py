@@ -22,14 +22,14 @@ from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
 from vllm_ctc_spec.config import MAX_FRAMES, SpecOptions
 from vllm_ctc_spec.demo.build import DemoPaths, build_demo
-from vllm_ctc_spec.drafter import CTCDrafter
-from vllm_ctc_spec.drafter.checkpoint import check_drafter
+from vllm_ctc_spec.drafter.checkpoint import check_drafter, load_drafter
 from vllm_ctc_spec.training.data import read_prompts
 from vllm_ctc_spec.training.evaluate import TreeChoice, evaluate
 from vllm_ctc_spec.training.regenerate import RegenerateSettings, regenerate
@@ -82,30 +82,31 @@ def main() -> None:
 
 def measure(target: str, drafter: str, rows: Path, text: str) -> list[dict[str, Any]]:
     table = Table("", "chain", *map(str, BUDGETS), title=f"acceptance length, {text}")
-    results = []
-    for candidates in CANDIDATES:
+    results: list[dict[str, Any]] = []
+
+    def add(name: str, drafter: str, candidates: int, restricted: dict[str, int]) -> None:
         measured = evaluate(target, drafter, rows, trees(candidates)).trees
-        name = f"{candidates} candidates per frame" + " (default)" * (candidates == DEFAULT)
         table.add_row(name, *(f"{each.length:.2f}" for each in measured))
-        results += [{"text": text, "candidates": candidates, **dataclasses.asdict(each)} for each in measured]
+        results.extend({"text": text, **restricted, **dataclasses.asdict(each)} for each in measured)
+
+    for candidates in CANDIDATES:
+        name = f"{candidates} candidates per frame" + " (default)" * (candidates == DEFAULT)
+        add(name, drafter, candidates, {"candidates": candidates})
     with tempfile.TemporaryDirectory() as folder:
-        for fewer in with_fewer_tokens(drafter, Path(folder)):
-            num_drafted = check_drafter(str(fewer)).draft_vocab_size
-            measured = evaluate(target, str(fewer), rows, trees(DEFAULT)).trees
-            table.add_row(f"{num_drafted} tokens drafted", *(f"{each.length:.2f}" for each in measured))
-            results += [{"text": text, "drafted": num_drafted, **dataclasses.asdict(each)} for each in measured]
+        for size, fewer in with_fewer_tokens(drafter, Path(folder)):
+            add(f"{size} tokens drafted", str(fewer), DEFAULT, {"drafted": size})
     Console().print(table)
     return results
 
 
-def with_fewer_tokens(path: str, folder: Path) -> Iterator[Path]:
+def with_fewer_tokens(path: str, folder: Path) -> Iterator[tuple[int, Path]]:
     """The drafter with half of its draft vocabulary, a quarter of it and so on, if it has one."""
     size = (check_drafter(path).draft_vocab_size or 0) // 2
     while size >= FEWEST_DRAFTED:
-        drafter = CTCDrafter.from_pretrained(path)
-        drafter.config.draft_vocab_size, drafter.draft_vocab = size, drafter.draft_vocab[:size]
+        drafter = load_drafter(path, torch.float32)
+        drafter.draft_only(drafter.draft_vocab[:size])
         drafter.save_pretrained(folder / str(size))
-        yield folder / str(size)
+        yield size, folder / str(size)
         size //= 2
 
 

@@ -87,7 +87,7 @@ def draft(
 
     embedding = target.get_input_embeddings()(last[:, 1])
     drafted = drafter(last, embedding, hidden[:, -1], torch.tensor([length]), attend)
-    logits = emission_logits(drafter, drafted.frames, head_of(drafter, target))
+    logits = emission_logits(drafter, drafted.frames, head_of(drafter, target.lm_head.weight))
     return draft_trees(drafter, drafted, logits, num_nodes, options)
 
 

@@ -38,7 +38,7 @@ from benchmarks.gpu.steps import BLOCK_SIZE, ancestor_masks
 from vllm_ctc_spec.algorithm import TokenTrees, accept_greedy
 from vllm_ctc_spec.config import CTCDrafterConfig, SpecOptions
 from vllm_ctc_spec.drafter import CTCDrafter, Draft, KeyValue
-from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
+from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of
 from vllm_ctc_spec.ops.kv_move import CacheTable, move_slots
 from vllm_ctc_spec.ops.launch import plan_launch
 from vllm_ctc_spec.ops.tree_attention import tree_attention
@@ -89,8 +89,7 @@ class Setting:
         )  # fmt: skip
         with device:
             self.drafter = CTCDrafter(config).bfloat16().eval().requires_grad_(False)
-        drafted = self.drafter.draft_vocab
-        self.head = self.target.lm_head if drafted is None else self.target.lm_head[drafted]
+        self.head = head_of(self.drafter, self.target.lm_head)
         self.drafter_cache = torch.zeros_like(self.target.layers[0].kv_cache)
 
     def rows(self, num_rows: int, masks: Tensor) -> TreeBatch:
@@ -139,7 +138,7 @@ class Setting:
                 store(self.drafter_cache, slots, own.key, own.value)
             embedding = self.target.embedding[last_tokens[:, 1]]
             drafted = self.drafter(last_tokens, embedding, hidden[: self.batch], frames.context_lens.long(), attend)
-            return drafted, emission_logits(self.drafter, drafted.frames, lambda rows: rows @ self.head.T)
+            return drafted, emission_logits(self.drafter, drafted.frames, self.head)
 
         return draft
 

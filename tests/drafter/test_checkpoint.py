@@ -24,10 +24,9 @@ def drafter(emission: str = "conditioned") -> CTCDrafter:
         label_length=4,
         emission=emission,
         condition_rank=6,
-        draft_vocab_size=7,
     )
     model = CTCDrafter(config).eval()
-    model.draft_vocab = torch.randperm(40)[:7]
+    model.draft_only(torch.randperm(40)[:7])
     return model
 
 

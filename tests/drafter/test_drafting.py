@@ -15,7 +15,7 @@ DRAFTED = torch.tensor([9, 2, 40, 63, 17, 5, 31, 22, 58, 11, 12])
 
 def restricted(drafter: CTCDrafter) -> CTCDrafter:
     fewer = copy.deepcopy(drafter)
-    fewer.config.draft_vocab_size, fewer.draft_vocab = len(DRAFTED), DRAFTED
+    fewer.draft_only(DRAFTED)
     return fewer
 
 
@@ -32,11 +32,11 @@ def test_the_trees_are_those_of_all_tokens_where_the_others_are_impossible(tree,
     target = tiny_target()
     drafter = tiny_drafter(target, emission=emission, label_length=label_length)
     fewer, draft, options = restricted(drafter), some_draft(drafter), SpecOptions(tree=tree, candidates=candidates)
-    every = emission_logits(drafter, draft.frames, head_of(drafter, target))
+    every = emission_logits(drafter, draft.frames, head_of(drafter, target.lm_head.weight))
     others = torch.ones(VOCAB, dtype=torch.bool)
     others[DRAFTED] = False
     every[..., :VOCAB].masked_fill_(others, -torch.inf)
-    some = emission_logits(fewer, draft.frames, head_of(fewer, target))
+    some = emission_logits(fewer, draft.frames, head_of(fewer, target.lm_head.weight))
     assert some.shape[-1] == len(DRAFTED) + drafter.config.has_blank
     torch.testing.assert_close(over_all_tokens(fewer, some), every)
 

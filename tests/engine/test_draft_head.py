@@ -27,8 +27,7 @@ def frequent(pair: DemoPaths, tmp_path: Path) -> Path:
     """The pair's drafter, from now on for its target's most frequent tokens only."""
     drafter = load_drafter(str(pair.drafter), torch.float32)
     rows = read_rows(pair.drafter.with_name("rows.jsonl"), AutoTokenizer.from_pretrained(pair.target), 512)
-    drafter.config.draft_vocab_size = NUM_DRAFTED
-    drafter.draft_vocab = most_frequent(rows, drafter.config.vocab_size, NUM_DRAFTED)
+    drafter.draft_only(most_frequent(rows, drafter.config.vocab_size, NUM_DRAFTED))
     drafter.save_pretrained(tmp_path)
     return tmp_path
 

@@ -12,7 +12,6 @@ from typing import TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from vllm_ctc_spec.algorithm import (
     ConditionedEmissions,
@@ -30,10 +29,9 @@ from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft
 
 
-def head_of(drafter: CTCDrafter, target: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """For `emission_logits`, of a target of transformers."""
-    weight = target.get_output_embeddings().weight
-    return partial(F.linear, weight=weight if drafter.draft_vocab is None else weight[drafter.draft_vocab])
+def head_of(drafter: CTCDrafter, lm_head: Tensor) -> Callable[[Tensor], Tensor]:
+    """For `emission_logits`, from the target's LM head [V, H], whose rows it copies: once, not for every draft."""
+    return partial(F.linear, weight=lm_head if drafter.draft_vocab is None else lm_head[drafter.draft_vocab])
 
 
 def emission_logits(drafter: CTCDrafter, frames: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:

@@ -174,6 +174,10 @@ class CTCDrafter(PreTrainedModel):
         """
         return [cast(DrafterLayer, layer).context(hidden, positions) for layer in self.layers]
 
+    def draft_only(self, tokens: Tensor) -> None:
+        """tokens: [K] int64, distinct, the most frequent first."""
+        self.config.draft_vocab_size, self.draft_vocab = len(tokens), tokens
+
     @property
     def conditioning(self) -> Conditioning:
         """Of a drafter whose emissions are conditioned."""

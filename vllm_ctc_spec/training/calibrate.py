@@ -107,7 +107,7 @@ def _expectations(objective: DraftObjective, drafts: Sequence[_Drafted], factor:
     """Drafts believed to be accepted, and accepted, with all logits multiplied by `factor`."""
     scaled = copy.deepcopy(objective.drafter)
     scale_logits(scaled, factor)
-    head = head_of(scaled, objective.target)
+    head = head_of(scaled, objective.target.get_output_embeddings().weight)
     believed = accepted = 0.0
     for draft, labels in drafts:
         louder = Draft(draft.frames * factor, draft.start * factor, draft.gate)

@@ -6,7 +6,7 @@ Letters: S anchors, T frames, N nodes, K trees judged, V vocabulary without blan
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -154,21 +154,25 @@ def evaluate(
     dataset = AnchorDataset(usable, num_frames, anchors_per_row, seed)
     loader = DataLoader(dataset, batch_size, collate_fn=AnchorCollator(num_frames))
     objective = DraftObjective(drafter, target).eval()
+    head = head_of(drafter, target.get_output_embeddings().weight)
     parts, num_rows = [], 0
     for batch in loader:
-        parts.append(_observe_batch(objective, {name: values.to(device) for name, values in batch.items()}, trees))
+        on_device = {name: values.to(device) for name, values in batch.items()}
+        parts.append(_observe_batch(objective, head, on_device, trees))
         parts[-1] = dataclasses.replace(parts[-1], rows=parts[-1].rows + num_rows)
         num_rows += len(batch["valid"])
     return summarise(_concatenate(parts), trees, num_rows_left_out=len(all_rows) - len(usable))
 
 
 @torch.no_grad()
-def _observe_batch(objective: DraftObjective, batch: dict[str, Tensor], trees: Sequence[TreeChoice]) -> Observations:
+def _observe_batch(
+    objective: DraftObjective, head: Callable[[Tensor], Tensor], batch: dict[str, Tensor], trees: Sequence[TreeChoice]
+) -> Observations:
     """Of the valid anchors; rows are counted within the batch."""
     input_ids, anchors, valid = batch["input_ids"], batch["anchors"], batch["valid"]
     draft = objective.draft(input_ids, target_hidden(objective.target, input_ids), anchors).of(valid)
     rows = valid.nonzero()[:, 0]
-    logits = emission_logits(objective.drafter, draft.frames, head_of(objective.drafter, objective.target))
+    logits = emission_logits(objective.drafter, draft.frames, head)
     return observe(objective.drafter, draft, logits, batch["labels"][valid], rows, trees)
 
 

@@ -88,7 +88,7 @@ def fit(
     hidden = _cached_hidden(settings.cache, target, target_path, rows)
     dataset = AnchorDataset(rows, config.label_length, settings.anchors_per_row, settings.seed, hidden)
     if config.draft_vocab_size is not None:
-        drafter.draft_vocab = most_frequent(rows, config.vocab_size, config.draft_vocab_size)
+        drafter.draft_only(most_frequent(rows, config.vocab_size, config.draft_vocab_size))
     objective = DraftObjective(drafter, target, _frequent(rows, config))
     try:
         training = _train(objective, dataset, checkpoints, settings)
