@@ -62,7 +62,7 @@ NUM_JUDGED = 8
 SURE = 1.0
 """Standard deviations by which steps with drafts must have lost, or a few unlucky ones would end what pays."""
 
-LOST_SHARE = 0.02
+LOST_SHARE = 0.01
 """Of the tokens of a rest, those that the steps with drafts before it may have lost."""
 
 SHORTEST_REST, LONGEST_REST = 32, 8192
@@ -141,6 +141,7 @@ class _Load:
     """Tokens, seconds and rows of steps."""
     rates_without: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_PLAIN_OBSERVED))
     """Tokens per second of steps without drafts."""
+    best_rate_without: float = 0.0
 
     def rest(self, num_steps: float) -> None:
         longest = SHORTEST_REST if self.rate_without() is None else LONGEST_REST
@@ -193,7 +194,9 @@ class NodeBudget:
                 if lost > 0:
                     load.rest(lost / (LOST_SHARE * num_requests))
             elif load.rate_with is None and not self._may_pay(num_requests):
-                load.rest(SHORTEST_REST)
+                # What its drafting took is lost at least.
+                spent = (NUM_JUDGED - load.num_left) * float(self._drafting.at(num_requests))
+                load.rest(spent * self._rate_without(num_requests) / (LOST_SHARE * num_requests))
             if load.num_until_look <= 0:
                 load.look()
         elif load.num_left <= 0:
@@ -204,14 +207,15 @@ class NodeBudget:
 
     def _may_pay(self, num_requests: int) -> bool:
         """Whether drafting could be faster if its steps took no more than what was measured at start-up takes longer
-        than without.
+        than without; on a machine that is slower now than it has been, by as much more.
         """
         if self._profile is None:
             return True
         rate, gains = self._rate_without(num_requests), self._gains(self._profile)
+        slowness = max(self._loads[num_requests.bit_length()].best_rate_without / rate, 1.0)
         rows = num_requests * np.arange(1, len(gains) + 1)
-        longer = self._target.at(rows) - self._target.at(num_requests)
-        seconds = num_requests / rate + longer + self._drafting.at(num_requests)
+        longer = self._target.at(rows) - self._target.at(num_requests) + self._drafting.at(num_requests)
+        seconds = num_requests / rate + slowness * longer
         return bool((num_requests * (1 + gains) / seconds).max() > rate)
 
     def _judge(self, num_requests: int) -> float:
@@ -244,6 +248,7 @@ class NodeBudget:
                 load.with_drafts.append((num_tokens, seconds, num_rows))
             else:
                 load.rates_without.append(num_tokens / seconds)
+                load.best_rate_without = max(load.best_rate_without, load.rate_without() or 0.0)
 
     def observe_walk(self, believed: float, num_accepted: int) -> None:
         """believed: sum of psi over the verified nodes."""

@@ -105,7 +105,8 @@ class TreeModelRunner(GPUModelRunner):
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
         config = self.speculative_config
-        if not scheduler_output.scheduled_spec_decode_tokens:
+        has_drafts = bool(scheduler_output.scheduled_spec_decode_tokens)
+        if not has_drafts:
             # vLLM would count the drafts that there are not, which a step of a small target feels.
             self.speculative_config = None
         try:
@@ -113,16 +114,19 @@ class TreeModelRunner(GPUModelRunner):
         finally:
             self.speculative_config = config
         num_requests = self.input_batch.num_reqs
+        trees = [EMPTY_TREE] * num_requests
+        if has_drafts:
+            trees = [self._scheduled_tree(request, scheduler_output) for request in self.input_batch.req_ids]
         self.step = Step(
-            [self._scheduled_tree(request, scheduler_output) for request in self.input_batch.req_ids],
+            trees,
             self.query_start_loc.np[:num_requests].tolist(),
             num_scheduled_tokens.tolist(),
             self.input_batch.num_computed_tokens_cpu[:num_requests].tolist(),
+            scheduler_output.total_num_scheduled_tokens,
+            accepted_nodes=[[]] * num_requests,
         )
-        if not self.step.has_drafts:
+        if not has_drafts:
             return prepared
-        # Padding must be a token that the embedding has; nothing can accept it, whatever it is.
-        self.input_ids.gpu[: scheduler_output.total_num_scheduled_tokens].clamp_(min=0)
         rows, positions = self.step.tree_positions()
         if rows:
             # Rotary positions follow depth; cache slots stay sequential, vLLM has already assigned them.
@@ -173,8 +177,7 @@ class TreeModelRunner(GPUModelRunner):
         assert step is not None and logits is not None
         discarded = self.discard_request_mask.np[: len(step.trees)]
         # vLLM's own sampler draws for discarded samples, too.
-        if not step.has_drafts and not discarded.any():
-            step.accepted_nodes = [[] for _ in step.trees]
+        if not step.num_nodes and not discarded.any():
             return super()._sample(logits, spec_decode_metadata)
         walked = self.walker(
             logits,
@@ -246,20 +249,20 @@ class TreeModelRunner(GPUModelRunner):
         return super().take_draft_token_ids() if any(self._draft_token_ids or ()) else None
 
     def _observe(self, budget: NodeBudget, step: Step) -> None:
-        num_accepted = sum(len(nodes) for nodes in step.accepted_nodes)
-        if step.has_drafts:
+        num_accepted = 0
+        if step.num_nodes:
+            num_accepted = sum(map(len, step.accepted_nodes))
             budget.observe_walk(sum(sum(tree.probabilities) for tree in step.trees), num_accepted)
         now = time.perf_counter()
-        is_decode = sum(step.num_rows) == sum(1 + len(tree.tokens) for tree in step.trees)
         # With the same requests as in the step before, nothing has waited for work in between.
-        if is_decode and self.last_step is not None and self.last_step[0] == self.input_batch.req_ids:
-            budget.observe_step(len(step.trees) + num_accepted, now - self.last_step[1], sum(step.num_rows))
-        self.last_step = (list(self.input_batch.req_ids), now) if is_decode else None
+        if step.is_decode and self.last_step is not None and self.last_step[0] == self.input_batch.req_ids:
+            budget.observe_step(len(step.trees) + num_accepted, now - self.last_step[1], step.total_rows)
+        self.last_step = (list(self.input_batch.req_ids), now) if step.is_decode else None
 
     def _verified_rows(self, step: Step, hidden_states: Tensor) -> VerifiedRows:
         slots = self.input_batch.block_table[0].slot_mapping.gpu
-        if not step.has_drafts:
-            total = sum(step.num_rows)
+        if not step.num_nodes:
+            total = step.total_rows
             return VerifiedRows(hidden_states[:total], self.positions[:total], slots[:total])
         rows: list[int] = []
         slot_rows: list[int] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from vllm_ctc_spec.engine.attention.interface import StepTrees
@@ -20,12 +20,20 @@ class Step:
     num_rows: list[int]
     num_computed: list[int]
     """Verified positions before this step: the position of each request's first row."""
-    accepted_nodes: list[list[int]] = field(default_factory=list)
+    total_rows: int
+    """Of all requests."""
+    accepted_nodes: list[list[int]]
+    """Per request, the node indices of its accepted path; empty until the walk."""
 
     @cached_property
-    def has_drafts(self) -> bool:
-        """Not all rows are certain."""
-        return any(tree.tokens for tree in self.trees)
+    def num_nodes(self) -> int:
+        """Of all trees; where there are none, all rows are certain."""
+        return sum(len(tree.tokens) for tree in self.trees)
+
+    @property
+    def is_decode(self) -> bool:
+        """No request has a prompt in it."""
+        return self.total_rows == len(self.trees) + self.num_nodes
 
     @cached_property
     def verified_rows(self) -> list[Sequence[int]]:
@@ -48,6 +56,8 @@ class Step:
         return rows, positions
 
     def branching_trees(self) -> StepTrees | None:
+        if not self.num_nodes:
+            return None
         requests = [index for index, tree in enumerate(self.trees) if not tree.is_chain]
         if not requests:
             return None
@@ -56,7 +66,7 @@ class Step:
             [self.starts[index] for index in requests],
             [self.num_computed[index] for index in requests],
             [self.trees[index].ancestor_masks() for index in requests],
-            sum(self.num_rows),
+            self.total_rows,
         )
 
     def moves(self) -> tuple[list[list[int]], list[list[int]]]:
