@@ -99,7 +99,7 @@ def test_no_other_choice_brings_more_at_the_rate_seen(trees: list[list[float]], 
     budget, num_requests = budget_of(cost), len(trees)
     for _ in range(4):
         observe(budget, num_requests, True, 100, 100 / rate)
-    budget._judge(num_requests)
+    budget._judge(budget._loads[num_requests.bit_length()], num_requests)
 
     def worth(counts: np.ndarray) -> float:
         expected = sum(row[:count].sum() for row, count in zip(probabilities, counts))
@@ -188,7 +188,7 @@ def test_rows_cost_what_steps_have_shown() -> None:
         observe(learnt, 1, True, 2, 1 + 0.15 * rows, rows)
         observe(naive, 1, True, 2, 1 + 0.05 * rows, rows)
     for budget in (learnt, naive):
-        budget._judge(1)
+        budget._judge(budget._loads[1], 1)
     assert 2.5 < learnt._loads[1].row_factor < 3.1 < LARGEST_FACTOR
     assert naive._loads[1].row_factor == pytest.approx(1.0)
     probabilities = np.array([[0.9, 0.5, 0.3, 0.1, 0.07]])
@@ -199,7 +199,7 @@ def test_rows_count_once_where_all_steps_had_as_many() -> None:
     budget, rng = budget_of(STEEP), np.random.default_rng(0)
     for _ in range(50):
         observe(budget, 1, True, 2, float(rng.uniform(5, 9)), 8)
-    budget._judge(1)
+    budget._judge(budget._loads[1], 1)
     assert budget._loads[1].row_factor == 1.0
 
 
@@ -258,8 +258,17 @@ def test_each_rest_after_another_is_twice_as_long() -> None:
 def test_a_rest_under_one_load_is_none_under_another() -> None:
     budget = budget_of(FLAT)
     steps(budget, 64, 30, 2.0, 1.0)
-    assert steps(budget, 1, NUM_PLAIN + 5, 0.5, 1.0)[NUM_PLAIN:] == [True] * 5
+    assert steps(budget, 1, NUM_PLAIN + 6, 0.5, 1.0)[NUM_PLAIN + 1 :] == [True] * 5
     assert not any(steps(budget, 64, 5, 2.0, 1.0))
+
+
+def test_a_step_with_fewer_requests_among_others_is_no_load_of_its_own() -> None:
+    budget = budget_of(FLAT)
+    steps(budget, 1, NUM_PLAIN + 5, 0.5, 1.0)
+    steps(budget, 64, 30, 2.0, 1.0)
+    for _ in range(20):
+        assert not any(steps(budget, 1, 1, 0.5, 1.0) + steps(budget, 64, 2, 2.0, 1.0))
+    assert steps(budget, 1, 3, 0.5, 1.0) == [False, True, True]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -175,6 +175,8 @@ class NodeBudget:
         self._target, self._drafting, self._num_nodes = target, drafting, num_nodes
         self._loads: dict[int, _Load] = defaultdict(_Load)
         """By the number of bits of the number of requests."""
+        self._num_before = 0
+        """Requests of the step before."""
         self._kind = self._kind_before = (0, False)
         """Load, and whether drafts were made, of the step that ends and of the one before."""
         self._believed = self._accepted = 0.0
@@ -183,61 +185,62 @@ class NodeBudget:
 
     def wants_drafts(self, num_requests: int) -> bool:
         """Asked once at the end of each step."""
-        key = num_requests.bit_length()
+        # A step with fewer is often followed by one with more: some have ended and others come, or of those that come
+        # together one is the first.
+        key = max(num_requests, self._num_before).bit_length()
+        self._num_before = num_requests
         load = self._loads[key]
         load.num_left -= 1
         if load.drafts:
             load.num_until_look -= 1
             if load.num_left <= 0:
                 load.num_left = NUM_JUDGED
-                lost = self._judge(num_requests)
+                lost = self._judge(load, num_requests)
                 if lost > 0:
                     load.rest(lost / (LOST_SHARE * num_requests))
-            elif load.rate_with is None and not self._may_pay(num_requests):
+            elif load.rate_with is None and not self._may_pay(load, num_requests):
                 # What its drafting took is lost at least.
                 spent = (NUM_JUDGED - load.num_left) * float(self._drafting.at(num_requests))
-                load.rest(spent * self._rate_without(num_requests) / (LOST_SHARE * num_requests))
+                load.rest(spent * self._rate_without(load, num_requests) / (LOST_SHARE * num_requests))
             if load.num_until_look <= 0:
                 load.look()
         elif load.num_left <= 0:
-            load.drafts = self._may_pay(num_requests)
+            load.drafts = self._may_pay(load, num_requests)
             load.num_left = NUM_JUDGED if load.drafts else SHORTEST_REST
         self._kind_before, self._kind = self._kind, (key, load.drafts)
         return load.drafts
 
-    def _may_pay(self, num_requests: int) -> bool:
+    def _may_pay(self, load: _Load, num_requests: int) -> bool:
         """Whether drafting could be faster if its steps took no more than what was measured at start-up takes longer
         than without; on a machine that is slower now than it has been, by as much more.
         """
         if self._profile is None:
             return True
-        rate, gains = self._rate_without(num_requests), self._gains(self._profile)
-        slowness = max(self._loads[num_requests.bit_length()].best_rate_without / rate, 1.0)
+        rate, gains = self._rate_without(load, num_requests), self._gains(self._profile)
+        slowness = max(load.best_rate_without / rate, 1.0)
         rows = num_requests * np.arange(1, len(gains) + 1)
         longer = self._target.at(rows) - self._target.at(num_requests) + self._drafting.at(num_requests)
         seconds = num_requests / rate + slowness * longer
         return bool((num_requests * (1 + gains) / seconds).max() > rate)
 
-    def _judge(self, num_requests: int) -> float:
+    def _judge(self, load: _Load, num_requests: int) -> float:
         """Learns from the latest steps with drafts. Returns the tokens that they have lost, if they surely have; else
         0.
         """
-        load = self._loads[num_requests.bit_length()]
         if (seen := load.drafted()) is None:
             return 0.0
         tokens, seconds, rows = seen
         load.rate_with = float(tokens.sum() / seconds.sum())
         load.row_factor = _slope(self._target.at(rows), seconds)
-        losses = seconds * self._rate_without(num_requests) - tokens
+        losses = seconds * self._rate_without(load, num_requests) - tokens
         lost = float(losses.sum())
         return lost if lost > SURE * losses.std() * len(losses) ** 0.5 else 0.0
 
-    def _rate_without(self, num_requests: int) -> float:
+    def _rate_without(self, load: _Load, num_requests: int) -> float:
         """Tokens per second; if there were nothing but the target, where decoding without drafts has not been seen: so
         it is tried where it may be better.
         """
-        seen = self._loads[num_requests.bit_length()].rate_without()
-        return seen or num_requests / float(self._target.at(num_requests))
+        return load.rate_without() or num_requests / float(self._target.at(num_requests))
 
     def observe_step(self, num_tokens: int, seconds: float, num_rows: int) -> None:
         """Of a step of decoding alone, after `wants_drafts` was asked at its end."""
@@ -264,8 +267,8 @@ class NodeBudget:
         flat = probabilities.ravel()
         order = np.argsort(-flat, kind="stable")[: np.count_nonzero(flat)]
         self._learn_profile(probabilities)
-        load = self._loads[num_requests.bit_length()]
-        rate = max(load.rate_with or 0.0, load.rate_without() or 0.0) or self._rate_without(num_requests)
+        load = self._loads[self._kind[0]]
+        rate = max(load.rate_with or 0.0, load.rate_without() or 0.0) or self._rate_without(load, num_requests)
         gains = self._gains(flat[order])
         rows = np.array(row_counts(num_requests + len(order)))
         rows = np.concatenate(([num_requests], rows[rows > num_requests]))

@@ -55,8 +55,8 @@ class TreeModelRunner(GPUModelRunner):
         """The last tree drafted for each request; the scheduler holds its tokens, perhaps cut short."""
         self.step: Step | None = None
         self.budget: NodeBudget | None = None
-        self.last_step: tuple[list[str], float] | None = None
-        """Requests and end of the step before, if it decoded only."""
+        self.last_step: tuple[set[str], float] = set(), 0.0
+        """Requests and end of the step before."""
 
     def warm_up_attention(self) -> None:
         """For trees and for the drafter's frames, before the first request; needs the caches."""
@@ -254,10 +254,11 @@ class TreeModelRunner(GPUModelRunner):
             num_accepted = sum(map(len, step.accepted_nodes))
             budget.observe_walk(sum(sum(tree.probabilities) for tree in step.trees), num_accepted)
         now = time.perf_counter()
-        # With the same requests as in the step before, nothing has waited for work in between.
-        if step.is_decode and self.last_step is not None and self.last_step[0] == self.input_batch.req_ids:
-            budget.observe_step(len(step.trees) + num_accepted, now - self.last_step[1], step.total_rows)
-        self.last_step = (list(self.input_batch.req_ids), now) if step.is_decode else None
+        requests, ended = self.last_step
+        # While a request of the step before is here, the engine has not waited for work in between.
+        if step.is_decode and not requests.isdisjoint(self.input_batch.req_ids):
+            budget.observe_step(len(step.trees) + num_accepted, now - ended, step.total_rows)
+        self.last_step = set(self.input_batch.req_ids), now
 
     def _verified_rows(self, step: Step, hidden_states: Tensor) -> VerifiedRows:
         slots = self.input_batch.block_table[0].slot_mapping.gpu
