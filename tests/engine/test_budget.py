@@ -239,6 +239,15 @@ def test_a_machine_that_is_slower_for_a_while_does_not_make_drafting_look_payabl
     assert any(steps(unaware, 4, 200, 1.0, 12.0))
 
 
+def test_more_requests_under_one_load_are_no_faster_machine() -> None:
+    """Seven emit more tokens per second than four; were four a slower machine, drafts could not pay for them."""
+    budget = budget_of(FLAT, Cost(np.array([1, 64]), np.array([2.5, 2.5])))
+    budget.choose(np.array([[0.9] * 4 + [0.0] * 4]), 7)
+    for num_requests in [7] * NUM_PLAIN + [4] * NUM_PLAIN:
+        observe(budget, num_requests, False, num_requests, 1.0, num_requests)
+    assert budget._may_pay(budget._loads[3], 4)
+
+
 def test_a_try_that_ends_as_soon_as_trees_are_known_rests_for_what_its_drafting_took() -> None:
     budget = budget_of(STEEP, STEEP)
     assert sum(steps(budget, 4, NUM_PLAIN, 10.0, 4.0)) == 1

@@ -139,12 +139,13 @@ class _Load:
     """One after the other."""
     with_drafts: deque[tuple[int, float, int]] = field(default_factory=lambda: deque(maxlen=NUM_OBSERVED))
     """Tokens, seconds and rows of steps."""
-    rates_without: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_PLAIN_OBSERVED))
-    """Tokens per second of steps without drafts."""
-    best_rate_without: float = 0.0
+    speeds_without: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_PLAIN_OBSERVED))
+    """Of steps without drafts: the target's own seconds, as measured at start-up, over theirs."""
+    best_speed: float = 0.0
+    """Median of so many of them when the machine was at its fastest."""
 
     def rest(self, num_steps: float) -> None:
-        longest = SHORTEST_REST if self.rate_without() is None else LONGEST_REST
+        longest = SHORTEST_REST if self.speed_without() is None else LONGEST_REST
         self.drafts, self.num_left = False, int(np.clip(num_steps * 2**self.num_rests, SHORTEST_REST, longest))
         self.num_rests += 1
         self.num_until_look = self.look_after = FIRST_LOOK
@@ -164,9 +165,13 @@ class _Load:
         steps[1] = np.minimum(steps[1], LONGEST_STEP * np.median(steps[1]))
         return steps
 
-    def rate_without(self) -> float | None:
+    def see_without(self, speed: float) -> None:
+        self.speeds_without.append(speed)
+        self.best_speed = max(self.best_speed, self.speed_without() or 0.0)
+
+    def speed_without(self) -> float | None:
         """Of the latest steps without drafts. They differ in nothing but the machine's moods, and few of them count."""
-        return median(self.rates_without) if len(self.rates_without) >= FEWEST_OBSERVED else None
+        return median(self.speeds_without) if len(self.speeds_without) >= FEWEST_OBSERVED else None
 
 
 class NodeBudget:
@@ -217,7 +222,8 @@ class NodeBudget:
         if self._profile is None:
             return True
         rate, gains = self._rate_without(load, num_requests), self._gains(self._profile)
-        slowness = max(load.best_rate_without / rate, 1.0)
+        speed = load.speed_without()
+        slowness = 1.0 if speed is None else load.best_speed / speed
         rows = num_requests * np.arange(1, len(gains) + 1)
         longer = self._target.at(rows) - self._target.at(num_requests) + self._drafting.at(num_requests)
         seconds = num_requests / rate + slowness * longer
@@ -240,7 +246,7 @@ class NodeBudget:
         """Tokens per second; if there were nothing but the target, where decoding without drafts has not been seen: so
         it is tried where it may be better.
         """
-        return load.rate_without() or num_requests / float(self._target.at(num_requests))
+        return (load.speed_without() or 1.0) * num_requests / float(self._target.at(num_requests))
 
     def observe_step(self, num_tokens: int, seconds: float, num_rows: int) -> None:
         """Of a step of decoding alone, after `wants_drafts` was asked at its end."""
@@ -250,8 +256,7 @@ class NodeBudget:
             if drafts:
                 load.with_drafts.append((num_tokens, seconds, num_rows))
             else:
-                load.rates_without.append(num_tokens / seconds)
-                load.best_rate_without = max(load.best_rate_without, load.rate_without() or 0.0)
+                load.see_without(float(self._target.at(num_rows)) / seconds)
 
     def observe_walk(self, believed: float, num_accepted: int) -> None:
         """believed: sum of psi over the verified nodes."""
@@ -268,7 +273,9 @@ class NodeBudget:
         order = np.argsort(-flat, kind="stable")[: np.count_nonzero(flat)]
         self._learn_profile(probabilities)
         load = self._loads[self._kind[0]]
-        rate = max(load.rate_with or 0.0, load.rate_without() or 0.0) or self._rate_without(load, num_requests)
+        rate = load.rate_with or 0.0
+        if not rate or load.speed_without() is not None:
+            rate = max(rate, self._rate_without(load, num_requests))
         gains = self._gains(flat[order])
         rows = np.array(row_counts(num_requests + len(order)))
         rows = np.concatenate(([num_requests], rows[rows > num_requests]))
