@@ -215,8 +215,8 @@ def test_decoding_without_drafts_is_tried_where_it_might_be_faster() -> None:
 def test_drafting_is_taken_up_again_when_it_pays_again() -> None:
     budget = budget_of(FLAT)
     assert not all(steps(budget, 1, 200, 2.0, 1.0)[NUM_PLAIN:])
-    # But for one look.
-    assert sum(steps(budget, 1, 5000, 0.5, 1.0)[-LAST_LOOK:]) >= LAST_LOOK - NUM_PLAIN
+    # Not at a look.
+    assert all(steps(budget, 1, 5100, 0.5, 1.0)[-200:])
 
 
 def test_drafting_that_cannot_pay_is_not_tried_once_it_is_known_what_trees_are_worth() -> None:
@@ -254,7 +254,7 @@ def test_a_try_that_ends_as_soon_as_trees_are_known_rests_for_what_its_drafting_
     budget.choose(np.full((4, 4), 0.1), 4)
     assert not budget.wants_drafts(4)
     # One drafting of four seconds, at a token in each.
-    assert budget._loads[(4).bit_length()].num_left == pytest.approx(4 / (LOST_SHARE * 4))
+    assert budget._loads[3].num_left == pytest.approx(4 / (LOST_SHARE * 4))
 
 
 def test_each_rest_after_another_is_twice_as_long() -> None:

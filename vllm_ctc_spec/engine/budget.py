@@ -144,9 +144,11 @@ class _Load:
     best_speed: float = 0.0
     """Median of so many of them when the machine was at its fastest."""
 
-    def rest(self, num_steps: float) -> None:
+    def rest(self, lost: float) -> None:
+        """lost: steps' worth of tokens."""
         longest = SHORTEST_REST if self.speed_without() is None else LONGEST_REST
-        self.drafts, self.num_left = False, int(np.clip(num_steps * 2**self.num_rests, SHORTEST_REST, longest))
+        num_steps = lost / LOST_SHARE * 2**self.num_rests
+        self.drafts, self.num_left = False, int(np.clip(num_steps, SHORTEST_REST, longest))
         self.num_rests += 1
         self.num_until_look = self.look_after = FIRST_LOOK
         self.rate_with, self.row_factor = None, 1.0
@@ -173,13 +175,18 @@ class _Load:
         """Of the latest steps without drafts. They differ in nothing but the machine's moods, and few of them count."""
         return median(self.speeds_without) if len(self.speeds_without) >= FEWEST_OBSERVED else None
 
+    def slowness(self) -> float:
+        """Of the machine now, against its fastest."""
+        speed = self.speed_without()
+        return 1.0 if speed is None else self.best_speed / speed
+
 
 class NodeBudget:
     def __init__(self, target: Cost, drafting: Cost, num_nodes: int) -> None:
         """target: by rows; drafting: by requests; num_nodes: the largest N."""
         self._target, self._drafting, self._num_nodes = target, drafting, num_nodes
         self._loads: dict[int, _Load] = defaultdict(_Load)
-        """By the number of bits of the number of requests."""
+        """By the number of bits of the number of requests, those of the busier of two steps."""
         self._num_before = 0
         """Requests of the step before."""
         self._kind = self._kind_before = (0, False)
@@ -202,11 +209,11 @@ class NodeBudget:
                 load.num_left = NUM_JUDGED
                 lost = self._judge(load, num_requests)
                 if lost > 0:
-                    load.rest(lost / (LOST_SHARE * num_requests))
+                    load.rest(lost / num_requests)
             elif load.rate_with is None and not self._may_pay(load, num_requests):
                 # What its drafting took is lost at least.
                 spent = (NUM_JUDGED - load.num_left) * float(self._drafting.at(num_requests))
-                load.rest(spent * self._rate_without(load, num_requests) / (LOST_SHARE * num_requests))
+                load.rest(spent * self._rate_without(load, num_requests) / num_requests)
             if load.num_until_look <= 0:
                 load.look()
         elif load.num_left <= 0:
@@ -222,11 +229,9 @@ class NodeBudget:
         if self._profile is None:
             return True
         rate, gains = self._rate_without(load, num_requests), self._gains(self._profile)
-        speed = load.speed_without()
-        slowness = 1.0 if speed is None else load.best_speed / speed
         rows = num_requests * np.arange(1, len(gains) + 1)
         longer = self._target.at(rows) - self._target.at(num_requests) + self._drafting.at(num_requests)
-        seconds = num_requests / rate + slowness * longer
+        seconds = num_requests / rate + load.slowness() * longer
         return bool((num_requests * (1 + gains) / seconds).max() > rate)
 
     def _judge(self, load: _Load, num_requests: int) -> float:

@@ -122,7 +122,6 @@ class TreeModelRunner(GPUModelRunner):
             self.query_start_loc.np[:num_requests].tolist(),
             num_scheduled_tokens.tolist(),
             self.input_batch.num_computed_tokens_cpu[:num_requests].tolist(),
-            scheduler_output.total_num_scheduled_tokens,
             accepted_nodes=[[]] * num_requests,
         )
         if not has_drafts:

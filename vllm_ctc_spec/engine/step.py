@@ -20,10 +20,12 @@ class Step:
     num_rows: list[int]
     num_computed: list[int]
     """Verified positions before this step: the position of each request's first row."""
-    total_rows: int
-    """Of all requests."""
     accepted_nodes: list[list[int]]
     """Per request, the node indices of its accepted path; empty until the walk."""
+
+    @cached_property
+    def total_rows(self) -> int:
+        return sum(self.num_rows)
 
     @cached_property
     def num_nodes(self) -> int:
