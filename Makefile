@@ -27,12 +27,13 @@ setup:
 demo: setup
 	$(BIN)/vllm-ctc-spec demo $(ARGS)
 
-# Two files at a time, because most of a test of an engine is its start, on one core. vLLM would bind the threads of both
-# engines to the same cores.
+# Three tests at a time, because most of one with an engine is its start, on one core, and waits for disks and messages.
+# A process that has done its share takes of another's, so that the long ones are not left to one at the end. vLLM would
+# bind the threads of all engines to the same cores.
 test: export VLLM_CPU_OMP_THREADS_BIND := nobind
 test: export OMP_NUM_THREADS := 1
 test: setup
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest --numprocesses 3 --dist worksteal $(ARGS)
 
 check: setup
 	$(BIN)/ruff format --check

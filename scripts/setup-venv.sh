@@ -15,6 +15,8 @@ torch_cpu_wheels=https://download.pytorch.org/whl/cpu
 say() { printf '==> %s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+# Most of 25,000 modules are never imported; the others are compiled when they are.
+pip_install() { pip install --no-compile "$@"; }
 
 # The path belongs to the key: scripts in .venv/bin name it, so a moved folder needs a new environment.
 key() { echo "$root $(cat pyproject.toml setup.py scripts/setup-venv.sh | sha256sum | cut -d ' ' -f 1)"; }
@@ -60,12 +62,12 @@ install_vllm() {
         return
     fi
     say "installing $torch (200 MB)"
-    if ! pip install --no-deps "$torch" 2>/dev/null; then
+    if ! pip_install --no-deps "$torch" 2>/dev/null; then
         say "the configured indexes do not have it; taking it from PyTorch's own CPU wheels"
-        pip install --no-deps --extra-index-url "$torch_cpu_wheels" "$torch"
+        pip_install --no-deps --extra-index-url "$torch_cpu_wheels" "$torch"
     fi
     say "installing $vllm (800 MB with its requirements; a minute or more)"
-    pip install "$torch" "$vllm"
+    pip_install "$torch" "$vllm"
 }
 
 version_of() {
@@ -99,7 +101,7 @@ except metadata.PackageNotFoundError:
 install_package() {
     say "installing vllm-ctc-spec (editable) with its tools for training, benchmarks and development"
     echo "torch==$(version_of torch)" >"$venv/constraints.txt"
-    pip install --quiet --constraint "$venv/constraints.txt" --editable '.[train,bench,dev]'
+    pip_install --quiet --constraint "$venv/constraints.txt" --editable '.[train,bench,dev]'
 }
 
 verify() {

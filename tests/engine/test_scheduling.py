@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 
-import pytest
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from tests.engine.conftest import NUM_PROMPTS, complete, engine, generate, seeded
+from tests.engine.conftest import NUM_NODES, NUM_PROMPTS, complete, engine, generate, seeded
 from vllm_ctc_spec.engine.metrics import read_tree_metrics
 
 
 def test_seeded_requests_survive_chunked_prefill(pair, plain: LLM, prompts: list[list[int]]) -> None:
     """Stock vLLM 0.32 dies here on CPU: it rolls back the draw of a discarded sample, which has no offset there."""
-    for params in (seeded(NUM_PROMPTS, temperature=0.9, max_tokens=20), SamplingParams(temperature=0, max_tokens=20)):
-        expected = complete(plain, prompts, params)
-        with engine(pair, {}, max_num_batched_tokens=64, enable_chunked_prefill=True) as chunked:
-            assert complete(chunked, prompts, params) == expected
+    # Of prompts in the prefix cache there would be nothing to chunk the second time.
+    options = {"max_num_batched_tokens": 64, "enable_chunked_prefill": True, "enable_prefix_caching": False}
+    greedy, sampled = SamplingParams(temperature=0, max_tokens=20), seeded(NUM_PROMPTS, temperature=0.9, max_tokens=20)
+    with engine(pair, {}, **options) as chunked:
+        for params in (greedy, sampled):
+            assert complete(chunked, prompts, params) == complete(plain, prompts, params)
 
 
 def test_preempted_requests_resume_exactly(pair, plain: LLM, prompts: list[list[int]]) -> None:
@@ -49,14 +50,12 @@ def test_drafts_after_a_cached_prefix_are_as_good_as_without(pair, prompts: list
     """The drafter's own keys and values come back with the cached blocks."""
     long_prompt = [token for prompt in prompts for token in prompt][:400]
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
-    lengths = []
-    for caching in (False, True):
-        with engine(pair, {}, enable_prefix_caching=caching) as llm:
-            generate(llm, [long_prompt], params)
-            once = read_tree_metrics(llm)
-            generate(llm, [long_prompt], params)
-            lengths.append((once, read_tree_metrics(llm)))
-    assert lengths[0] == lengths[1]
+    with engine(pair, {}) as llm:
+        generate(llm, [long_prompt], params)
+        without = read_tree_metrics(llm)
+        assert generate(llm, [long_prompt], params)[0].num_cached_tokens >= 256
+        # A mean over both, so equal to the first if the second is.
+        assert read_tree_metrics(llm) == without
 
 
 def test_structured_output_is_served_exactly(plain: LLM, trees: LLM, prompts: list[list[int]]) -> None:
@@ -100,10 +99,9 @@ def test_a_custom_logits_processor_works(pair, prompts: list[list[int]]) -> None
     assert all(left != right for answer in answers[1] for left, right in zip(answer.tokens, answer.tokens[1:]))
 
 
-@pytest.mark.parametrize("threshold", [0.02, 0.2])
-def test_improbable_nodes_are_not_verified(pair, plain: LLM, prompts: list[list[int]], threshold: float) -> None:
+def test_improbable_nodes_are_not_verified(pair, plain: LLM, prompts: list[list[int]]) -> None:
     params = SamplingParams(temperature=0, max_tokens=30)
-    with engine(pair, {"min_prefix_probability": threshold}) as llm:
+    with engine(pair, {"min_prefix_probability": 0.2}) as llm:
         assert complete(llm, prompts, params) == complete(plain, prompts, params)
         metrics = read_tree_metrics(llm)
-        assert metrics is not None and metrics.nodes_per_step < 1 / threshold * 3
+        assert metrics is not None and metrics.nodes_per_step < NUM_NODES / 2
