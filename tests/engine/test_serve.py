@@ -23,7 +23,7 @@ from vllm import LLM, SamplingParams
 
 from vllm_ctc_spec.demo.build import DemoPaths
 
-START_TIMEOUT = 300
+START_TIMEOUT = 900
 BINARIES = Path(sys.executable).parent
 
 
@@ -116,10 +116,11 @@ def bench_serve(url: str, pair: DemoPaths, folder: Path) -> dict[str, Any]:
     command += ["--tokenizer", str(pair.target), "--dataset-name", "custom", "--num-prompts", str(len(PROMPTS))]
     command += ["--dataset-path", str(folder / "prompts.jsonl"), "--custom-output-len", "40", "--temperature", "0"]
     command += ["--save-result", "--result-dir", str(folder), "--result-filename", "result.json"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     return json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_server_answers_as_plain_vllm_does_and_reports_its_trees(pair: DemoPaths, plain: LLM, tmp_path: Path) -> None:
     expected = answers_of(plain)
     trees = ["--spec-model", str(pair.drafter), "--spec-tokens", "16", "-sc", '{"adaptive_budget": false}']
@@ -147,7 +148,7 @@ def test_a_server_answers_as_plain_vllm_does_and_reports_its_trees(pair: DemoPat
 def test_a_bad_drafter_stops_the_server_with_one_clear_error(pair: DemoPaths) -> None:
     spec = '{"method": "ctc", "model": "no/such/drafter", "num_speculative_tokens": 8}'
     done = subprocess.run(
-        [str(BINARIES / "vllm"), "serve", str(pair.target), "-sc", spec], capture_output=True, text=True, timeout=120
+        [str(BINARIES / "vllm"), "serve", str(pair.target), "-sc", spec], capture_output=True, text=True, timeout=300
     )
     assert done.returncode != 0
     assert "drafter 'no/such/drafter' is not a folder" in done.stderr + done.stdout
