@@ -1,4 +1,4 @@
-"""Runs inside vLLM's worker process (`worker_extension_cls`): stage times of a decoding step, and GPU memory.
+"""Runs inside vLLM's worker process (`worker_extension_cls`): stage times of a decoding step, GPU memory, and a mend.
 
 Mixed into the worker class of every method, so that all run the same worker; it does nothing until it is called.
 """
@@ -12,11 +12,16 @@ from typing import Any
 
 import torch
 
+from vllm_ctc_spec.bench.cpu_sampling import mend
+
 STAGES = ("draft", "build", "verify", "walk", "K/V move")
 
 
 class BenchWorkerExtension:
     model_runner: Any
+
+    def bench_mend_sampling(self) -> None:
+        mend()
 
     def bench_start_clock(self) -> None:
         """Time the stages of every step from now on. CTC methods only."""

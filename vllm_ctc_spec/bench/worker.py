@@ -41,6 +41,7 @@ class Engine:
         from vllm import LLM
 
         self.llm = LLM(target, worker_extension_cls=EXTENSION, disable_log_stats=False, **options)
+        self.llm.collective_rpc("bench_mend_sampling")
         config = self.llm.llm_engine.model_config
         dtype = str(config.dtype).removeprefix("torch.")
         return EngineFacts(dtype, config.max_model_len, bool(config.enforce_eager))
