@@ -73,8 +73,8 @@ Round = dict[int, tuple[float, dict[str, float]]]
 """By nodes: milliseconds of a step, and of its stages."""
 
 
-def build_models(shape: str, folder: Path) -> tuple[Path, Path]:
-    """A target and a drafter with random weights, bf16."""
+def build_models(shape: str, dtype: torch.dtype, folder: Path) -> tuple[Path, Path]:
+    """A target and a drafter with random weights."""
     config = LlamaConfig(
         **SHAPES[shape],
         vocab_size=32000,
@@ -84,8 +84,8 @@ def build_models(shape: str, folder: Path) -> tuple[Path, Path]:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "target")
-    CTCDrafter(drafter_config(config)).to(torch.bfloat16).save_pretrained(folder / "drafter")
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder / "target")
+    CTCDrafter(drafter_config(config)).to(dtype).save_pretrained(folder / "drafter")
     return folder / "target", folder / "drafter"
 
 
@@ -97,7 +97,7 @@ def engine_options(drafter: Path | None, options: argparse.Namespace) -> dict[st
     batch = max(options.batches)
     return {
         "skip_tokenizer_init": True,
-        "dtype": "bfloat16",
+        "dtype": options.dtype,
         "block_size": BLOCK_SIZE,
         "max_model_len": max(options.contexts) + TAIL + options.tokens + 2 * (1 + MAX_NODES),
         "max_num_seqs": batch,
@@ -194,7 +194,7 @@ def missing_groups(options: argparse.Namespace, shape: str) -> list[tuple[Group,
     results = read_results(options.results)
     groups = []
     for context, batch in product(options.contexts, options.batches):
-        group = Group(shape, context, batch)
+        group = Group(shape, options.dtype, context, batch)
         nodes = [nodes for nodes in options.nodes if not isinstance(results.get(Cell(group, nodes)), Cost)]
         if nodes:
             groups.append((group, nodes))
@@ -205,7 +205,7 @@ def measure_shape(shape: str, options: argparse.Namespace) -> None:
     """Each pass of the loop serves one pair of engines; a failed cell costs a new pair, as it may have ended one."""
     todo = missing_groups(options, shape)
     with tempfile.TemporaryDirectory() as folder:
-        models = build_models(shape, Path(folder)) if todo else None
+        models = build_models(shape, getattr(torch, options.dtype), Path(folder)) if todo else None
         while models and todo:
             try:
                 with started_pair(models, options) as pair:
@@ -241,6 +241,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="JSON lines, one per cell")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["0.5B", "1B"])
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default %(default)s)")
     parser.add_argument("--contexts", nargs="+", type=int, default=[256, 1024, 4096])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument(
@@ -271,6 +272,7 @@ def main() -> None:
         cell: result
         for cell, result in read_results(options.results).items()
         if cell.group.shape in options.shapes
+        and cell.group.dtype == options.dtype
         and cell.group.context in options.contexts
         and cell.group.batch in options.batches
         and cell.nodes in options.nodes

@@ -19,6 +19,7 @@ class Group:
     """Measured together: one plain step of a round serves all node counts."""
 
     shape: str
+    dtype: str
     context: int
     batch: int
 
@@ -61,7 +62,8 @@ def read_results(path: Path) -> Results:
     results: Results = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         fields = json.loads(line)
-        cell = Cell(Group(fields.pop("shape"), fields.pop("context"), fields.pop("batch")), fields.pop("nodes"))
+        group = Group(**{name: fields.pop(name) for name in ("shape", "dtype", "context", "batch")})
+        cell = Cell(group, fields.pop("nodes"))
         results[cell] = Failure(**fields) if "error" in fields else Cost(**fields)
     return results
 
@@ -79,7 +81,7 @@ def markdown(results: Results) -> str:
         rows = (
             [*_name(cell.group), str(cell.nodes), " ".join(error.split()).replace("|", "\\|")] for cell, error in failed
         )
-        tables.append(_table(["shape", "context", "batch", "nodes", "failed with"], rows))
+        tables.append(_table(["shape", "dtype", "context", "batch", "nodes", "failed with"], rows))
     return "\n".join(tables)
 
 
@@ -91,7 +93,8 @@ def _ratio_table(results: Results) -> str:
         plain = statistics.median(cost.plain for cost in costs.values())
         ratios = [f"{costs[nodes].ratio:.2f}" if nodes in costs else "" for nodes in node_counts]
         rows.append([*_name(group), f"{plain:.1f}", *ratios])
-    heads = ["shape", "context", "batch", "plain step, ms", *(f"{nodes} nodes / plain" for nodes in node_counts)]
+    figures = ("plain step, ms", *(f"{nodes} nodes / plain" for nodes in node_counts))
+    heads = ["shape", "dtype", "context", "batch", *figures]
     return _table(heads, rows)
 
 
@@ -103,7 +106,7 @@ def _parts_table(results: Results) -> str:
             floor, share = f"{cost.floor:.2f}", f"{cost.own_share:.0%}"
             rows.append([*_name(group), str(nodes), f"{cost.tree:.1f}", *parts, share, f"{cost.ratio:.2f}", floor])
     figures = ("step, ms", *STAGES, "own share", "step / plain", "matrix products / plain's")
-    heads = ["shape", "context", "batch", "nodes", *figures]
+    heads = ["shape", "dtype", "context", "batch", "nodes", *figures]
     return _table(heads, rows)
 
 
@@ -116,7 +119,7 @@ def _by_group(results: Results) -> list[tuple[Group, dict[int, Cost]]]:
 
 
 def _name(group: Group) -> list[str]:
-    return [group.shape, str(group.context), str(group.batch)]
+    return [group.shape, group.dtype, str(group.context), str(group.batch)]
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -125,19 +128,20 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def draw(results: Results, context: int, path: Path) -> None:
-    """Step cost ratio over nodes, a line per batch, a panel per shape."""
+    """Step cost ratio over nodes, a line per batch, a panel per shape and dtype."""
     from matplotlib.figure import Figure
 
-    panels: dict[str, list[tuple[Group, dict[int, Cost]]]] = {}
+    panels: dict[tuple[str, str], list[tuple[Group, dict[int, Cost]]]] = {}
     for group, costs in _by_group(results):
         if group.context == context:
-            panels.setdefault(group.shape, []).append((group, costs))
+            panels.setdefault((group.shape, group.dtype), []).append((group, costs))
     if not panels:
         raise ValueError(f"--png-context {context}: no cell of this context is measured. Add it to --contexts.")
     figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
-    for axes, (shape, lines) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels.items()):
+    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, ((shape, dtype), lines) in zip(all_axes, panels.items()):
         _draw_panel(axes, lines)
-        axes.set(title=f"{shape}, context {context}", xlabel="nodes verified")
+        axes.set(title=f"{shape}, {dtype}, context {context}", xlabel="nodes verified")
         axes.set_ylabel("tree step / plain step")
     figure.savefig(path, dpi=130)
 

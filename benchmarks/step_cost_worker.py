@@ -115,7 +115,8 @@ def read_clock(worker: Any, batch: int, nodes: int) -> tuple[float, dict[str, fl
 def gemm_ms(worker: Any, num_rows: int) -> float:
     """Milliseconds of the target's matrix products alone, with vLLM's own kernel, at `num_rows` rows."""
     layers = [module for module in worker.model_runner.model.modules() if hasattr(module, "cpu_linear")]
-    inputs = {size: torch.randn(num_rows, size).bfloat16() for size in {layer.input_size for layer in layers}}
+    dtype = worker.model_runner.dtype
+    inputs = {size: torch.randn(num_rows, size, dtype=dtype) for size in {layer.input_size for layer in layers}}
     times = []
     for _ in range(3):
         started = time.perf_counter()
