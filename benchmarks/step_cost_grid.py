@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ class Group:
     dtype: str
     context: int
     batch: int
+
+
+GROUP = tuple(field.name for field in fields(Group))
 
 
 @dataclass(frozen=True, order=True)
@@ -61,10 +64,9 @@ def read_results(path: Path) -> Results:
     """The last line of a cell counts."""
     results: Results = {}
     for line in path.read_text().splitlines() if path.exists() else ():
-        fields = json.loads(line)
-        group = Group(**{name: fields.pop(name) for name in ("shape", "dtype", "context", "batch")})
-        cell = Cell(group, fields.pop("nodes"))
-        results[cell] = Failure(**fields) if "error" in fields else Cost(**fields)
+        values = json.loads(line)
+        cell = Cell(Group(*(values.pop(name) for name in GROUP)), values.pop("nodes"))
+        results[cell] = Failure(**values) if "error" in values else Cost(**values)
     return results
 
 
@@ -81,7 +83,7 @@ def markdown(results: Results) -> str:
         rows = (
             [*_name(cell.group), str(cell.nodes), " ".join(error.split()).replace("|", "\\|")] for cell, error in failed
         )
-        tables.append(_table(["shape", "dtype", "context", "batch", "nodes", "failed with"], rows))
+        tables.append(_table([*GROUP, "nodes", "failed with"], rows))
     return "\n".join(tables)
 
 
@@ -93,8 +95,7 @@ def _ratio_table(results: Results) -> str:
         plain = statistics.median(cost.plain for cost in costs.values())
         ratios = [f"{costs[nodes].ratio:.2f}" if nodes in costs else "" for nodes in node_counts]
         rows.append([*_name(group), f"{plain:.1f}", *ratios])
-    figures = ("plain step, ms", *(f"{nodes} nodes / plain" for nodes in node_counts))
-    heads = ["shape", "dtype", "context", "batch", *figures]
+    heads = [*GROUP, "plain step, ms", *(f"{nodes} nodes / plain" for nodes in node_counts)]
     return _table(heads, rows)
 
 
@@ -106,7 +107,7 @@ def _parts_table(results: Results) -> str:
             floor, share = f"{cost.floor:.2f}", f"{cost.own_share:.0%}"
             rows.append([*_name(group), str(nodes), f"{cost.tree:.1f}", *parts, share, f"{cost.ratio:.2f}", floor])
     figures = ("step, ms", *STAGES, "own share", "step / plain", "matrix products / plain's")
-    heads = ["shape", "dtype", "context", "batch", "nodes", *figures]
+    heads = [*GROUP, "nodes", *figures]
     return _table(heads, rows)
 
 
@@ -119,7 +120,7 @@ def _by_group(results: Results) -> list[tuple[Group, dict[int, Cost]]]:
 
 
 def _name(group: Group) -> list[str]:
-    return [group.shape, group.dtype, str(group.context), str(group.batch)]
+    return list(map(str, astuple(group)))
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -131,17 +132,16 @@ def draw(results: Results, context: int, path: Path) -> None:
     """Step cost ratio over nodes, a line per batch, a panel per shape and dtype."""
     from matplotlib.figure import Figure
 
-    panels: dict[tuple[str, str], list[tuple[Group, dict[int, Cost]]]] = {}
+    panels: dict[str, list[tuple[Group, dict[int, Cost]]]] = {}
     for group, costs in _by_group(results):
         if group.context == context:
-            panels.setdefault((group.shape, group.dtype), []).append((group, costs))
+            panels.setdefault(f"{group.shape}, {group.dtype}", []).append((group, costs))
     if not panels:
         raise ValueError(f"--png-context {context}: no cell of this context is measured. Add it to --contexts.")
     figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axes, ((shape, dtype), lines) in zip(all_axes, panels.items()):
+    for axes, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels.items()):
         _draw_panel(axes, lines)
-        axes.set(title=f"{shape}, {dtype}, context {context}", xlabel="nodes verified")
+        axes.set(title=f"{name}, context {context}", xlabel="nodes verified")
         axes.set_ylabel("tree step / plain step")
     figure.savefig(path, dpi=130)
 

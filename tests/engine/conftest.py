@@ -25,7 +25,7 @@ from vllm_ctc_spec.engine.lifetime import started
 NUM_PROMPTS = 32
 NUM_NODES = 32
 IN_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""The worker in the engine core's process: its own, vLLM's default, takes a third of the time of a start."""
+"""The worker in the engine core's process: in one of its own, vLLM's default, it imports everything once more."""
 
 
 @pytest.fixture(scope="session")
