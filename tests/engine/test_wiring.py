@@ -35,7 +35,8 @@ class Rows:
         self.blocks = torch.tensor([[4, 1, 3]])
         positions = torch.arange(CONTEXT)
         self.slots = self.blocks[0][positions // BLOCK] * BLOCK + positions % BLOCK
-        write_cache(self.cache, self.slots, random(CONTEXT, KV_HEADS, HEAD_SIZE), random(CONTEXT, KV_HEADS, HEAD_SIZE))
+        context = (random(CONTEXT, KV_HEADS, HEAD_SIZE) for _ in range(2))
+        write_cache(self.cache, self.slots, *context, ISA)
         self.query = random(1, num_rows, HEADS, HEAD_SIZE)
         self.key = random(1, num_rows, KV_HEADS, HEAD_SIZE)
         self.value = random(1, num_rows, KV_HEADS, HEAD_SIZE)
@@ -45,14 +46,14 @@ class Rows:
         start, count, context = torch.tensor([[0], [len(masks)], [CONTEXT]], dtype=torch.int32)
         batch = TreeBatch(start, count, torch.tensor(masks), context, self.blocks.int(), len(masks))
         rows = (self.query[0], self.key[0], self.value[0])
-        return tree_attention(*rows, self.cache, batch, SCALE, torch.empty_like(self.query[0]))
+        return tree_attention(*rows, self.cache, False, batch, SCALE, torch.empty_like(self.query[0]))
 
     def attend_causally(self, rows: list[int]) -> torch.Tensor:
         """vLLM's own kernel over the context and then `rows`, one after the other."""
         cache = self.cache.clone()
         positions = torch.arange(CONTEXT, CONTEXT + len(rows))
         slots = self.blocks[0][positions // BLOCK] * BLOCK + positions % BLOCK
-        write_cache(cache, slots, self.key[0, rows].contiguous(), self.value[0, rows].contiguous())
+        write_cache(cache, slots, self.key[0, rows].contiguous(), self.value[0, rows].contiguous(), ISA)
         starts, lens = torch.tensor([0, len(rows)], dtype=torch.int32), torch.tensor([CONTEXT + len(rows)]).int()
         plan = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=1,

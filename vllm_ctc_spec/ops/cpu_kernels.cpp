@@ -2,8 +2,8 @@
 // what the arguments are.
 //
 // A task of attention is one request, one key-value head and a part of the context: its rows, the query heads of the
-// key-value head folded in, run over the blocks with an online softmax. A block's keys and values are widened to float32
-// once for all rows. The step's own keys and values, under the ancestor masks, are one more block after the context.
+// key-value head folded in, run over the blocks with an online softmax. A block's keys and values are widened to float32,
+// and laid out row by row, once for all rows. The step's own keys and values, under the ancestor masks, are one more block after the context.
 //
 // Letters: R requests, H query heads, K key-value heads, G = H / K, D head size, B block size.
 
@@ -46,6 +46,25 @@ inline void narrow(float x, BFloat16 *to) {
 
 template <typename T> void widen_all(const T *__restrict from, int64_t count, float *__restrict to) {
     for (int64_t index = 0; index < count; index++) to[index] = widen(from[index]);
+}
+
+// Where a matrix [rows, columns] of the cache has an element.
+inline int64_t place(bool is_tiled, int64_t row, int64_t column, int64_t rows, int64_t columns) {
+    if (!is_tiled) return row * columns + column;
+    return column / LANES * LANES * rows + row / 2 * 2 * LANES + column % LANES * 2 + row % 2;
+}
+
+// Such a matrix to float32, row by row.
+template <typename T> void unpack(const T *from, bool is_tiled, int64_t rows, int64_t columns, float *to) {
+    if (!is_tiled) return widen_all(from, rows * columns, to);
+    for (int64_t column = 0; column < columns; column += LANES)
+        for (int64_t row = 0; row < rows; row += 2, from += 2 * LANES) {
+            float *const even = to + row * columns + column, *const odd = even + columns;
+            for (int64_t lane = 0; lane < LANES; lane++) {
+                even[lane] = widen(from[2 * lane]);
+                odd[lane] = widen(from[2 * lane + 1]);
+            }
+        }
 }
 
 inline int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -142,7 +161,7 @@ struct TreeAttention {
     int64_t block_table_stride;
     const int32_t *row_starts, *num_rows, *context_lens;
     const int64_t *ancestor_masks;
-    int64_t num_requests, max_rows, num_heads, num_kv_heads, head_size, block_size;
+    int64_t num_requests, max_rows, num_heads, num_kv_heads, head_size, block_size, is_tiled;
     float scale;
 };
 
@@ -204,8 +223,8 @@ template <typename T> class Task {
         for (int64_t block = first_block; block < end_block; block++) {
             const T *cached = static_cast<const T *>(step.cache) + table[block] * step.cache_block_stride +
                               head * step.cache_head_stride;
-            widen_all(cached, size, keys);
-            widen_all(cached + size, size, values);
+            unpack(cached, step.is_tiled, step.head_size, step.block_size, keys);
+            unpack(cached + size, step.is_tiled, step.block_size, step.head_size, values);
             const int64_t valid = std::min(step.block_size, length - block * step.block_size);
             attend({keys, step.block_size}, valid, valid % LANES != 0,
                    [valid](int64_t, int64_t column) { return column < valid; });
@@ -315,7 +334,7 @@ struct Move {
     void *const *caches;
     int64_t num_caches, cache_block_stride, cache_head_stride;
     const int64_t *sources, *targets;
-    int64_t num_slots, num_kv_heads, head_size, block_size;
+    int64_t num_slots, num_kv_heads, head_size, block_size, is_tiled;
 };
 
 namespace {
@@ -324,10 +343,12 @@ namespace {
 template <typename T, typename F> void visit(const Move &move, T *head, const int64_t *slots, F f) {
     for (int64_t index = 0; index < move.num_slots; index++) {
         T *keys = head + slots[index] / move.block_size * move.cache_block_stride;
-        const int64_t place = slots[index] % move.block_size;
-        T *values = keys + (move.block_size + place) * move.head_size;
-        for (int64_t d = 0; d < move.head_size; d++) f(keys + d * move.block_size + place);
-        for (int64_t d = 0; d < move.head_size; d++) f(values + d);
+        T *values = keys + move.block_size * move.head_size;
+        const int64_t slot = slots[index] % move.block_size;
+        for (int64_t d = 0; d < move.head_size; d++)
+            f(keys + place(move.is_tiled, d, slot, move.head_size, move.block_size));
+        for (int64_t d = 0; d < move.head_size; d++)
+            f(values + place(move.is_tiled, slot, d, move.block_size, move.head_size));
     }
 }
 

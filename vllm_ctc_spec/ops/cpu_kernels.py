@@ -1,7 +1,8 @@
 """Tree attention and the K/V move on a CPU, in C++ that is compiled for the processor at hand when it is first needed.
 
-A layer's cache is [blocks, K, B, 2 * D]; of each block and head the first half holds the keys as [D, B] and the second
-the values as [B, D].
+A layer's cache is [blocks, K, B, 2 * D]; of each block and head the first half holds the keys, a matrix [D, B], and the
+second the values, [B, D]. Such a matrix [m, n] is stored row by row, or in the tiles that AMX multiplies: as
+[n / 16, m / 2, 16, 2] (vLLM: csrc/cpu/cpu_attn_vec.hpp and csrc/cpu/cpu_attn_amx.hpp).
 
 Letters: R requests, M query rows of the whole step, H query heads, K key-value heads, D head size, B block size.
 """
@@ -48,7 +49,7 @@ class _TreeAttention(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("row_starts", "num_rows", "context_lens", "ancestor_masks")),
         *(
             (name, ctypes.c_int64)
-            for name in ("num_requests", "max_rows", "num_heads", "num_kv_heads", "head_size", "block_size")
+            for name in ("num_requests", "max_rows", "num_heads", "num_kv_heads", "head_size", "block_size", "is_tiled")
         ),
         ("scale", ctypes.c_float),
     )
@@ -59,12 +60,19 @@ class _Move(ctypes.Structure):
         ("caches", ctypes.POINTER(ctypes.c_void_p)),
         *((name, ctypes.c_int64) for name in ("num_caches", "cache_block_stride", "cache_head_stride")),
         *((name, ctypes.c_void_p) for name in ("sources", "targets")),
-        *((name, ctypes.c_int64) for name in ("num_slots", "num_kv_heads", "head_size", "block_size")),
+        *((name, ctypes.c_int64) for name in ("num_slots", "num_kv_heads", "head_size", "block_size", "is_tiled")),
     )
 
 
 def tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    is_tiled: bool,
+    batch: TreeBatch,
+    scale: float,
+    out: Tensor,
 ) -> Tensor:
     """Attention of the tree rows of a step; returns `out`, whose other rows stay as they are.
 
@@ -85,13 +93,14 @@ def tree_attention(
         num_kv_heads,
         head_size,
         kv_cache.shape[2],
+        is_tiled,
         scale,
     )
     kernels()["tree_attention_" + DTYPES[query.dtype]](ctypes.byref(step))
     return out
 
 
-def move_slots(kv_caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
+def move_slots(kv_caches: list[Tensor], is_tiled: bool, sources: Tensor, targets: Tensor) -> None:
     """Copy keys and values of slots `sources` [n] int64 to slots `targets` [n], in every layer; contiguous both.
 
     Each layer reads all before it writes any, so the two sets may overlap. The caches are alike in all but place.
@@ -108,17 +117,22 @@ def move_slots(kv_caches: list[Tensor], sources: Tensor, targets: Tensor) -> Non
         num_kv_heads,
         packed // 2,
         block_size,
+        is_tiled,
     )
     kernels()[f"move_slots_{first.itemsize}"](ctypes.byref(move))
 
 
-def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of one layer's cache: keys [blocks, K, D, B] and values [blocks, K, B, D]."""
+def split_cache(kv_cache: Tensor, is_tiled: bool) -> tuple[Tensor, Tensor]:
+    """Views of a layer's cache: keys [blocks, K, D / 2, 2, B / 16, 16], values [blocks, K, B / 2, 2, D / 16, 16]."""
     num_blocks, num_kv_heads, block_size, packed = kv_cache.shape
-    halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * packed // 2)
-    keys = halves[:, :, 0].view(num_blocks, num_kv_heads, packed // 2, block_size)
-    values = halves[:, :, 1].view(num_blocks, num_kv_heads, block_size, packed // 2)
-    return keys, values
+    keys, values = kv_cache.view(num_blocks, num_kv_heads, 2, -1).unbind(2)
+    return _matrix(keys, is_tiled, packed // 2, block_size), _matrix(values, is_tiled, block_size, packed // 2)
+
+
+def _matrix(flat: Tensor, is_tiled: bool, rows: int, columns: int) -> Tensor:
+    if is_tiled:
+        return flat.unflatten(-1, (columns // LANES, rows // 2, LANES, 2)).permute(0, 1, 3, 5, 2, 4)
+    return flat.unflatten(-1, (rows // 2, 2, columns // LANES, LANES))
 
 
 @cache

@@ -1,9 +1,9 @@
 """vLLM's CPU attention backend, with rows of token trees attending to their ancestors.
 
 Plain prefill, decode and chain rows keep vLLM's kernel; rows of branching trees go to `ops.cpu_kernels`. The cache of a
-layer is [blocks, K, B, 2 * D] (vllm/v1/attention/backends/cpu_attn.py); per block and head the first half holds the
-keys as [D, B] and the second the values as [B, D] when the kernel's isa is "vec", which is why the builder chooses
-"vec" (isa "amx" interleaves tiles). `check_layout` proves it at start-up.
+layer is [blocks, K, B, 2 * D] (vllm/v1/attention/backends/cpu_attn.py). How keys and values lie in it depends on the
+isa that vLLM's builder chooses for its kernel: in bfloat16 "amx" where the processor has it, which we keep, and else
+one of many that differ by processor, in place of which we take "vec". `check_layout` proves it at start-up.
 
 Letters: R tree requests, Q rows of each, M rows of the whole step, K key-value heads, D head size, B block size.
 """
@@ -29,7 +29,7 @@ from vllm_ctc_spec.engine.attention.interface import TreeAttention, features_of,
 from vllm_ctc_spec.ops import cpu_kernels
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
-ISA = "vec"
+TILED_ISA, ISA = "amx", "vec"
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):
@@ -50,11 +50,14 @@ def register() -> None:
 
 
 class TreeCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    isa: str
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.isa = ISA
-        self._set_isa_to_layers(self.layer_names)
-        check_layout(self.block_size, self.head_dim, self.dtype)
+        if self.isa != TILED_ISA:
+            self.isa = ISA
+            self._set_isa_to_layers(self.layer_names)
+        check_layout(self.block_size, self.head_dim, self.dtype, self.isa)
 
 
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
@@ -82,15 +85,15 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         if trees is None or not trees.are_whole_step:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if trees is not None:
-            cpu_kernels.tree_attention(query, key, value, kv_cache, trees.batch, self.scale, output)
+            is_tiled = layer.isa == TILED_ISA
+            cpu_kernels.tree_attention(query, key, value, kv_cache, is_tiled, trees.batch, self.scale, output)
         return output
 
 
 class CPUTreeAttention(TreeAttention):
-    """Over caches of isa "vec"."""
-
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers)
+        self.isa: str = self.layer.isa
         # Compiled now, or a machine without a compiler would be found out by the first request.
         cpu_kernels.kernels()
         # Layers that share a cache must have their slots moved once.
@@ -99,32 +102,34 @@ class CPUTreeAttention(TreeAttention):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor
     ) -> None:
-        cpu_kernels.tree_attention(query, key, value, kv_cache, batch, scale, out)
+        cpu_kernels.tree_attention(query, key, value, kv_cache, self.isa == TILED_ISA, batch, scale, out)
 
     def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        write_cache(kv_cache, slots, key, value)
+        write_cache(kv_cache, slots, key, value, self.isa)
 
     def move(self, slots: Tensor, sources: list[list[int]], targets: list[list[int]]) -> None:
         cpu_kernels.move_slots(
-            self.target_caches, *(slots[list(chain.from_iterable(rows))] for rows in (sources, targets))
+            self.target_caches,
+            self.isa == TILED_ISA,
+            *(slots[list(chain.from_iterable(rows))] for rows in (sources, targets)),
         )
 
 
-def write_cache(kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+def write_cache(kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor, isa: str) -> None:
     """Store key and value [n, K, D] at slots [n] int64, as vLLM's own kernel does."""
     num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
     key_cache, value_cache = kv_cache.view(num_blocks, num_kv_heads, block_size * 2, -1).chunk(2, dim=2)
-    ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, ISA)
+    ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa)
 
 
-def check_layout(block_size: int, head_size: int, dtype: torch.dtype) -> None:
+def check_layout(block_size: int, head_size: int, dtype: torch.dtype, isa: str) -> None:
     """Write a known pattern with vLLM's kernel and read it through our views. Raises RuntimeError."""
     num_tokens = 2 * block_size
     cache = torch.zeros(2, 2, block_size, 2 * head_size, dtype=dtype)
     # A generator of its own: the engine's random state must be what it is without us.
     key, value = torch.randn(2, num_tokens, 2, head_size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    write_cache(cache, torch.arange(num_tokens), key, value)
-    keys, values = cpu_kernels.split_cache(cache)
+    write_cache(cache, torch.arange(num_tokens), key, value, isa)
+    keys, values = (half.flatten(4).flatten(2, 3) for half in cpu_kernels.split_cache(cache, isa == TILED_ISA))
     found_key, found_value = keys.permute(0, 3, 1, 2).flatten(0, 1), values.permute(0, 2, 1, 3).flatten(0, 1)
     if not (torch.equal(found_key, key) and torch.equal(found_value, value)):
         raise RuntimeError(
