@@ -8,7 +8,7 @@ import torch
 
 from vllm_ctc_spec.config import CTCDrafterConfig
 from vllm_ctc_spec.drafter import CTCDrafter
-from vllm_ctc_spec.engine.attention.cpu import CPUTreeAttention
+from vllm_ctc_spec.engine.attention.cpu import ISA, CPUTreeAttention
 from vllm_ctc_spec.engine.proposer import MOST_REMEMBERED, CTCProposer, VerifiedRows
 
 BLOCK_SIZE = 32
@@ -21,7 +21,7 @@ def proposer() -> CTCProposer:
     torch.manual_seed(0)
     made = CTCProposer.__new__(CTCProposer)
     made.drafter = CTCDrafter(config).eval().requires_grad_(False)
-    made.cache_layers = [SimpleNamespace(kv_cache=torch.zeros(2, 1, BLOCK_SIZE, 64))]
+    made.cache_layers = [SimpleNamespace(kv_cache=torch.zeros(2, 1, BLOCK_SIZE, 64), isa=ISA)]
     made.attention = CPUTreeAttention(made.cache_layers)
     made.remembered, made.num_remembered = [], 0
     return made

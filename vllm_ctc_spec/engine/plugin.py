@@ -16,6 +16,8 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_ctc_spec.engine.compat import require_supported_vllm
 
 if TYPE_CHECKING:
@@ -42,6 +44,9 @@ def register() -> None:
 
     _replace_once(EngineArgs, "create_speculative_config", _create_speculative_config)
     _replace_once(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
+    # Linux kills a process that uses AMX's tiles without having asked for them, and vLLM's attention kernel does not ask.
+    # oneDNN does, but a target as small as that of a test has no product for it. Without AMX it does nothing.
+    torch.cpu._init_amx()
 
 
 def _replace_once(owner: type, name: str, replacement: Any) -> None:
