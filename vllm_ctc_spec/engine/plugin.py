@@ -8,6 +8,8 @@ Ledger of what is replaced in vLLM, why, and when it can go:
   rejection sampler ignores them; our walk runs vLLM's own sampler at every node and honours them.
   Goes when the check asks the method.
 * `gpu_model_runner.build_logitsprocs` (in the worker, see worker.py): for the same reason.
+
+Beside that it asks Linux for AMX's tiles, which vLLM uses and does not ask for.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ def register() -> None:
 
     _replace_once(EngineArgs, "create_speculative_config", _create_speculative_config)
     _replace_once(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
-    # Linux kills a process that uses AMX's tiles without having asked for them, and vLLM's attention kernel does not ask.
-    # oneDNN does, but a target as small as that of a test has no product for it. Without AMX it does nothing.
+    # Linux kills a process that uses AMX's tiles unasked, as vLLM's attention does. oneDNN asks, but has no product of a
+    # target as small as that of a test. Without AMX this does nothing.
     torch.cpu._init_amx()
 
 
