@@ -46,8 +46,8 @@ def register() -> None:
 
     _replace_once(EngineArgs, "create_speculative_config", _create_speculative_config)
     _replace_once(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
-    # Linux kills a process that uses AMX's tiles unasked, as vLLM's attention does. oneDNN asks, but has no product of a
-    # target as small as that of a test. Without AMX this does nothing.
+    # Linux kills a process that uses AMX's tiles unasked, as vLLM's attention does. oneDNN asks, but has no product of
+    # a target as small as that of a test. Without AMX this does nothing.
     torch.cpu._init_amx()
 
 
