@@ -17,6 +17,7 @@ from vllm_ctc_spec.ops import cpu_kernels
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
 DTYPES = [(dtype, dtype) for dtype in cpu_kernels.DTYPES]
+BFLOAT16 = [(torch.bfloat16, torch.bfloat16)]
 
 
 def as_on_a_cpu(kv_cache: Tensor, is_tiled: bool) -> Tensor:
@@ -32,50 +33,75 @@ def move(kv_caches: list[Tensor], sources: Tensor, targets: Tensor, is_tiled: bo
     moved = [as_on_a_cpu(kv_cache, is_tiled) for kv_cache in kv_caches]
     cpu_kernels.move_slots(moved, is_tiled, sources[sources >= 0], targets[sources >= 0])
     for kv_cache, now in zip(kv_caches, moved):
-        keys, values = (half.flatten(4).flatten(2, 3) for half in cpu_kernels.split_cache(now, is_tiled))
+        keys, values = cpu_kernels.joined_cache(now, is_tiled)
         kv_cache.copy_(torch.cat((keys.mT, values), dim=-1))
 
 
-def check(shape: Shape, is_tiled: bool, query_scale: float = 1.0) -> None:
-    def attend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        batch: TreeBatch,
-        scale: float,
-        out: Tensor,
-        **_: None,
-    ) -> Tensor:
-        return cpu_kernels.tree_attention(
-            query, key, value, as_on_a_cpu(kv_cache, is_tiled), is_tiled, batch, scale, out
-        )
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    batch: TreeBatch,
+    scale: float,
+    out: Tensor,
+    is_tiled: bool,
+    **_: None,
+) -> Tensor:
+    return cpu_kernels.tree_attention(query, key, value, as_on_a_cpu(kv_cache, is_tiled), is_tiled, batch, scale, out)
 
+
+def check(shape: Shape, is_tiled: bool = False, query_scale: float = 1.0) -> None:
     case: Case = make_case(replace(shape, softcap=0.0), launch=None)
-    replace(case, query=query_scale * case.query).check(attend)
+    replace(case, query=query_scale * case.query).check(partial(attend, is_tiled=is_tiled))
+
+
+@pytest.fixture(scope="module")
+def amx() -> None:
+    if not cpu_kernels.multiplies_tiles():
+        pytest.skip("needs a processor with AMX in bfloat16")
+    # In an engine the plugin asks for it.
+    torch.cpu._init_amx()
 
 
 @settings(max_examples=150, deadline=None)
-@given(shapes(DTYPES), st.booleans())
-def test_rows_attend_to_their_context_and_ancestors(shape: Shape, is_tiled: bool) -> None:
-    check(shape, is_tiled)
+@given(shapes(DTYPES))
+def test_rows_attend_to_their_context_and_ancestors(shape: Shape) -> None:
+    check(shape)
+
+
+@pytest.mark.usefixtures("amx")
+@settings(max_examples=150, deadline=None)
+@given(shapes(BFLOAT16), st.sampled_from([32, 64, 96, 128]), st.sampled_from([32, 64, 96]))
+def test_rows_attend_by_amx(shape: Shape, head_size: int, block_size: int) -> None:
+    check(replace(shape, head_size=head_size, block_size=block_size), is_tiled=True)
+
+
+def check_split(dtype: torch.dtype, num_threads: int, is_tiled: bool) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        shape = Shape((33, 1, 0, 64), (700, 1, 90, 1030), 1, 3, 64, 32, dtype, dtype, 0.0, seed=num_threads)
+        check(shape, is_tiled)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 @pytest.mark.parametrize("dtype", cpu_kernels.DTYPES)
 def test_the_context_may_be_split_between_cores(dtype: torch.dtype, num_threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        shape = Shape((33, 1, 0, 64), (700, 1, 90, 1030), 1, 3, 64, 32, dtype, dtype, 0.0, seed=num_threads)
-        check(shape, is_tiled=dtype == torch.bfloat16)
-    finally:
-        torch.set_num_threads(before)
+    check_split(dtype, num_threads, is_tiled=False)
+
+
+@pytest.mark.usefixtures("amx")
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_the_context_may_be_split_between_cores_by_amx(num_threads: int) -> None:
+    check_split(torch.bfloat16, num_threads, is_tiled=True)
 
 
 def test_large_scores_neither_overflow_nor_vanish() -> None:
     shape = Shape((9, 17), (100, 0), 2, 2, 64, 16, torch.float32, torch.float32, 0.0, seed=1)
-    check(shape, is_tiled=False, query_scale=60)
+    check(shape, query_scale=60)
 
 
 @settings(max_examples=50, deadline=None)

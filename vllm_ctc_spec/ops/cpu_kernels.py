@@ -49,7 +49,7 @@ class _TreeAttention(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("row_starts", "num_rows", "context_lens", "ancestor_masks")),
         *(
             (name, ctypes.c_int64)
-            for name in ("num_requests", "max_rows", "num_heads", "num_kv_heads", "head_size", "block_size", "is_tiled")
+            for name in ("num_requests", "max_rows", "num_heads", "num_kv_heads", "head_size", "block_size")
         ),
         ("scale", ctypes.c_float),
     )
@@ -77,7 +77,8 @@ def tree_attention(
     """Attention of the tree rows of a step; returns `out`, whose other rows stay as they are.
 
     query, out: [M, H, D]; key, value: [M, K, D], the step's own, with any stride over rows and heads;
-    all and the cache of one dtype of DTYPES; D and B are multiples of LANES.
+    all and the cache of one dtype of DTYPES; D and B are multiples of LANES. In tiles, where `multiplies_tiles`: of
+    bfloat16, and D and B multiples of 2 * LANES.
     """
     (_, num_heads, head_size), num_kv_heads = query.shape, key.shape[1]
     step = _TreeAttention(
@@ -93,10 +94,9 @@ def tree_attention(
         num_kv_heads,
         head_size,
         kv_cache.shape[2],
-        is_tiled,
         scale,
     )
-    kernels()["tree_attention_" + DTYPES[query.dtype]](ctypes.byref(step))
+    kernels()["tree_attention_" + ("tiled" if is_tiled else DTYPES[query.dtype])](ctypes.byref(step))
     return out
 
 
@@ -133,6 +133,17 @@ def _matrix(flat: Tensor, is_tiled: bool, rows: int, columns: int) -> Tensor:
     if is_tiled:
         return flat.unflatten(-1, (columns // LANES, rows // 2, LANES, 2)).permute(0, 1, 3, 5, 2, 4)
     return flat.unflatten(-1, (rows // 2, 2, columns // LANES, LANES))
+
+
+def joined_cache(kv_cache: Tensor, is_tiled: bool) -> tuple[Tensor, Tensor]:
+    """Copies of a layer's keys [blocks, K, D, B] and values [blocks, K, B, D]."""
+    keys, values = (half.flatten(4).flatten(2, 3) for half in split_cache(kv_cache, is_tiled))
+    return keys, values
+
+
+def multiplies_tiles() -> bool:
+    """Whether processor and compiler have AMX in bfloat16."""
+    return hasattr(kernels(), "tree_attention_tiled")
 
 
 @cache

@@ -54,7 +54,7 @@ class TreeCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.isa != TILED_ISA:
+        if self.isa != TILED_ISA or not cpu_kernels.multiplies_tiles():
             self.isa = ISA
             self._set_isa_to_layers(self.layer_names)
         check_layout(self.block_size, self.head_dim, self.dtype, self.isa)
@@ -94,6 +94,7 @@ class CPUTreeAttention(TreeAttention):
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers)
         self.isa: str = self.layer.isa
+        self.is_tiled = self.isa == TILED_ISA
         # Compiled now, or a machine without a compiler would be found out by the first request.
         cpu_kernels.kernels()
         # Layers that share a cache must have their slots moved once.
@@ -102,7 +103,7 @@ class CPUTreeAttention(TreeAttention):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor
     ) -> None:
-        cpu_kernels.tree_attention(query, key, value, kv_cache, self.isa == TILED_ISA, batch, scale, out)
+        cpu_kernels.tree_attention(query, key, value, kv_cache, self.is_tiled, batch, scale, out)
 
     def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         write_cache(kv_cache, slots, key, value, self.isa)
@@ -110,7 +111,7 @@ class CPUTreeAttention(TreeAttention):
     def move(self, slots: Tensor, sources: list[list[int]], targets: list[list[int]]) -> None:
         cpu_kernels.move_slots(
             self.target_caches,
-            self.isa == TILED_ISA,
+            self.is_tiled,
             *(slots[list(chain.from_iterable(rows))] for rows in (sources, targets)),
         )
 
@@ -129,7 +130,7 @@ def check_layout(block_size: int, head_size: int, dtype: torch.dtype, isa: str) 
     # A generator of its own: the engine's random state must be what it is without us.
     key, value = torch.randn(2, num_tokens, 2, head_size, generator=torch.Generator().manual_seed(0)).to(dtype)
     write_cache(cache, torch.arange(num_tokens), key, value, isa)
-    keys, values = (half.flatten(4).flatten(2, 3) for half in cpu_kernels.split_cache(cache, isa == TILED_ISA))
+    keys, values = cpu_kernels.joined_cache(cache, isa == TILED_ISA)
     found_key, found_value = keys.permute(0, 3, 1, 2).flatten(0, 1), values.permute(0, 2, 1, 3).flatten(0, 1)
     if not (torch.equal(found_key, key) and torch.equal(found_value, value)):
         raise RuntimeError(
