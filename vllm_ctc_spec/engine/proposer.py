@@ -31,7 +31,7 @@ from vllm_ctc_spec.engine.recorded import DraftInputs, Record, RecordedDrafts
 from vllm_ctc_spec.engine.sampler import HostTree
 from vllm_ctc_spec.engine.settings import EngineSettings
 
-MOST_REMEMBERED = 256
+MOST_REMEMBERED = 1024
 """Rows that wait for the drafter's context while drafting rests."""
 
 
