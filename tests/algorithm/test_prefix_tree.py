@@ -164,18 +164,20 @@ def test_the_search_finds_the_trees_that_are_built_level_by_level(
     dtype: torch.dtype, num_nodes: int, num_candidates: int
 ) -> None:
     torch.manual_seed(0)
-    start, gate = torch.randn(2, 4, 32).to(dtype)
-    tables = Conditioning(
-        *(table.to(dtype) for table in (torch.randn(200, 32), torch.randn(32, 32) / 8, torch.randn(200, 32) / 8))
-    )
-    emissions = conditioned_emissions(3 * torch.randn(4, 8, 200), start, gate, tables, num_candidates)
+    logits = 3 * torch.randn(4, 8, 200)
+    states, *tables = torch.randn(2, 4, 32), torch.randn(200, 32), torch.randn(32, 32) / 8, torch.randn(200, 32) / 8
+    states, *tables = (each.to(dtype) for each in (states, *tables))
+
+    def emissions(dtype: torch.dtype) -> ConditionedEmissions:
+        conditioning = Conditioning(*(table.to(dtype) for table in tables))
+        return conditioned_emissions(logits, *states.to(dtype), conditioning, num_candidates)
+
+    # The search is in float32 always.
     for search, build in ((search_prefix_trees, build_prefix_trees), (search_chains, build_chains)):
-        found, built = search(emissions, num_nodes), build(emissions, num_nodes)
-        close = {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
-        torch.testing.assert_close(found.prefix_logp, built.prefix_logp, rtol=0.0, atol=close)
-        if dtype == torch.float32:
-            for request in range(4):
-                assert set(node_prefixes(found, request)) == set(node_prefixes(built, request))
+        found, built = search(emissions(dtype), num_nodes), build(emissions(torch.float32), num_nodes)
+        torch.testing.assert_close(found.prefix_logp, built.prefix_logp, rtol=0.0, atol=1e-4)
+        for request in range(4):
+            assert set(node_prefixes(found, request)) == set(node_prefixes(built, request))
 
 
 def test_a_token_that_is_not_a_number_is_in_no_tree() -> None:

@@ -9,8 +9,10 @@ Letters: R requests, T frames, N nodes, C candidates, r rank of the conditioning
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .emissions import ConditionedEmissions
 from .token_tree import TokenTrees, check_num_nodes
@@ -35,18 +37,27 @@ def _search(emissions: ConditionedEmissions, num_nodes: int, min_psi: float, is_
     columns, parents, depths = torch.zeros(3, num_requests, num_nodes, dtype=torch.int64)
     psi = torch.zeros(num_requests, num_nodes)
     counts = torch.zeros(num_requests, dtype=torch.int64)
-    last, rows = conditioning.last, tokens
+    last, following, rows = conditioning.last, conditioning.following, tokens
     if last.dtype != torch.float32:
-        # No whole table is converted at every step; where there is nothing to convert, few rows of it are ever read.
-        last, rows = F.embedding(tokens, last).flatten(0, 1), torch.arange(tokens.numel()).view_as(tokens)
-    tables = (emissions.token_logp, emissions.outside, emissions.start, last, conditioning.carry, emissions.following)
-    numbers = (table.detach().float().contiguous().numpy() for table in tables)
+        # No whole table is converted at every step.
+        last, following = (F.embedding(tokens, table).flatten(0, 1) for table in (last, following))
+        rows = torch.arange(tokens.numel()).view_as(tokens)
     # Not before: vLLM looks through all modules when its CPU worker starts, and fails at what llvmlite has in its own
     # (vllm/triton_utils/dispatcher.py).
     from .best_first_loops import search_all
 
     search_all(
-        rows.numpy(), *numbers, min_psi, is_chain, *(each.numpy() for each in (columns, parents, depths, psi, counts))
+        rows.numpy(),
+        _numbers(emissions.token_logp, emissions.outside),
+        _numbers(emissions.start, emissions.gate),
+        _numbers(last, conditioning.carry, following),
+        min_psi,
+        is_chain,
+        tuple(each.numpy() for each in (columns, parents, depths, psi, counts)),
     )
     real = torch.arange(num_nodes) < counts[:, None]
     return TokenTrees(tokens.gather(1, columns).where(real, 0), parents, depths, psi.log(), counts)
+
+
+def _numbers(*tensors: Tensor) -> tuple[np.ndarray, ...]:
+    return tuple(tensor.detach().float().contiguous().numpy() for tensor in tensors)

@@ -21,17 +21,19 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 @compiled
-def search_all(  # type: ignore[no-untyped-def]
-    rows, token_logp, outside, start, last, carry, following, min_psi, is_chain, columns, parents, depths, psi, counts
-):
-    """rows: [R, C], of the candidates in last [n, r]; token_logp: [R, T, C]; outside: [R, T]; start: [R, r];
-    carry: [r, r]; following: [R, C, r].
+def search_all(rows, frames, states, tables, min_psi, is_chain, trees):  # type: ignore[no-untyped-def]
+    """rows: [R, C], of the candidates in last and following. frames: token_logp [R, T, C], outside [R, T]; states:
+    start, gate [R, r]; tables: last [n, r], carry [r, r], following [n, r].
 
-    Filled: columns (nodes' candidates), parents, depths, psi: [R, N], zeros before; counts: [R].
+    trees: columns (nodes' candidates), parents, depths, psi [R, N], counts [R], all zeros, to be filled.
     """
+    token_logp, outside = frames
+    start, gate = states
+    last, carry, following = tables
+    columns, parents, depths, psi, counts = trees
     num_nodes = psi.shape[1]
     num_frames, num_candidates, rank = token_logp.shape[1], token_logp.shape[2], start.shape[1]
-    states = np.empty((num_nodes, rank), np.float32)
+    reached = np.empty((num_nodes, rank), np.float32)
     weights = np.empty(num_candidates, np.float32)
     for request in range(len(psi)):
         column, parent, depth, best = columns[request], parents[request], depths[request], psi[request]
@@ -43,14 +45,19 @@ def search_all(  # type: ignore[no-untyped-def]
             above = np.float32(1.0)
             frame = 0
             if node == 0:
-                states[0] = start[request]
+                reached[0] = start[request]
             else:
                 above, frame = best[node - 1], depth[node - 1]
-                advance(last[rows[request, column[node - 1]]], carry, states[parent[node - 1]], states[node])
+                advance(last[rows[request, column[node - 1]]], carry, reached[parent[node - 1]], reached[node])
             if frame == num_frames:
                 continue
             scale = above / weigh(
-                token_logp[request, frame], following[request], outside[request, frame], states[node], weights
+                token_logp[request, frame],
+                following,
+                rows[request],
+                gate[request] * reached[node],
+                outside[request, frame],
+                weights,
             )
             room = node + 1 if is_chain else num_nodes
             for candidate in range(num_candidates):
@@ -79,13 +86,17 @@ def advance(last, carry, state, following):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def weigh(token_logp, following, outside, state, weights):  # type: ignore[no-untyped-def]
-    """weights [C]: each candidate's share of the sum that is returned; both relative to the largest."""
+def weigh(token_logp, following, rows, state, outside, weights):  # type: ignore[no-untyped-def]
+    """weights [C]: each candidate's share of the sum that is returned; both relative to the largest.
+
+    following: [n, r], of which the candidates have `rows` [C]; state: [r], gated.
+    """
     largest = np.float32(math.log(outside)) if outside > 0.0 else np.float32(-np.inf)
     for candidate in range(len(weights)):
         total = token_logp[candidate]
+        row = following[rows[candidate]]
         for index in range(len(state)):
-            total += following[candidate, index] * state[index]
+            total += row[index] * state[index]
         weights[candidate] = total
         largest = max(largest, total)
     # What is no candidate has no bias.

@@ -66,9 +66,16 @@ class ConditionedEmissions:
     """[R, T] float32, the probability of all labels that are no candidates: no state changes it before normalising."""
     start: Tensor
     """[R, r], the state of the empty prefix."""
-    following: Tensor
-    """[R, C, r], rows gate * B of the candidates; with a blank [R, C + 1, r], blank last."""
+    gate: Tensor
+    """[R, r]"""
     conditioning: Conditioning
+
+    def following(self) -> Tensor:
+        """[R, C, r], rows gate * B of the candidates; with a blank [R, C + 1, r], blank last."""
+        labels = self.tokens
+        if self.blank_logp is not None:
+            labels = F.pad(labels, (0, 1), value=len(self.conditioning.last))
+        return F.embedding(labels, self.conditioning.following) * self.gate[:, None]
 
 
 def independent_emissions(logits: Tensor, num_candidates: int, drafted: Tensor | None = None) -> IndependentEmissions:
@@ -114,17 +121,16 @@ def conditioned_emissions(
     logp = logits.float().log_softmax(-1)
     columns = _top_columns(logp[..., :num_columns], num_candidates)
     tokens = _tokens(columns, drafted)
-    token_logp, labels, blank_logp = _take(logp, columns), tokens, None
+    token_logp, blank_logp = _take(logp, columns), None
     outside = 1 - token_logp.exp().sum(-1)
     if num_blanks:
-        labels, blank_logp = F.pad(tokens, (0, 1), value=num_tokens), logp[..., -1]
+        blank_logp = logp[..., -1]
         outside -= blank_logp.exp()
     outside.clamp_(min=0.0)
     if columns.shape[1] == num_columns:
         # Nothing is outside, and rounding must not say otherwise.
         outside.zero_()
-    following = F.embedding(labels, conditioning.following) * gate[:, None]
-    return ConditionedEmissions(tokens, token_logp, blank_logp, outside, start, following, conditioning)
+    return ConditionedEmissions(tokens, token_logp, blank_logp, outside, start, gate, conditioning)
 
 
 def _check(logits: Tensor, num_candidates: int) -> None:

@@ -165,10 +165,11 @@ class _Conditioned:
         self._emissions = emissions
         self._frames = emissions.token_logp.exp()
         self._labels = torch.cat((self._frames, blank_logp.exp()[..., None]), dim=-1)
+        self._following = emissions.following().mT
 
     def _given(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """lift [R, M, C] and total [R, M, T], each relative to the largest bias, and p_t(blank | h) [R, M, T]."""
-        bias = states.bmm(self._emissions.following.mT).float()
+        bias = states.bmm(self._following).float()
         peak = bias.amax(-1, keepdim=True).clamp_(min=0.0)
         lift = bias.sub_(peak).exp_()
         total = lift @ self._labels.mT
@@ -207,7 +208,7 @@ class _Aligned:
         self._start = emissions.start[:, None]
         self._frames = torch.cat((emissions.token_logp, emissions.outside.log()[..., None]), dim=-1)[:, :, None]
         # What is no candidate has no bias.
-        self._following = F.pad(emissions.following, (0, 0, 0, 1)).mT
+        self._following = F.pad(emissions.following(), (0, 0, 0, 1)).mT
 
     def _children(self, psi: Tensor, states: Tensor, depth: int) -> _Children:
         bias = states.bmm(self._following).float()

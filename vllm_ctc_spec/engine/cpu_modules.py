@@ -64,6 +64,10 @@ class TabledRotary(nn.Module):
 def use_vllms_kernels(drafter: CTCDrafter, num_positions: int) -> None:
     """num_positions: of the longest text that is served."""
     dtype = drafter.norm.weight.dtype
+    if drafter.config.emission == "conditioned":
+        # What the search for trees reads.
+        for table in (drafter.condition_last, drafter.condition_next, drafter.condition_carry):
+            table.float()
     replacements: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
         nn.Linear: PackedLinear,
         RMSNorm: FusedRMSNorm,
