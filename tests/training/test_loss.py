@@ -193,17 +193,31 @@ def test_the_loss_without_slack_is_that_of_the_sum_over_alignments_without_blank
 def test_the_fused_loss_and_its_gradients_are_those_of_cross_entropy(rank):
     torch.manual_seed(0)
     inputs = torch.randn(10, 8), torch.randn(10, rank), torch.randn(11, rank)
-    lm_head, offsets, labels = torch.randn(11, 8), torch.rand(11), torch.randint(11, (10,))
+    lm_head, offsets, labels, weights = torch.randn(11, 8), torch.rand(11), torch.randint(11, (10,)), torch.rand(10)
 
     def plain(frames: Tensor, lm_head: Tensor, states: Tensor, following: Tensor, *rest: Tensor) -> Tensor:
-        offsets, labels = rest
+        offsets, labels, weights = rest
         logits = frames @ lm_head.T + states @ following.T + offsets
-        return F.cross_entropy(logits, labels, reduction="sum")
+        return weights @ F.cross_entropy(logits, labels, reduction="none")
 
     def loss_and_gradients(function: Callable[..., Tensor]) -> list[Tensor]:
         frames, states, following = (x.clone().requires_grad_() for x in inputs)
-        loss = function(frames, lm_head, states, following, offsets, labels)
+        loss = function(frames, lm_head, states, following, offsets, labels, weights)
         (3 * loss).backward()
         return [loss.detach(), frames.grad, states.grad, following.grad]
 
     torch.testing.assert_close(loss_and_gradients(ConditionedCrossEntropy.apply), loss_and_gradients(plain))
+
+
+def test_a_label_weighs_less_than_the_one_before_it():
+    drafter = small_drafter(num_frames=3, condition_rank=5)
+    draft, lm_head, labels = random_draft(drafter)
+
+    def mean(number: int) -> Tensor:
+        """Of the labels' number-th."""
+        states = gated_states(drafter.conditioning, draft.start, draft.gate, labels)[:, number]
+        logits = draft.frames[:, number] @ lm_head.T + states @ drafter.conditioning.following.T
+        return F.cross_entropy(logits, labels[:, number])
+
+    expected = 3 * (mean(0) + mean(1) / 2 + mean(2) / 4) / (1 + 1 / 2 + 1 / 4)
+    torch.testing.assert_close(alignment_loss(drafter, draft, lm_head, labels, label_decay=0.5).mean, expected)

@@ -200,6 +200,15 @@ def test_an_unknown_trainer_setting_is_refused_by_name(target_path, rows_path, t
         run(target_path, rows_path, tmp_path / "drafter", settings(1, trainer={"gradient_acumulation_steps": 2}))
 
 
+@pytest.mark.parametrize("run", [fit, dry_run])
+@pytest.mark.parametrize(("fields", "given"), [({}, 0.0), ({}, 1.5), ({"emission": "independent"}, 0.8)])
+def test_a_label_decay_that_means_nothing_is_refused(target_path, rows_path, tmp_path, run, fields, given):
+    chosen = settings(1, label_decay=given)
+    chosen.drafter.update(fields)
+    with pytest.raises(ValueError, match=f"label_decay={given}: "):
+        run(target_path, rows_path, tmp_path / "drafter", chosen)
+
+
 def test_too_small_a_disk_is_refused_before_training(target_path, rows_path, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("vllm_ctc_spec.training.trainer.shutil.disk_usage", lambda path: usage)

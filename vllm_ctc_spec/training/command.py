@@ -85,6 +85,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a row (default %(default)s)")
     parser.add_argument("--frames", type=int, default=8, help="frames of the drafter (default %(default)s)")
     parser.add_argument("--label-length", type=int, help="labels per anchor (default: one per frame)")
+    parser.add_argument("--label-decay", type=float, help="weight of a label over the one before it (default 0.8)")
     parser.add_argument("--layers", type=int, default=1, help="layers of the drafter (default %(default)s)")
     parser.add_argument("--rank", type=int, default=256, help="of the conditioning table (default %(default)s)")
     parser.add_argument(
@@ -205,6 +206,7 @@ def _fit_settings(options: argparse.Namespace) -> FitSettings:
         batch_size=options.batch_size,
         anchors_per_row=options.anchors_per_row,
         max_length=options.max_length,
+        label_decay=options.label_decay,
         save_steps=options.save_steps,
         seed=options.seed,
         cache=options.cache,

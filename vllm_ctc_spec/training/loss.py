@@ -30,18 +30,24 @@ LOGITS_PER_CHUNK = 2**24
 @dataclass(frozen=True)
 class AlignmentLoss:
     mean: Tensor
-    """[] float32, mean negative log-likelihood of the labels over the counted anchors."""
+    """[] float32, mean negative log-likelihood of the labels, by their weights, over the counted anchors."""
     num_impossible: Tensor
     """[] int64, anchors without any alignment (independent only: a repeat needs a blank in between)."""
 
 
 def alignment_loss(
-    drafter: CTCDrafter, draft: Draft, lm_head: Tensor, labels: Tensor, frequent: Tensor | None = None
+    drafter: CTCDrafter,
+    draft: Draft,
+    lm_head: Tensor,
+    labels: Tensor,
+    frequent: Tensor | None = None,
+    label_decay: float = 1.0,
 ) -> AlignmentLoss:
     """Loss of the `draft` of S anchors for the `labels` [S, U] that follow them, with the target's `lm_head` [V, H].
 
     The logits exist in chunks only, so that memory grows neither with S nor with V. frequent: tokens [K] of which the
     normaliser is estimated, together with as many others, see `sampled_softmax`; None for the whole vocabulary.
+    label_decay: without blank, the weight of each label over that of the one before it; their mean is 1.
     """
     config, sampled = drafter.config, None
     offsets, columns = torch.zeros(len(lm_head), device=labels.device), labels
@@ -77,7 +83,9 @@ def alignment_loss(
     else:
         states = gated_states(drafter.conditioning, draft.start, draft.gate, labels[:, :-1])
         frames, states = draft.frames.flatten(0, 1), states.flatten(0, 1)
-        total = ConditionedCrossEntropy.apply(frames, lm_head, states, following, offsets, columns.flatten())
+        weights = label_decay ** torch.arange(labels.shape[1], device=labels.device)
+        weights = (weights / weights.mean()).repeat(len(labels))
+        total = ConditionedCrossEntropy.apply(frames, lm_head, states, following, offsets, columns.flatten(), weights)
     return AlignmentLoss(total / max(len(labels), 1), torch.zeros((), dtype=torch.int64, device=labels.device))
 
 

@@ -20,16 +20,19 @@ ALONE = 1 / 8
 class DraftObjective(nn.Module):
     """Holds the drafter, which learns, and the target, which is frozen and only read.
 
-    frequent: see `alignment_loss`.
+    frequent, label_decay: see `alignment_loss`.
     """
 
     frequent: Tensor | None
 
-    def __init__(self, drafter: CTCDrafter, target: PreTrainedModel, frequent: Tensor | None = None) -> None:
+    def __init__(
+        self, drafter: CTCDrafter, target: PreTrainedModel, frequent: Tensor | None = None, label_decay: float = 1.0
+    ) -> None:
         super().__init__()
         self.drafter = drafter
         self.target = target.requires_grad_(False).eval()
         self.register_buffer("frequent", frequent, persistent=False)
+        self.label_decay = label_decay
 
     def train(self, mode: bool = True) -> DraftObjective:
         super().train(mode)
@@ -46,9 +49,8 @@ class DraftObjective(nn.Module):
         draft = self.draft(input_ids, hidden, anchors).of(valid)
         conditioned = torch.rand(len(draft.gate), 1, device=draft.gate.device) >= ALONE
         draft = draft._replace(gate=draft.gate * conditioned)
-        return alignment_loss(
-            self.drafter, draft, self.target.get_output_embeddings().weight, labels[valid], self.frequent
-        )
+        lm_head = self.target.get_output_embeddings().weight
+        return alignment_loss(self.drafter, draft, lm_head, labels[valid], self.frequent, self.label_decay)
 
     def draft(self, input_ids: Tensor, hidden: Tensor, anchors: Tensor) -> Draft:
         """[B, M, ...], of every anchor in one pass; hidden: [B, L, H] from `target_hidden`."""

@@ -37,6 +37,8 @@ from vllm_ctc_spec.training.target import drafter_config, load_target, target_dt
 from vllm_ctc_spec.training.timing import StepTimes
 
 DRY_RUN_LINES = 1000
+LABEL_DECAY = 0.8
+"""Between 1 and 0.65, which accept less or no more (benchmarks/README.md)."""
 NOT_RESUMED = ("save_steps", "log_steps")
 """Settings that a resumed run may change."""
 
@@ -51,6 +53,10 @@ class FitSettings:
     anchors_per_row: int = 64
     max_length: int = 512
     """Tokens; longer rows are cut."""
+    label_decay: float | None = None
+    """Weight of each label over that of the one before it: a label counts only where those before it are accepted.
+    None for LABEL_DECAY where each label has a frame of its own; a sum over alignments has no weights.
+    """
     save_steps: int = 500
     log_steps: int = 100
     seed: int = 0
@@ -76,6 +82,7 @@ def fit(
     """
     settings = settings or FitSettings()
     config = drafter_config(AutoConfig.from_pretrained(target_path), **settings.drafter)
+    label_decay = _label_decay(settings, config)
     rows = _usable_rows(target_path, data, config, settings, skipped)
     checkpoints = output_dir.with_name(f"{output_dir.name}.checkpoints")
     with processes().main_process_first():
@@ -89,7 +96,7 @@ def fit(
     dataset = AnchorDataset(rows, config.label_length, settings.anchors_per_row, settings.seed, hidden)
     if config.draft_vocab_size is not None:
         drafter.draft_only(most_frequent(rows, config.vocab_size, config.draft_vocab_size))
-    objective = DraftObjective(drafter, target, _frequent(rows, config))
+    objective = DraftObjective(drafter, target, _frequent(rows, config), label_decay)
     try:
         training = _train(objective, dataset, checkpoints, settings)
     except torch.cuda.OutOfMemoryError as error:
@@ -121,6 +128,7 @@ def dry_run(
     """
     settings = settings or FitSettings()
     config = drafter_config(AutoConfig.from_pretrained(target_path), **settings.drafter)
+    _label_decay(settings, config)
     if data is not None:
         _usable_rows(target_path, data, config, settings, skipped, DRY_RUN_LINES)
     drafter = CTCDrafter(config)
@@ -158,6 +166,20 @@ def _frequent(rows: Sequence[TrainingRow], config: CTCDrafterConfig) -> Tensor |
     """
     num_sampled = num_frequent(config.vocab_size)
     return None if num_sampled is None else most_frequent(rows, config.vocab_size, num_sampled // 2)
+
+
+def _label_decay(settings: FitSettings, config: CTCDrafterConfig) -> float:
+    given = settings.label_decay
+    if config.has_blank:
+        if given is not None:
+            raise ValueError(
+                f"label_decay={given}: this drafter learns from a sum over alignments, which has no weights for single "
+                f"labels. Leave it out, or train with label_length={config.num_frames} and conditioned emissions."
+            )
+        return 1.0
+    if given is not None and not 0 < given <= 1:
+        raise ValueError(f"label_decay={given}: use a number above 0, up to 1 for labels of one weight.")
+    return LABEL_DECAY if given is None else given
 
 
 def _resumable(target_path: str, data: str | Path, settings: FitSettings) -> dict[str, Any]:
