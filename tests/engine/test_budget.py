@@ -124,6 +124,16 @@ def test_no_other_choice_brings_more_at_the_rate_seen(trees: list[list[float]], 
     assert chosen == pytest.approx(max(map(worth, every)))
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.02, 0.1, 10.0])
+def test_what_is_not_worth_building_is_not_chosen(slope: float) -> None:
+    budget = budget_of(Cost(np.array([1, 64]), np.array([1.0, 1.0 + 63 * slope])))
+    assert (budget.least_worth(2) > 0.0) == (slope > 0.0)
+    psi = np.array([0.95, 0.5, 0.3, 0.1, 0.04, 0.02, 0.01, 0.003])
+    chosen = budget.choose(np.stack((psi, psi)), 2)
+    assert all(psi[:count].min(initial=1.0) >= budget.least_worth(2) for count in chosen)
+    assert budget.least_worth(2) < psi[3]
+
+
 def test_belief_is_weighed_by_what_was_accepted() -> None:
     cost = Cost(np.array([1, 8]), np.array([1.0, 4.5]))
     probabilities = np.array([[0.9, 0.8, 0.7]])

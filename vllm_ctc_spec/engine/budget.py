@@ -77,6 +77,9 @@ TRUST_DECAY = 0.98
 TRUST_PRIOR = 8.0
 """Nodes' worth of belief in the drafter's own probabilities."""
 
+MOST_LEFT_OUT = 0.05
+"""psi of nodes that need not be built: what trees are worth is learnt for less busy loads, too."""
+
 PROFILE_DECAY = 0.9
 """Of what trees are worth, at each step with drafts."""
 
@@ -271,6 +274,22 @@ class NodeBudget:
         self._believed = TRUST_DECAY * self._believed + believed
         self._accepted = TRUST_DECAY * self._accepted + num_accepted
 
+    def least_worth(self, num_requests: int) -> float:
+        """psi below which a node is not worth building: that of one that brings half of what a row costs, on the way
+        from a step without nodes to one with all of them.
+        """
+        load, most = self._loads[self._kind[0]], num_requests * self._num_nodes
+        seconds = self._target.at(num_requests + most) - self._target.at(num_requests)
+        worth = self._rate(load, num_requests) * load.row_factor * seconds / most / 2
+        return float(np.clip(worth, 0.0, MOST_LEFT_OUT))
+
+    def _rate(self, load: _Load, num_requests: int) -> float:
+        """Tokens per second, by which a row's time is judged: the higher one."""
+        with_drafts = load.rate_with or 0.0
+        if with_drafts and load.speed_without() is None:
+            return with_drafts
+        return max(with_drafts, self._rate_without(load, num_requests))
+
     def choose(self, probabilities: np.ndarray, num_requests: int) -> np.ndarray:
         """Nodes to verify of each tree, [R] int64.
 
@@ -281,14 +300,11 @@ class NodeBudget:
         order = np.argsort(-flat, kind="stable")[: np.count_nonzero(flat)]
         self._learn_profile(probabilities)
         load = self._loads[self._kind[0]]
-        rate = load.rate_with or 0.0
-        if not rate or load.speed_without() is not None:
-            rate = max(rate, self._rate_without(load, num_requests))
         gains = self._gains(flat[order])
         rows = np.array(row_counts(num_requests + len(order)))
         rows = np.concatenate(([num_requests], rows[rows > num_requests]))
         costs = load.row_factor * (self._target.at(rows) - self._target.at(num_requests))
-        worth = gains[rows - num_requests] - rate * costs
+        worth = gains[rows - num_requests] - self._rate(load, num_requests) * costs
         num_chosen = rows[np.argmax(worth)] - num_requests
         return np.bincount(order[:num_chosen] // probabilities.shape[1], minlength=len(probabilities))
 

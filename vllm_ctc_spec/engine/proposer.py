@@ -122,8 +122,13 @@ class CTCProposer:
             for rows, key, value in zip(remembered, own.key.split(sizes), own.value.split(sizes)):
                 self.attention.write(layer.kv_cache, rows.slots, key, value)
 
-    def propose(self, verified: VerifiedRows, requests: DraftRequests | None) -> list[HostTree]:
-        """Store the drafter's context of the verified rows, then one tree for each drafting request."""
+    def propose(
+        self, verified: VerifiedRows, requests: DraftRequests | None, least_worth: float = 0.0
+    ) -> list[HostTree]:
+        """Store the drafter's context of the verified rows, then one tree for each drafting request.
+
+        least_worth: psi of nodes that are still worth building; recorded drafts have all of them at the same price.
+        """
         self.remembered.append(verified)
         self._store_remembered()
         if requests is None:
@@ -133,6 +138,8 @@ class CTCProposer:
         if not wants_chain and self.recorded is not None and self.recorded.takes(inputs):
             return to_host(self.recorded(inputs))
         options = self.settings.options
+        if least_worth > options.min_prefix_probability:
+            options = dataclasses.replace(options, min_prefix_probability=least_worth)
         drafted, logits = self._draft(inputs)
         trees = to_host(self._build(drafted, logits, options))
         if wants_chain:

@@ -233,7 +233,8 @@ class TreeModelRunner(GPUModelRunner):
             return drafts
         drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens and self._may_draft(index)]
         requests = self._draft_requests(step, drafting, sampled_token_ids, common_attn_metadata)
-        trees = self.drafter.propose(verified, requests)
+        least = 0.0 if self.budget is None else self.budget.least_worth(len(step.trees))
+        trees = self.drafter.propose(verified, requests, least)
         if self.budget is not None:
             self._observe(self.budget, step)
             trees = _cut(self.budget, trees, len(step.trees))
