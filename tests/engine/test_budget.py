@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,18 +12,22 @@ from hypothesis import strategies as st
 from vllm import SamplingParams
 
 from tests.engine.conftest import NUM_PROMPTS, complete, engine, seeded
+from tests.engine.probe import record_trees, recorded_trees
 from vllm_ctc_spec.demo.build import DemoPaths
 from vllm_ctc_spec.engine.budget import (
     FIRST_LOOK,
     LARGEST_FACTOR,
     LAST_LOOK,
+    LEAST_SPEEDUP,
     LONGEST_REST,
     LOST_SHARE,
     MOST_DRAFTING,
     MOST_ROWS,
     NUM_JUDGED,
     NUM_PLAIN,
+    NUM_WHOLE,
     SHORTEST_REST,
+    WHOLE_AGAIN,
     Cost,
     NodeBudget,
     measure,
@@ -78,14 +83,14 @@ def test_there_are_four_row_counts_in_each_doubling(most: int) -> None:
     assert counts[:-1] == [count for count in grid if count < most]
 
 
-def budget_of(target: Cost, drafting: Cost = FREE) -> NodeBudget:
-    return NodeBudget(target, drafting, num_nodes=8)
+def budget_of(target: Cost, drafting: Cost = FREE, one_frame: Cost | None = None) -> NodeBudget:
+    return NodeBudget(target, drafting, 8, one_frame, num_frames=4)
 
 
 def observe(budget: NodeBudget, num_requests: int, drafts: bool, tokens: int, seconds: float, rows: int = 8) -> None:
     """A step after another of its kind."""
     budget._kind = budget._kind_before = num_requests.bit_length(), drafts
-    budget.observe_step(tokens, seconds, rows)
+    budget.observe_step(num_requests, tokens, seconds, rows)
 
 
 def test_where_rows_cost_nothing_all_nodes_are_verified() -> None:
@@ -111,7 +116,7 @@ def test_no_other_choice_brings_more_at_the_rate_seen(trees: list[list[float]], 
     budget, num_requests = budget_of(cost), len(trees)
     for _ in range(4):
         observe(budget, num_requests, True, 100, 100 / rate)
-    budget._judge(budget._loads[num_requests.bit_length()], num_requests)
+    budget._judge(budget._loads[num_requests.bit_length()])
 
     def worth(counts: np.ndarray) -> float:
         expected = sum(row[:count].sum() for row, count in zip(probabilities, counts))
@@ -122,6 +127,50 @@ def test_no_other_choice_brings_more_at_the_rate_seen(trees: list[list[float]], 
     every = every[np.isin(num_requests + every.sum(1), kept)]
     chosen = worth(budget.choose(probabilities, num_requests))
     assert chosen == pytest.approx(max(map(worth, every)))
+
+
+TREES = np.array([[0.9, 0.8, 0.3, 0.1, 0.05]] * 2), np.array([[1, 2, 3, 4, 1]] * 2)
+"""psi and depths of two trees, of which a frame brings 1.9, 1.6, 0.6 and 0.2 tokens."""
+
+
+@pytest.mark.parametrize(("frame_seconds", "expected"), [(0.02, None), (0.15, 3), (0.4, 2), (1.0, 1)])
+def test_frames_are_drafted_that_bring_more_than_their_time_could(frame_seconds: float, expected: int | None) -> None:
+    """Two tokens a second without them."""
+    drafting, one_frame = (Cost(np.array([2]), np.array([0.5 + more])) for more in (3 * frame_seconds, 0.0))
+    budget = budget_of(FLAT, drafting, one_frame)
+    for _ in range(NUM_WHOLE // 2):
+        assert budget.num_frames(2) is None
+        budget.choose(TREES[0], 2, TREES[1])
+    chosen = [budget.num_frames(2) for _ in range(2 * WHOLE_AGAIN)]
+    whole = [step for step, num_frames in enumerate(chosen) if num_frames is None]
+    assert whole == [WHOLE_AGAIN - 1, 2 * WHOLE_AGAIN - 1] or (expected is None and len(whole) == len(chosen))
+    assert set(chosen) == {expected, None}
+
+
+def test_frames_are_left_out_only_where_they_can_be() -> None:
+    budget = budget_of(FLAT, Cost(np.array([2]), np.array([100.0])))
+    for _ in range(NUM_WHOLE):
+        assert budget.num_frames(2) is None
+        budget.choose(TREES[0], 2, TREES[1])
+
+
+def test_of_fewer_frames_no_more_nodes_are_built_than_were_worth_it_lately() -> None:
+    budget = budget_of(FLAT, Cost(np.array([2]), np.array([10.0])), Cost(np.array([2]), np.array([1.0])))
+    for _ in range(NUM_WHOLE):
+        budget.choose(TREES[0], 2, TREES[1])
+    assert budget.num_frames(2) is None and budget.least_worth(2) == 0.0
+    while budget.num_frames(2) is None:
+        pass
+    assert 0.0 < budget.least_worth(2) < TREES[0].min()
+
+
+def test_frames_that_can_be_left_out_let_drafting_pay() -> None:
+    """A plain step takes a second, a tree's first two frames half of one, all of them three."""
+    drafting, one_frame = Cost(np.array([2]), np.array([3.0])), Cost(np.array([2]), np.array([0.0]))
+    for first, pays in ((None, False), (one_frame, True)):
+        budget = budget_of(FLAT, drafting, first)
+        budget.choose(TREES[0], 2, TREES[1])
+        assert budget._may_pay(budget._loads[2], 2) == pays
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.02, 0.1, 10.0])
@@ -149,7 +198,7 @@ def steps(budget: NodeBudget, num_requests: int, count: int, with_drafts: float,
     kinds = []
     for _ in range(count):
         kinds.append(budget.wants_drafts(num_requests))
-        budget.observe_step(num_requests, with_drafts if kinds[-1] else without, num_requests)
+        budget.observe_step(num_requests, num_requests, with_drafts if kinds[-1] else without, num_requests)
     return kinds
 
 
@@ -188,8 +237,26 @@ def test_a_few_unlucky_steps_do_not_end_what_pays() -> None:
         drafts = budget.wants_drafts(1)
         drafted += drafts
         # 2.5 tokens a step on average, for the time of two.
-        budget.observe_step(1 + int(rng.binomial(6, 0.25)) if drafts else 1, 2.0 if drafts else 1.0, 8)
+        budget.observe_step(1, 1 + int(rng.binomial(6, 0.25)) if drafts else 1, 2.0 if drafts else 1.0, 8)
     assert drafted > 0.9 * 20_000
+
+
+@pytest.mark.parametrize(("gain", "pays"), [(0.98, False), (1.02, True)])
+def test_steps_pay_that_are_faster_by_a_margin(gain: float, pays: bool) -> None:
+    kinds = steps(budget_of(FLAT), 1, 5000, 1 / (gain * LEAST_SPEEDUP), 1.0)
+    assert (sum(kinds) > 0.8 * len(kinds)) == pays and (sum(kinds) < 0.2 * len(kinds)) != pays
+
+
+def test_steps_are_compared_with_those_of_as_many_requests() -> None:
+    """Twice as fast with drafts as without, with four requests as with seven."""
+    budget = budget_of(FLAT)
+    for _ in range(200):
+        for num_requests in (4, 4, 4, 7, 4, 7, 7, 7):
+            drafts = budget.wants_drafts(num_requests)
+            budget.observe_step(num_requests, num_requests, 0.5 if drafts else 1.0, num_requests)
+    assert budget._loads[3].speedup == pytest.approx(2.0)
+    assert budget._rate(budget._loads[3], 4) == pytest.approx(8.0)
+    assert budget._rate(budget._loads[3], 7) == pytest.approx(14.0)
 
 
 def test_a_machine_that_stands_still_for_a_step_does_not_end_what_pays() -> None:
@@ -198,7 +265,7 @@ def test_a_machine_that_stands_still_for_a_step_does_not_end_what_pays() -> None
     for step in range(20_000):
         kinds.append(budget.wants_drafts(1))
         seconds = 0.6 if kinds[-1] else 1.0
-        budget.observe_step(1, 300 * seconds if step % 50 == 0 else seconds, 1)
+        budget.observe_step(1, 1, 300 * seconds if step % 50 == 0 else seconds, 1)
     assert sum(kinds) > 0.9 * len(kinds)
 
 
@@ -210,7 +277,7 @@ def test_rows_cost_what_steps_have_shown() -> None:
         observe(learnt, 1, True, 2, 1 + 0.15 * rows, rows)
         observe(naive, 1, True, 2, 1 + 0.05 * rows, rows)
     for budget in (learnt, naive):
-        budget._judge(budget._loads[1], 1)
+        budget._judge(budget._loads[1])
     assert 2.5 < learnt._loads[1].row_factor < 3.1 < LARGEST_FACTOR
     assert naive._loads[1].row_factor == pytest.approx(1.0)
     probabilities = np.array([[0.9, 0.5, 0.3, 0.1, 0.07]])
@@ -221,7 +288,7 @@ def test_rows_count_once_where_all_steps_had_as_many() -> None:
     budget, rng = budget_of(STEEP), np.random.default_rng(0)
     for _ in range(50):
         observe(budget, 1, True, 2, float(rng.uniform(5, 9)), 8)
-    budget._judge(budget._loads[1], 1)
+    budget._judge(budget._loads[1])
     assert budget._loads[1].row_factor == 1.0
 
 
@@ -238,7 +305,7 @@ def test_drafting_is_taken_up_again_when_it_pays_again() -> None:
     budget = budget_of(FLAT)
     assert not all(steps(budget, 1, 200, 2.0, 1.0)[NUM_PLAIN:])
     # Not at a look.
-    assert all(steps(budget, 1, 5100, 0.5, 1.0)[-200:])
+    assert all(steps(budget, 1, 5200, 0.5, 1.0)[-200:])
 
 
 def test_drafting_that_cannot_pay_is_not_tried_once_it_is_known_what_trees_are_worth() -> None:
@@ -280,7 +347,7 @@ def test_a_try_that_ends_as_soon_as_trees_are_known_rests_for_what_its_drafting_
 
 
 def test_each_rest_after_another_is_twice_as_long() -> None:
-    rests = [length for drafts, length in runs(steps(budget_of(FLAT), 1, 20_000, 1.2, 1.0))[1:-1] if not drafts]
+    rests = [length for drafts, length in runs(steps(budget_of(FLAT), 1, 30_000, 1.2, 1.0))[1:-1] if not drafts]
     ratios = [after / before for before, after in itertools.pairwise(rests)]
     assert len(ratios) > 4 and ratios[:-1] == pytest.approx([2.0] * (len(ratios) - 1), rel=0.05)
     assert rests[-1] == LONGEST_REST
@@ -311,6 +378,26 @@ def test_answers_do_not_depend_on_the_budget(
     alone = SamplingParams(temperature=temperature, seed=5, max_tokens=60)
     for prompt in prompts[:4]:
         assert complete(adaptive, [prompt], alone) == complete(plain, [prompt], alone)
+
+
+def test_answers_do_not_depend_on_the_frames_that_are_drafted(
+    pair: DemoPaths, plain: object, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    params = seeded(NUM_PROMPTS, temperature=0.8, max_tokens=40)
+    with engine(pair, {"adaptive_budget": True}) as llm:
+        llm.collective_rpc(draft_with_few_frames)
+        llm.collective_rpc(record_trees)
+        assert complete(llm, prompts, params) == complete(plain, prompts, params)
+        [recorded] = llm.collective_rpc(recorded_trees)
+    assert {max(each.tree.depths) for each in recorded} == {1, 2}
+
+
+def draft_with_few_frames(worker: Any) -> None:
+    budget = worker.model_runner.budget
+    budget.wants_drafts = lambda num_requests: True
+    asked = itertools.count()
+    budget.num_frames = lambda num_requests: 1 + next(asked) % 2
 
 
 @pytest.fixture(scope="module")

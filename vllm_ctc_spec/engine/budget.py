@@ -11,12 +11,15 @@ come in descending psi, so that what is chosen of a tree is a tree. The target's
 a row costs more than the target's pass (attention to a long context, the walk, its place in messages) is learnt from
 the steps. R + M is one of the `row_counts`, because kernels are made, and graphs recorded, for each number of rows.
 
+A frame is drafted for all requests, and pays in the same way: if the chosen nodes of its depth bring more than its
+seconds. What they bring is known from steps with all frames, the first under a load and now and then another.
+
 The rate is learnt from the steps, first without drafting, then with it; where it is higher without, drafting rests
 until what it has lost is a small share of all, and is tried again, unless what was measured at start-up and what trees
 are worth say that it cannot pay. Where it is higher with drafting, decoding without is looked at again from time to
 time, because the machine may have been slow when it was.
 
-Letters: R requests, N nodes of the largest tree, M chosen nodes of the batch.
+Letters: R requests, N nodes of the largest tree, M chosen nodes of the batch, T frames.
 """
 
 from __future__ import annotations
@@ -59,6 +62,11 @@ FIRST_LOOK, LAST_LOOK = 32, 512
 NUM_JUDGED = 8
 """Steps with drafts, after each of which it is asked whether they pay."""
 
+LEAST_SPEEDUP = 1.1
+"""Of steps that pay. Requests that draft drift apart, and the last ones decode with few beside them: where a batch is
+waited for as a whole, a smaller gain is lost again.
+"""
+
 SURE = 1.0
 """Standard deviations by which steps with drafts must have lost, or a few unlucky ones would end what pays."""
 
@@ -78,10 +86,13 @@ TRUST_PRIOR = 8.0
 """Nodes' worth of belief in the drafter's own probabilities."""
 
 MOST_LEFT_OUT = 0.05
-"""psi of nodes that need not be built: what trees are worth is learnt for less busy loads, too."""
+"""psi of nodes of all frames that need not be built: what trees are worth is learnt for less busy loads, too."""
 
 PROFILE_DECAY = 0.9
-"""Of what trees are worth, at each step with drafts."""
+"""Of what trees and their depths are worth, at each step with all frames; and of the least psi chosen."""
+
+NUM_WHOLE, WHOLE_AGAIN = 16, 32
+"""Trees of all frames before any is left out, and steps from one with all frames to the next."""
 
 
 @dataclass(frozen=True)
@@ -134,17 +145,29 @@ class _Load:
     drafts: bool = False
     num_left: int = NUM_PLAIN
     """Steps until drafting is judged, or until it is tried."""
-    rate_with: float | None = None
-    """Tokens per second of the latest steps with drafts, when they were judged."""
-    row_factor: float = 1.0
+    speedup: float | None = None
+    """Tokens of the latest steps with drafts over those that decoding without had emitted meanwhile, when they were
+    judged.
+    """
+    seen_factor: float | None = None
     """How many times the target's own seconds a further row has cost in them."""
+    worth_by_depth: np.ndarray | None = None
+    """[T], tokens that the chosen nodes of each depth bring to a step, less what their rows' time could; a mean over
+    the latest steps with all frames.
+    """
+    least_chosen: float = 0.0
+    """psi, a mean over the latest steps with drafts."""
+    num_whole: int = 0
+    """Trees that it was learnt from."""
+    num_until_whole: int = 0
+    """Steps with drafts"""
     num_until_look: int = FIRST_LOOK
     """Steps with drafts"""
     look_after: int = FIRST_LOOK
     num_rests: int = 0
     """One after the other."""
-    with_drafts: deque[tuple[int, float, int]] = field(default_factory=lambda: deque(maxlen=NUM_OBSERVED))
-    """Tokens, seconds and rows of steps."""
+    with_drafts: deque[tuple[int, int, float, int]] = field(default_factory=lambda: deque(maxlen=NUM_OBSERVED))
+    """Requests, tokens, seconds and rows of steps."""
     speeds_without: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_PLAIN_OBSERVED))
     """Of steps without drafts: the target's own seconds, as measured at start-up, over theirs."""
     best_speed: float = 0.0
@@ -157,7 +180,7 @@ class _Load:
         self.drafts, self.num_left = False, int(np.clip(num_steps, SHORTEST_REST, longest))
         self.num_rests += 1
         self.num_until_look = self.look_after = FIRST_LOOK
-        self.rate_with, self.row_factor = None, 1.0
+        self.speedup = self.seen_factor = None
         self.with_drafts.clear()
 
     def look(self) -> None:
@@ -165,12 +188,12 @@ class _Load:
         self.num_until_look = self.look_after = min(2 * self.look_after, LAST_LOOK)
 
     def drafted(self) -> np.ndarray | None:
-        """[3, n] tokens, seconds and rows of the latest steps with drafts, once there are enough of them."""
+        """[4, n] requests, tokens, seconds and rows of the latest steps with drafts, once there are enough of them."""
         if len(self.with_drafts) < FEWEST_OBSERVED:
             return None
         steps = np.array(self.with_drafts).T
         # A step in which the machine stood still says nothing about drafts.
-        steps[1] = np.minimum(steps[1], LONGEST_STEP * np.median(steps[1]))
+        steps[2] = np.minimum(steps[2], LONGEST_STEP * np.median(steps[2]))
         return steps
 
     def see_without(self, speed: float) -> None:
@@ -181,6 +204,13 @@ class _Load:
         """Of the latest steps without drafts. They differ in nothing but the machine's moods, and few of them count."""
         return median(self.speeds_without) if len(self.speeds_without) >= FEWEST_OBSERVED else None
 
+    @property
+    def row_factor(self) -> float:
+        """As seen, or before: what steps without drafts take beyond the target's own seconds is half rows' (attention,
+        the walk) and half the steps' (scheduling, messages).
+        """
+        return (1 + 1 / (self.speed_without() or 1.0)) / 2 if self.seen_factor is None else self.seen_factor
+
     def slowness(self) -> float:
         """Of the machine now, against its fastest."""
         speed = self.speed_without()
@@ -188,9 +218,17 @@ class _Load:
 
 
 class NodeBudget:
-    def __init__(self, target: Cost, drafting: Cost, num_nodes: int) -> None:
-        """target: by rows; drafting: by requests; num_nodes: the largest N."""
+    def __init__(
+        self, target: Cost, drafting: Cost, num_nodes: int, one_frame: Cost | None = None, num_frames: int = 1
+    ) -> None:
+        """target: by rows; drafting, one_frame: by requests, with T and with one; num_nodes: the largest N.
+
+        one_frame: None where no frame can be left out, as with a blank, which lets a shallow node stand at a late one.
+        """
         self._target, self._drafting, self._num_nodes = target, drafting, num_nodes
+        self._one_frame, self._num_frames = one_frame, num_frames
+        self._is_whole = True
+        """Whether the trees to choose from have all frames."""
         self._loads: dict[int, _Load] = defaultdict(_Load)
         """By the number of bits of the number of requests, those of the busier of two steps."""
         self._num_before = 0
@@ -199,7 +237,7 @@ class NodeBudget:
         """Load, and whether drafts were made, of the step that ends and of the one before."""
         self._believed = self._accepted = 0.0
         self._profile: np.ndarray | None = None
-        """[N], psi of a tree's nodes, a mean over the latest trees."""
+        """[2, N], psi and depths of a tree's nodes, a mean over the latest trees."""
 
     def wants_drafts(self, num_requests: int) -> bool:
         """Asked once at the end of each step."""
@@ -213,10 +251,10 @@ class NodeBudget:
             load.num_until_look -= 1
             if load.num_left <= 0:
                 load.num_left = NUM_JUDGED
-                lost = self._judge(load, num_requests)
+                lost = self._judge(load)
                 if lost > 0:
                     load.rest(lost / num_requests)
-            elif load.rate_with is None and not self._may_pay(load, num_requests):
+            elif load.speedup is None and not self._may_pay(load, num_requests):
                 # What its drafting took is lost at least.
                 spent = (NUM_JUDGED - load.num_left) * float(self._drafting.at(num_requests))
                 load.rest(spent * self._rate_without(load, num_requests) / num_requests)
@@ -229,43 +267,45 @@ class NodeBudget:
         return load.drafts
 
     def _may_pay(self, load: _Load, num_requests: int) -> bool:
-        """Whether drafting could be faster if its steps took no more than what was measured at start-up takes longer
+        """Whether drafting could pay if its steps took no more than what was measured at start-up takes longer
         than without; on a machine that is slower now than it has been, by as much more.
         """
         if self._profile is None:
             return True
-        rate, gains = self._rate_without(load, num_requests), self._gains(self._profile)
+        psi, depths = self._profile
+        rate, gains = self._rate_without(load, num_requests), self._gains(psi)
         rows = num_requests * np.arange(1, len(gains) + 1)
-        longer = self._target.at(rows) - self._target.at(num_requests) + self._drafting.at(num_requests)
+        num_frames = np.maximum.accumulate(np.concatenate(([1.0], depths)))
+        longer = self._target.at(rows) - self._target.at(num_requests) + self._draft_seconds(num_requests, num_frames)
         seconds = num_requests / rate + load.slowness() * longer
-        return bool((num_requests * (1 + gains) / seconds).max() > rate)
+        return bool((num_requests * (1 + gains) / seconds).max() > LEAST_SPEEDUP * rate)
 
-    def _judge(self, load: _Load, num_requests: int) -> float:
-        """Learns from the latest steps with drafts. Returns the tokens that they have lost, if they surely have; else
-        0.
-        """
+    def _judge(self, load: _Load) -> float:
+        """Learns from the latest steps with drafts. Returns the tokens that they lack, if they surely do; else 0."""
         if (seen := load.drafted()) is None:
             return 0.0
-        tokens, seconds, rows = seen
-        load.rate_with = float(tokens.sum() / seconds.sum())
-        load.row_factor = _slope(self._target.at(rows), seconds)
-        losses = seconds * self._rate_without(load, num_requests) - tokens
+        requests, tokens, seconds, rows = seen
+        without = seconds * self._rate_without(load, requests)
+        load.speedup = float(tokens.sum() / without.sum())
+        load.seen_factor = None
+        load.seen_factor = _slope(self._target.at(rows), seconds, load.row_factor)
+        losses = LEAST_SPEEDUP * without - tokens
         lost = float(losses.sum())
         return lost if lost > SURE * losses.std() * len(losses) ** 0.5 else 0.0
 
-    def _rate_without(self, load: _Load, num_requests: int) -> float:
-        """Tokens per second; if there were nothing but the target, where decoding without drafts has not been seen: so
-        it is tried where it may be better.
+    def _rate_without(self, load: _Load, num_requests: Any) -> Any:
+        """Tokens per second, elementwise; if there were nothing but the target, where decoding without drafts has not
+        been seen: so it is tried where it may be better.
         """
-        return (load.speed_without() or 1.0) * num_requests / float(self._target.at(num_requests))
+        return (load.speed_without() or 1.0) * num_requests / self._target.at(num_requests)
 
-    def observe_step(self, num_tokens: int, seconds: float, num_rows: int) -> None:
+    def observe_step(self, num_requests: int, num_tokens: int, seconds: float, num_rows: int) -> None:
         """Of a step of decoding alone, after `wants_drafts` was asked at its end."""
         if self._kind == self._kind_before:
             key, drafts = self._kind
             load = self._loads[key]
             if drafts:
-                load.with_drafts.append((num_tokens, seconds, num_rows))
+                load.with_drafts.append((num_requests, num_tokens, seconds, num_rows))
             else:
                 load.see_without(float(self._target.at(num_rows)) / seconds)
 
@@ -275,53 +315,94 @@ class NodeBudget:
         self._accepted = TRUST_DECAY * self._accepted + num_accepted
 
     def least_worth(self, num_requests: int) -> float:
-        """psi below which a node is not worth building: that of one that brings half of what a row costs, on the way
-        from a step without nodes to one with all of them.
+        """psi below which a node is not worth building, asked after `num_frames`: that of one that brings half of what
+        a row costs, on the way from a step without nodes to one with all of them; or half of the least chosen lately.
         """
         load, most = self._loads[self._kind[0]], num_requests * self._num_nodes
         seconds = self._target.at(num_requests + most) - self._target.at(num_requests)
         worth = self._rate(load, num_requests) * load.row_factor * seconds / most / 2
-        return float(np.clip(worth, 0.0, MOST_LEFT_OUT))
+        worth = float(np.clip(worth, 0.0, MOST_LEFT_OUT))
+        return worth if self._is_whole else max(worth, load.least_chosen / 2)
+
+    def num_frames(self, num_requests: int) -> int | None:
+        """That are worth drafting, asked once for each drafting; None for all."""
+        if self._one_frame is None:
+            return None
+        load = self._loads[self._kind[0]]
+        load.num_until_whole -= 1
+        chosen = self._num_frames
+        if load.worth_by_depth is not None and load.num_whole >= NUM_WHOLE and load.num_until_whole > 0:
+            seconds = self._draft_seconds(num_requests, np.arange(1, self._num_frames + 1))
+            worth = load.worth_by_depth.cumsum() - self._rate(load, num_requests) * seconds
+            chosen = 1 + int(np.argmax(worth))
+        self._is_whole = chosen == self._num_frames
+        if self._is_whole:
+            load.num_until_whole = WHOLE_AGAIN
+        return None if self._is_whole else chosen
+
+    def _draft_seconds(self, num_requests: int, num_frames: np.ndarray) -> np.ndarray:
+        """num_frames: of any shape, between 1 and T."""
+        every = float(self._drafting.at(num_requests))
+        first = every if self._one_frame is None else min(every, float(self._one_frame.at(num_requests)))
+        return first + (every - first) * (num_frames - 1) / max(self._num_frames - 1, 1)
 
     def _rate(self, load: _Load, num_requests: int) -> float:
         """Tokens per second, by which a row's time is judged: the higher one."""
-        with_drafts = load.rate_with or 0.0
-        if with_drafts and load.speed_without() is None:
-            return with_drafts
-        return max(with_drafts, self._rate_without(load, num_requests))
+        speedup = load.speedup or 1.0
+        if load.speed_without() is not None:
+            speedup = max(speedup, 1.0)
+        return speedup * float(self._rate_without(load, num_requests))
 
-    def choose(self, probabilities: np.ndarray, num_requests: int) -> np.ndarray:
+    def choose(self, probabilities: np.ndarray, num_requests: int, depths: np.ndarray | None = None) -> np.ndarray:
         """Nodes to verify of each tree, [R] int64.
 
         probabilities: [R, N], psi in descending order, 0 behind a tree's last node; num_requests: those of the batch,
-        of which the R draft.
+        of which the R draft; depths: [R, N] int64, needed where frames may be left out.
         """
         flat = probabilities.ravel()
         order = np.argsort(-flat, kind="stable")[: np.count_nonzero(flat)]
-        self._learn_profile(probabilities)
         load = self._loads[self._kind[0]]
         gains = self._gains(flat[order])
         rows = np.array(row_counts(num_requests + len(order)))
         rows = np.concatenate(([num_requests], rows[rows > num_requests]))
         costs = load.row_factor * (self._target.at(rows) - self._target.at(num_requests))
-        worth = gains[rows - num_requests] - self._rate(load, num_requests) * costs
-        num_chosen = rows[np.argmax(worth)] - num_requests
-        return np.bincount(order[:num_chosen] // probabilities.shape[1], minlength=len(probabilities))
+        price = self._rate(load, num_requests) * costs
+        best = np.argmax(gains[rows - num_requests] - price)
+        num_chosen = rows[best] - num_requests
+        chosen = order[:num_chosen]
+        if num_chosen:
+            load.least_chosen += (1 - PROFILE_DECAY) * (float(flat[chosen[-1]]) - load.least_chosen)
+        if self._is_whole:
+            self._learn_profile(probabilities, depths)
+            if depths is not None:
+                worth = np.diff(gains[: num_chosen + 1]) - price[best] / max(num_chosen, 1)
+                self._learn_depths(load, len(probabilities), depths.ravel()[chosen], worth)
+        return np.bincount(chosen // probabilities.shape[1], minlength=len(probabilities))
+
+    def _learn_depths(self, load: _Load, num_trees: int, depths: np.ndarray, worth: np.ndarray) -> None:
+        """depths, worth: [M]"""
+        seen = np.bincount(depths - 1, worth, self._num_frames)
+        known = load.worth_by_depth
+        load.worth_by_depth = seen if known is None else PROFILE_DECAY * known + (1 - PROFILE_DECAY) * seen
+        load.num_whole += num_trees
 
     def _gains(self, psi: np.ndarray) -> np.ndarray:
         """[n + 1], tokens that the first 0, 1, ... n nodes are expected to bring; psi: [n]."""
         trust = (self._accepted + TRUST_PRIOR) / (self._believed + TRUST_PRIOR)
         return np.concatenate(([0.0], np.minimum(trust * psi, 1.0).cumsum()))
 
-    def _learn_profile(self, probabilities: np.ndarray) -> None:
-        seen = np.zeros(self._num_nodes)
-        seen[: probabilities.shape[1]] = probabilities.mean(0)
+    def _learn_profile(self, probabilities: np.ndarray, depths: np.ndarray | None) -> None:
+        seen = np.array((np.zeros(self._num_nodes), np.full(self._num_nodes, self._num_frames, float)))
+        num_nodes = probabilities.shape[1]
+        seen[0, :num_nodes] = probabilities.mean(0)
+        if depths is not None:
+            seen[1, :num_nodes] = np.where(probabilities > 0, depths, self._num_frames).mean(0)
         self._profile = seen if self._profile is None else PROFILE_DECAY * self._profile + (1 - PROFILE_DECAY) * seen
 
 
-def _slope(target: np.ndarray, seconds: np.ndarray) -> float:
-    """Of a least-squares line through steps, held near 1 while they are few or alike."""
+def _slope(target: np.ndarray, seconds: np.ndarray, expected: float) -> float:
+    """Of a least-squares line through steps, held near what is expected while they are few or alike."""
     prior = FACTOR_PRIOR * (0.1 * target.mean()) ** 2
     spread = target - target.mean()
-    slope = (spread @ (seconds - seconds.mean()) + prior) / (spread @ spread + prior)
+    slope = (spread @ (seconds - seconds.mean()) + prior * expected) / (spread @ spread + prior)
     return float(np.clip(slope, 1.0, LARGEST_FACTOR))

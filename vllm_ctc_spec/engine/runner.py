@@ -73,8 +73,12 @@ class TreeModelRunner(GPUModelRunner):
         if settings.options.adapts:
             num_rows = min(self.max_num_reqs * (1 + settings.num_nodes), self.max_num_tokens)
             target = measure(self._run_target, measured_rows(num_rows))
-            drafting = measure(self.drafter.profile, measured_requests(self.max_num_reqs))
-            self.budget = NodeBudget(target, drafting, settings.num_nodes)
+            sizes = measured_requests(self.max_num_reqs)
+            drafting, one_frame = measure(self.drafter.profile, sizes), None
+            config = self.drafter.drafter.config
+            if not config.has_blank:
+                one_frame = measure(lambda size: self.drafter.profile(size, num_frames=1), sizes)
+            self.budget = NodeBudget(target, drafting, settings.num_nodes, one_frame, config.num_frames)
 
     @torch.inference_mode()
     def _run_target(self, num_rows: int) -> None:
@@ -233,8 +237,12 @@ class TreeModelRunner(GPUModelRunner):
             return drafts
         drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens and self._may_draft(index)]
         requests = self._draft_requests(step, drafting, sampled_token_ids, common_attn_metadata)
-        least = 0.0 if self.budget is None else self.budget.least_worth(len(step.trees))
-        trees = self.drafter.propose(verified, requests, least)
+        if self.budget is None or requests is None:
+            trees = self.drafter.propose(verified, requests)
+        else:
+            num_frames = self.budget.num_frames(len(step.trees))
+            least = self.budget.least_worth(len(step.trees))
+            trees = self.drafter.propose(verified, requests, least, num_frames)
         if self.budget is not None:
             self._observe(self.budget, step)
             trees = _cut(self.budget, trees, len(step.trees))
@@ -257,7 +265,7 @@ class TreeModelRunner(GPUModelRunner):
         requests, ended = self.last_step
         # While a request of the step before is here, the engine has not waited for work in between.
         if step.is_decode and not requests.isdisjoint(self.input_batch.req_ids):
-            budget.observe_step(len(step.trees) + num_accepted, now - ended, step.total_rows)
+            budget.observe_step(len(step.trees), len(step.trees) + num_accepted, now - ended, step.total_rows)
         self.last_step = set(self.input_batch.req_ids), now
 
     def _verified_rows(self, step: Step, hidden_states: Tensor) -> VerifiedRows:
@@ -339,7 +347,8 @@ def _cut(budget: NodeBudget, trees: list[HostTree], num_requests: int) -> list[H
     """Each tree to the nodes that pay."""
     if not trees:
         return []
-    probabilities = np.zeros((len(trees), max(len(tree.tokens) for tree in trees)))
-    for row, tree in zip(probabilities, trees):
-        row[: len(tree.tokens)] = tree.probabilities
-    return [tree.cut(count) for tree, count in zip(trees, budget.choose(probabilities, num_requests).tolist())]
+    shape = len(trees), max(len(tree.tokens) for tree in trees)
+    probabilities, depths = np.zeros(shape), np.zeros(shape, np.int64)
+    for row, depth, tree in zip(probabilities, depths, trees):
+        row[: len(tree.tokens)], depth[: len(tree.tokens)] = tree.probabilities, tree.depths
+    return [tree.cut(count) for tree, count in zip(trees, budget.choose(probabilities, num_requests, depths).tolist())]

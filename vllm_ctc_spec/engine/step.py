@@ -58,11 +58,14 @@ class Step:
         return rows, positions
 
     def branching_trees(self) -> StepTrees | None:
+        """With what is beside them, unless there are prompts: one kernel reads each context once, two would not."""
         if not self.num_nodes:
             return None
         requests = [index for index, tree in enumerate(self.trees) if not tree.is_chain]
         if not requests:
             return None
+        if self.is_decode:
+            requests = list(range(len(self.trees)))
         return StepTrees(
             requests,
             [self.starts[index] for index in requests],
