@@ -14,10 +14,10 @@ the steps. R + M is one of the `row_counts`, because kernels are made, and graph
 A frame is drafted for all requests, and pays in the same way: if the chosen nodes of its depth bring more than its
 seconds. What they bring is known from steps with all frames, the first under a load and now and then another.
 
-The rate is learnt from the steps, first without drafting, then with it; where it is higher without, drafting rests
-until what it has lost is a small share of all, and is tried again, unless what was measured at start-up and what trees
-are worth say that it cannot pay. Where it is higher with drafting, decoding without is looked at again from time to
-time, because the machine may have been slow when it was.
+The rate is learnt from the steps, first without drafting, then with it; where it is not higher by a tenth, drafting
+rests until what it has lost is a small share of all, and is tried again, unless what was measured at start-up and what
+trees are worth say that it cannot pay. Where it is higher with drafting, decoding without is looked at again from time
+to time, because the machine may have been slow when it was.
 
 Letters: R requests, N nodes of the largest tree, M chosen nodes of the batch, T frames.
 """
@@ -68,7 +68,7 @@ waited for as a whole, a smaller gain is lost again.
 """
 
 SURE = 1.0
-"""Standard deviations by which steps with drafts must have lost, or a few unlucky ones would end what pays."""
+"""Standard deviations by which steps with drafts must lack it, or a few unlucky ones would end what pays."""
 
 LOST_SHARE = 0.01
 """Of the tokens of a rest, those that the steps with drafts before it may have lost."""
@@ -155,12 +155,12 @@ class _Load:
     """[T], tokens that the chosen nodes of each depth bring to a step, less what their rows' time could; a mean over
     the latest steps with all frames.
     """
-    least_chosen: float = 0.0
-    """psi, a mean over the latest steps with drafts."""
     num_whole: int = 0
     """Trees that it was learnt from."""
     num_until_whole: int = 0
     """Steps with drafts"""
+    least_chosen: float = 0.0
+    """psi, a mean over the latest steps with drafts."""
     num_until_look: int = FIRST_LOOK
     """Steps with drafts"""
     look_after: int = FIRST_LOOK
@@ -267,8 +267,8 @@ class NodeBudget:
         return load.drafts
 
     def _may_pay(self, load: _Load, num_requests: int) -> bool:
-        """Whether drafting could pay if its steps took no more than what was measured at start-up takes longer
-        than without; on a machine that is slower now than it has been, by as much more.
+        """Whether drafting could pay if its steps took no more than what was measured at start-up takes longer than
+        without; on a machine that is slower now than it has been, by as much more.
         """
         if self._profile is None:
             return True

@@ -1,9 +1,10 @@
 """vLLM's CPU attention backend, with rows of token trees attending to their ancestors.
 
-Plain prefill, decode and chain rows keep vLLM's kernel; rows of branching trees go to `ops.cpu_kernels`. The cache of a
-layer is [blocks, K, B, 2 * D] (vllm/v1/attention/backends/cpu_attn.py). How keys and values lie in it depends on the
-isa that vLLM's builder chooses for its kernel: in bfloat16 "amx" where the processor has it, which we keep, and else
-one of many that differ by processor, in place of which we take "vec". `check_layout` proves it at start-up.
+Plain prefill, decode and chain rows keep vLLM's kernel; rows of branching trees, and those decoded beside them, go to
+`ops.cpu_kernels`. The cache of a layer is [blocks, K, B, 2 * D] (vllm/v1/attention/backends/cpu_attn.py). How keys and
+values lie in it depends on the isa that vLLM's builder chooses for its kernel: in bfloat16 "amx" where the processor
+has it, which we keep, and else one of many that differ by processor, in place of which we take "vec". `check_layout`
+proves it at start-up.
 
 Letters: R tree requests, Q rows of each, M rows of the whole step, K key-value heads, D head size, B block size.
 """

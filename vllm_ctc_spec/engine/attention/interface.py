@@ -30,10 +30,10 @@ class PagedContext:
 
 @dataclass(frozen=True)
 class StepTrees:
-    """The branching trees of one step, on the host; chains are plain causal rows and not among them."""
+    """The branching trees of one step, on the host, and what else was taken from vLLM's kernel: see `Step`."""
 
     requests: list[int]
-    """[R], index of each tree's request in the batch."""
+    """[R], index of each tree's request in the batch; a chain, and the only row of a request, are trees, too."""
     starts: list[int]
     """[R], first row of each, the anchor's, among the M rows of the step."""
     context_lens: list[int]
@@ -51,7 +51,7 @@ class StepTrees:
 
 @dataclass(frozen=True)
 class TreeRows:
-    """The rows of a step that belong to branching trees."""
+    """The rows of a step that do not go to vLLM's kernel."""
 
     batch: TreeBatch
     are_whole_step: bool

@@ -1,8 +1,9 @@
 """vLLM's FLASH_ATTN and TRITON_ATTN backends, with rows of token trees attending to their ancestors.
 
-Prefill, plain decode and chains keep vLLM's kernels; rows of branching trees go to `ops.tree_attention`. Both backends
-keep a layer's cache as [blocks, K, B, 2 * D], keys before values in the last dimension (vllm/v1/kv_cache_interface.py),
-in any physical order: our kernels follow the strides. `_check_layout` proves it at start-up.
+Prefill, plain decode and chains keep vLLM's kernels; rows of branching trees, and those decoded beside them, go to
+`ops.tree_attention`. Both backends keep a layer's cache as [blocks, K, B, 2 * D], keys before values in the last
+dimension (vllm/v1/kv_cache_interface.py), in any physical order: our kernels follow the strides. `_check_layout` proves
+it at start-up.
 
 Letters: R requests, Q query rows of each, M rows of the whole step, P places of a path, H query heads,
 K key-value heads, B block size, D head size.
