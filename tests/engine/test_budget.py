@@ -40,6 +40,9 @@ FLAT = Cost(np.array([1, 64]), np.array([1.0, 1.0]))
 FREE = Cost(np.array([1]), np.array([0.0]))
 STEEP = Cost(np.array([1, 64]), np.array([1.0, 64.0]))
 
+CONTEXT = 100
+"""Positions of each request, where nothing depends on them."""
+
 
 def test_cost_is_linear_between_measurements_and_in_proportion_beyond() -> None:
     cost = Cost(np.array([1, 3]), np.array([2.0, 4.0]))
@@ -89,6 +92,7 @@ def budget_of(target: Cost, drafting: Cost = FREE, one_frame: Cost | None = None
 
 def observe(budget: NodeBudget, num_requests: int, drafts: bool, tokens: int, seconds: float, rows: int = 8) -> None:
     """A step after another of its kind."""
+    budget._num_context = CONTEXT * num_requests
     budget._kind = budget._kind_before = num_requests.bit_length(), drafts
     budget.observe_step(num_requests, tokens, seconds, rows)
 
@@ -197,7 +201,7 @@ def steps(budget: NodeBudget, num_requests: int, count: int, with_drafts: float,
     """Steps whose seconds depend on whether drafts are made; a token for each request either way."""
     kinds = []
     for _ in range(count):
-        kinds.append(budget.wants_drafts(num_requests))
+        kinds.append(budget.wants_drafts(num_requests, CONTEXT * num_requests))
         budget.observe_step(num_requests, num_requests, with_drafts if kinds[-1] else without, num_requests)
     return kinds
 
@@ -234,7 +238,7 @@ def test_a_few_unlucky_steps_do_not_end_what_pays() -> None:
     budget, rng = budget_of(FLAT), np.random.default_rng(0)
     drafted = 0
     for _ in range(20_000):
-        drafts = budget.wants_drafts(1)
+        drafts = budget.wants_drafts(1, CONTEXT)
         drafted += drafts
         # 2.5 tokens a step on average, for the time of two.
         budget.observe_step(1, 1 + int(rng.binomial(6, 0.25)) if drafts else 1, 2.0 if drafts else 1.0, 8)
@@ -252,18 +256,32 @@ def test_steps_are_compared_with_those_of_as_many_requests() -> None:
     budget = budget_of(FLAT)
     for _ in range(200):
         for num_requests in (4, 4, 4, 7, 4, 7, 7, 7):
-            drafts = budget.wants_drafts(num_requests)
+            drafts = budget.wants_drafts(num_requests, CONTEXT * num_requests)
             budget.observe_step(num_requests, num_requests, 0.5 if drafts else 1.0, num_requests)
     assert budget._loads[3].speedup == pytest.approx(2.0)
     assert budget._rate(budget._loads[3], 4) == pytest.approx(8.0)
     assert budget._rate(budget._loads[3], 7) == pytest.approx(14.0)
 
 
+def test_steps_are_compared_with_those_of_as_long_a_context() -> None:
+    """Twice as fast with drafts as without, while attention makes a step three times as long again and again."""
+    budget = budget_of(FLAT)
+    speedups = set()
+    for step in range(4000):
+        num_context = 100 + step % 300
+        drafts = budget.wants_drafts(1, num_context)
+        budget.observe_step(1, 2 if drafts else 1, 0.5 + num_context / 100, 1)
+        if step > 2000 and drafts:
+            speedups.add(budget._loads[1].speedup)
+    assert len(speedups) > 10 and all(speedup == pytest.approx(2.0, rel=0.1) for speedup in speedups)
+    assert float(budget._plain_seconds(budget._loads[1], 1, 300)) == pytest.approx(3.5, rel=0.1)
+
+
 def test_a_machine_that_stands_still_for_a_step_does_not_end_what_pays() -> None:
     budget = budget_of(FLAT)
     kinds = []
     for step in range(20_000):
-        kinds.append(budget.wants_drafts(1))
+        kinds.append(budget.wants_drafts(1, CONTEXT))
         seconds = 0.6 if kinds[-1] else 1.0
         budget.observe_step(1, 1, 300 * seconds if step % 50 == 0 else seconds, 1)
     assert sum(kinds) > 0.9 * len(kinds)
@@ -278,8 +296,8 @@ def test_rows_cost_what_steps_have_shown() -> None:
         observe(naive, 1, True, 2, 1 + 0.05 * rows, rows)
     for budget in (learnt, naive):
         budget._judge(budget._loads[1])
-    assert 2.5 < learnt._loads[1].row_factor < 3.1 < LARGEST_FACTOR
-    assert naive._loads[1].row_factor == pytest.approx(1.0)
+    assert 2.5 < learnt._factor(learnt._loads[1], 1) < 3.1 < LARGEST_FACTOR
+    assert naive._factor(naive._loads[1], 1) == pytest.approx(1.0)
     probabilities = np.array([[0.9, 0.5, 0.3, 0.1, 0.07]])
     assert learnt.choose(probabilities, 1) < naive.choose(probabilities, 1)
 
@@ -289,14 +307,14 @@ def test_rows_count_once_where_all_steps_had_as_many() -> None:
     for _ in range(50):
         observe(budget, 1, True, 2, float(rng.uniform(5, 9)), 8)
     budget._judge(budget._loads[1])
-    assert budget._loads[1].row_factor == 1.0
+    assert budget._factor(budget._loads[1], 1) == 1.0
 
 
 def test_decoding_without_drafts_is_tried_where_it_might_be_faster() -> None:
     """It has not been seen, because requests came and went."""
     budget = budget_of(Cost(np.array([1, 64]), np.array([0.1, 0.1])))
     for _ in range(NUM_PLAIN - 1):
-        assert not budget.wants_drafts(1)
+        assert not budget.wants_drafts(1, CONTEXT)
     first, rest, then, *_ = runs(steps(budget, 1, 100, 0.5, 1.0))
     assert (first, rest, then) == ((True, NUM_JUDGED), (False, SHORTEST_REST), (True, FIRST_LOOK))
 
@@ -341,7 +359,7 @@ def test_a_try_that_ends_as_soon_as_trees_are_known_rests_for_what_its_drafting_
     budget = budget_of(STEEP, STEEP)
     assert sum(steps(budget, 4, NUM_PLAIN, 10.0, 4.0)) == 1
     budget.choose(np.full((4, 4), 0.1), 4)
-    assert not budget.wants_drafts(4)
+    assert not budget.wants_drafts(4, CONTEXT * 4)
     # One drafting of four seconds, at a token in each.
     assert budget._loads[3].num_left == pytest.approx(4 / (LOST_SHARE * 4))
 
@@ -395,7 +413,7 @@ def test_answers_do_not_depend_on_the_frames_that_are_drafted(
 
 def draft_with_few_frames(worker: Any) -> None:
     budget = worker.model_runner.budget
-    budget.wants_drafts = lambda num_requests: True
+    budget.wants_drafts = lambda num_requests, num_context: True
     asked = itertools.count()
     budget.num_frames = lambda num_requests: 1 + next(asked) % 2
 

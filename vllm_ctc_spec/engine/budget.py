@@ -14,10 +14,11 @@ the steps. R + M is one of the `row_counts`, because kernels are made, and graph
 A frame is drafted for all requests, and pays in the same way: if the chosen nodes of its depth bring more than its
 seconds. What they bring is known from steps with all frames, the first under a load and now and then another.
 
-The rate is learnt from the steps, first without drafting, then with it; where it is not higher by a tenth, drafting
-rests until what it has lost is a small share of all, and is tried again, unless what was measured at start-up and what
-trees are worth say that it cannot pay. Where it is higher with drafting, decoding without is looked at again from time
-to time, because the machine may have been slow when it was.
+The rate is learnt from the steps, first without drafting, then with it, and compared at the same context, because the
+target's attention may take most of a step; where drafting's is not higher by a tenth, it rests until what it has lost
+is a small share of all, and is tried again, unless what was measured at start-up and what trees are worth say that it
+cannot pay. Where it is higher with drafting, decoding without is looked at again from time to time, because the machine
+may have been slow when it was.
 
 Letters: R requests, N nodes of the largest tree, M chosen nodes of the batch, T frames.
 """
@@ -28,10 +29,10 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from vllm_ctc_spec.engine.row_counts import doublings, row_counts
 
@@ -43,18 +44,24 @@ LONGEST_RUN = 0.5
 """Seconds. More rows or requests than that, or than those that take so long, are taken to cost in proportion."""
 
 NUM_OBSERVED = 256
-"""Latest steps with drafts that make a rate."""
+"""Latest steps that make a rate, with drafts and without."""
 
 FEWEST_OBSERVED = 4
 
 LONGEST_STEP = 2.0
-"""Times the median of the steps with drafts; what a longer one took beyond it does not count."""
+"""Times the median of such steps; what a longer one took beyond it does not count."""
+
+LARGEST_SHARE = 0.9
+"""Of a step, that grows with the context."""
 
 NUM_PLAIN = 16
 """Steps without drafts, which others are compared with: under a new load, and at each look."""
 
 NUM_PLAIN_OBSERVED = 8
-"""The latest of them count, because the first after others are slow."""
+"""The latest of them are the machine's pace, because the first after others are slow."""
+
+CONTEXT_PRIOR = 0.5
+"""Steps' worth of belief, in squares of relative deviations, that the context costs nothing."""
 
 FIRST_LOOK, LAST_LOOK = 32, 512
 """Steps with drafts before decoding without is looked at again; twice as many after each look."""
@@ -139,6 +146,54 @@ def measured_requests(max_requests: int) -> list[int]:
 
 
 @dataclass
+class _PlainSteps:
+    """What steps without drafts take under one load: the machine's pace, on a line that rises with the context that
+    they attend to.
+    """
+
+    seen: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=NUM_OBSERVED))
+    """Positions attended to, and seconds; both over the target's own seconds, as measured at start-up."""
+    _fitted: _PlainFit | None = None
+
+    @property
+    def is_known(self) -> bool:
+        return len(self.seen) >= FEWEST_OBSERVED
+
+    def see(self, own_seconds: float, num_context: int, seconds: float) -> None:
+        self.seen.append((num_context / own_seconds, seconds / own_seconds))
+        self._fitted = None
+
+    def fit(self) -> _PlainFit:
+        """Needs steps."""
+        if self._fitted is None:
+            context, times = np.array(self.seen).T
+            times = np.minimum(times, LONGEST_STEP * np.median(times))
+            beyond = context / context.mean() - 1
+            share = beyond @ (times / times.mean() - 1) / (beyond @ beyond + CONTEXT_PRIOR)
+            share = float(np.clip(share, 0.0, LARGEST_SHARE))
+            paces = sliding_window_view(times / (1 + share * beyond), min(NUM_PLAIN_OBSERVED, len(times)))
+            # They differ in nothing but the machine's moods, and few of them count.
+            pace = np.median(paces, axis=1)
+            self._fitted = _PlainFit(float(context.mean()), share, float(pace[-1]), float(pace[-1] / pace.min()))
+        return self._fitted
+
+
+@dataclass(frozen=True)
+class _PlainFit:
+    mean_context: float
+    share: float
+    """Of a step with the mean context, what grows with the context."""
+    pace: float
+    """Of the machine now: seconds of such a step, over the target's own."""
+    slowness: float
+    """Of the machine now, against its fastest."""
+
+    def times(self, context: Any) -> Any:
+        """Seconds over the target's own, elementwise; context: positions over them."""
+        return self.pace * (1 + self.share * (context / self.mean_context - 1))
+
+
+@dataclass
 class _Load:
     """What is done under one load, and what was seen of it."""
 
@@ -166,16 +221,13 @@ class _Load:
     look_after: int = FIRST_LOOK
     num_rests: int = 0
     """One after the other."""
-    with_drafts: deque[tuple[int, int, float, int]] = field(default_factory=lambda: deque(maxlen=NUM_OBSERVED))
-    """Requests, tokens, seconds and rows of steps."""
-    speeds_without: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_PLAIN_OBSERVED))
-    """Of steps without drafts: the target's own seconds, as measured at start-up, over theirs."""
-    best_speed: float = 0.0
-    """Median of so many of them when the machine was at its fastest."""
+    with_drafts: deque[tuple[int, int, int, float, int]] = field(default_factory=lambda: deque(maxlen=NUM_OBSERVED))
+    """Requests, positions that they attend to, tokens, seconds and rows of steps."""
+    plain: _PlainSteps = field(default_factory=_PlainSteps)
 
     def rest(self, lost: float) -> None:
         """lost: steps' worth of tokens."""
-        longest = SHORTEST_REST if self.speed_without() is None else LONGEST_REST
+        longest = LONGEST_REST if self.plain.is_known else SHORTEST_REST
         num_steps = lost / LOST_SHARE * 2**self.num_rests
         self.drafts, self.num_left = False, int(np.clip(num_steps, SHORTEST_REST, longest))
         self.num_rests += 1
@@ -188,33 +240,13 @@ class _Load:
         self.num_until_look = self.look_after = min(2 * self.look_after, LAST_LOOK)
 
     def drafted(self) -> np.ndarray | None:
-        """[4, n] requests, tokens, seconds and rows of the latest steps with drafts, once there are enough of them."""
+        """[5, n] `with_drafts`, once there are enough of them."""
         if len(self.with_drafts) < FEWEST_OBSERVED:
             return None
         steps = np.array(self.with_drafts).T
         # A step in which the machine stood still says nothing about drafts.
-        steps[2] = np.minimum(steps[2], LONGEST_STEP * np.median(steps[2]))
+        steps[3] = np.minimum(steps[3], LONGEST_STEP * np.median(steps[3]))
         return steps
-
-    def see_without(self, speed: float) -> None:
-        self.speeds_without.append(speed)
-        self.best_speed = max(self.best_speed, self.speed_without() or 0.0)
-
-    def speed_without(self) -> float | None:
-        """Of the latest steps without drafts. They differ in nothing but the machine's moods, and few of them count."""
-        return median(self.speeds_without) if len(self.speeds_without) >= FEWEST_OBSERVED else None
-
-    @property
-    def row_factor(self) -> float:
-        """As seen, or before: what steps without drafts take beyond the target's own seconds is half rows' (attention,
-        the walk) and half the steps' (scheduling, messages).
-        """
-        return (1 + 1 / (self.speed_without() or 1.0)) / 2 if self.seen_factor is None else self.seen_factor
-
-    def slowness(self) -> float:
-        """Of the machine now, against its fastest."""
-        speed = self.speed_without()
-        return 1.0 if speed is None else self.best_speed / speed
 
 
 class NodeBudget:
@@ -233,18 +265,20 @@ class NodeBudget:
         """By the number of bits of the number of requests, those of the busier of two steps."""
         self._num_before = 0
         """Requests of the step before."""
+        self._num_context = 0
+        """Positions that the requests of the step that ends attend to."""
         self._kind = self._kind_before = (0, False)
         """Load, and whether drafts were made, of the step that ends and of the one before."""
         self._believed = self._accepted = 0.0
         self._profile: np.ndarray | None = None
         """[2, N], psi and depths of a tree's nodes, a mean over the latest trees."""
 
-    def wants_drafts(self, num_requests: int) -> bool:
-        """Asked once at the end of each step."""
+    def wants_drafts(self, num_requests: int, num_context: int) -> bool:
+        """Asked once at the end of each step; num_context: positions that its requests have attended to."""
         # A step with fewer is often followed by one with more: some have ended and others come, or of those that come
         # together one is the first.
         key = max(num_requests, self._num_before).bit_length()
-        self._num_before = num_requests
+        self._num_before, self._num_context = num_requests, num_context
         load = self._loads[key]
         load.num_left -= 1
         if load.drafts:
@@ -257,7 +291,7 @@ class NodeBudget:
             elif load.speedup is None and not self._may_pay(load, num_requests):
                 # What its drafting took is lost at least.
                 spent = (NUM_JUDGED - load.num_left) * float(self._drafting.at(num_requests))
-                load.rest(spent * self._rate_without(load, num_requests) / num_requests)
+                load.rest(spent / float(self._plain_seconds(load, num_requests, num_context)))
             if load.num_until_look <= 0:
                 load.look()
         elif load.num_left <= 0:
@@ -273,31 +307,34 @@ class NodeBudget:
         if self._profile is None:
             return True
         psi, depths = self._profile
-        rate, gains = self._rate_without(load, num_requests), self._gains(psi)
+        plain, gains = self._plain_seconds(load, num_requests, self._num_context), self._gains(psi)
         rows = num_requests * np.arange(1, len(gains) + 1)
         num_frames = np.maximum.accumulate(np.concatenate(([1.0], depths)))
         longer = self._target.at(rows) - self._target.at(num_requests) + self._draft_seconds(num_requests, num_frames)
-        seconds = num_requests / rate + load.slowness() * longer
-        return bool((num_requests * (1 + gains) / seconds).max() > LEAST_SPEEDUP * rate)
+        slowness = load.plain.fit().slowness if load.plain.is_known else 1.0
+        return bool(((1 + gains) * plain / (plain + slowness * longer)).max() > LEAST_SPEEDUP)
 
     def _judge(self, load: _Load) -> float:
         """Learns from the latest steps with drafts. Returns the tokens that they lack, if they surely do; else 0."""
         if (seen := load.drafted()) is None:
             return 0.0
-        requests, tokens, seconds, rows = seen
-        without = seconds * self._rate_without(load, requests)
+        requests, context, tokens, seconds, rows = seen
+        own, plain = self._target.at(requests), self._plain_seconds(load, requests, context)
+        without = seconds * requests / plain
         load.speedup = float(tokens.sum() / without.sum())
-        load.seen_factor = None
-        load.seen_factor = _slope(self._target.at(rows), seconds, load.row_factor)
+        own_of_rows = self._target.at(rows)
+        prior = FACTOR_PRIOR * (0.1 * own_of_rows.mean()) ** 2
+        load.seen_factor = _slope(own_of_rows - own, seconds - plain, _row_factor(plain.sum() / own.sum()), prior)
         losses = LEAST_SPEEDUP * without - tokens
         lost = float(losses.sum())
         return lost if lost > SURE * losses.std() * len(losses) ** 0.5 else 0.0
 
-    def _rate_without(self, load: _Load, num_requests: Any) -> Any:
-        """Tokens per second, elementwise; if there were nothing but the target, where decoding without drafts has not
-        been seen: so it is tried where it may be better.
+    def _plain_seconds(self, load: _Load, num_requests: Any, num_context: Any) -> Any:
+        """Of a step without drafts, elementwise; if there were nothing but the target, where none has been seen: so it
+        is tried where it may be better.
         """
-        return (load.speed_without() or 1.0) * num_requests / self._target.at(num_requests)
+        own = self._target.at(num_requests)
+        return own * load.plain.fit().times(num_context / own) if load.plain.is_known else own
 
     def observe_step(self, num_requests: int, num_tokens: int, seconds: float, num_rows: int) -> None:
         """Of a step of decoding alone, after `wants_drafts` was asked at its end."""
@@ -305,9 +342,9 @@ class NodeBudget:
             key, drafts = self._kind
             load = self._loads[key]
             if drafts:
-                load.with_drafts.append((num_requests, num_tokens, seconds, num_rows))
+                load.with_drafts.append((num_requests, self._num_context, num_tokens, seconds, num_rows))
             else:
-                load.see_without(float(self._target.at(num_rows)) / seconds)
+                load.plain.see(float(self._target.at(num_requests)), self._num_context, seconds)
 
     def observe_walk(self, believed: float, num_accepted: int) -> None:
         """believed: sum of psi over the verified nodes."""
@@ -320,7 +357,7 @@ class NodeBudget:
         """
         load, most = self._loads[self._kind[0]], num_requests * self._num_nodes
         seconds = self._target.at(num_requests + most) - self._target.at(num_requests)
-        worth = self._rate(load, num_requests) * load.row_factor * seconds / most / 2
+        worth = self._rate(load, num_requests) * self._factor(load, num_requests) * seconds / most / 2
         worth = float(np.clip(worth, 0.0, MOST_LEFT_OUT))
         return worth if self._is_whole else max(worth, load.least_chosen / 2)
 
@@ -349,9 +386,16 @@ class NodeBudget:
     def _rate(self, load: _Load, num_requests: int) -> float:
         """Tokens per second, by which a row's time is judged: the higher one."""
         speedup = load.speedup or 1.0
-        if load.speed_without() is not None:
+        if load.plain.is_known:
             speedup = max(speedup, 1.0)
-        return speedup * float(self._rate_without(load, num_requests))
+        return speedup * num_requests / float(self._plain_seconds(load, num_requests, self._num_context))
+
+    def _factor(self, load: _Load, num_requests: int) -> float:
+        """How many times the target's own seconds a further row costs: as seen, or as expected before."""
+        if load.seen_factor is not None:
+            return load.seen_factor
+        plain = self._plain_seconds(load, num_requests, self._num_context)
+        return _row_factor(float(plain / self._target.at(num_requests)))
 
     def choose(self, probabilities: np.ndarray, num_requests: int, depths: np.ndarray | None = None) -> np.ndarray:
         """Nodes to verify of each tree, [R] int64.
@@ -365,7 +409,7 @@ class NodeBudget:
         gains = self._gains(flat[order])
         rows = np.array(row_counts(num_requests + len(order)))
         rows = np.concatenate(([num_requests], rows[rows > num_requests]))
-        costs = load.row_factor * (self._target.at(rows) - self._target.at(num_requests))
+        costs = self._factor(load, num_requests) * (self._target.at(rows) - self._target.at(num_requests))
         price = self._rate(load, num_requests) * costs
         best = np.argmax(gains[rows - num_requests] - price)
         num_chosen = rows[best] - num_requests
@@ -400,9 +444,15 @@ class NodeBudget:
         self._profile = seen if self._profile is None else PROFILE_DECAY * self._profile + (1 - PROFILE_DECAY) * seen
 
 
-def _slope(target: np.ndarray, seconds: np.ndarray, expected: float) -> float:
+def _row_factor(times: float) -> float:
+    """times: seconds of a step without drafts, over the target's own. What it takes beyond those is expected to be half
+    rows' (attention, the walk) and half the steps' (scheduling, messages).
+    """
+    return (1 + times) / 2
+
+
+def _slope(target: np.ndarray, seconds: np.ndarray, expected: float, prior: float) -> float:
     """Of a least-squares line through steps, held near what is expected while they are few or alike."""
-    prior = FACTOR_PRIOR * (0.1 * target.mean()) ** 2
     spread = target - target.mean()
     slope = (spread @ (seconds - seconds.mean()) + prior * expected) / (spread @ spread + prior)
     return float(np.clip(slope, 1.0, LARGEST_FACTOR))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
@@ -114,13 +115,17 @@ class CTCProposer:
 
     def _store_remembered(self) -> None:
         remembered, self.remembered, self.num_remembered = self.remembered, [], 0
-        hidden, positions = (torch.cat(rows) for rows in zip(*((rows.hidden, rows.positions) for rows in remembered)))
-        context = self.drafter.context(hidden, positions)
-        sizes = [len(rows.slots) for rows in remembered]
-        for layer, own in zip(self.cache_layers, context):
-            # Step by step, because a slot may have been given to another request meanwhile: its last row counts.
-            for rows, key, value in zip(remembered, own.key.split(sizes), own.value.split(sizes)):
-                self.attention.write(layer.kv_cache, rows.slots, key, value)
+        hidden, positions, slots = (
+            torch.cat(rows) for rows in zip(*((rows.hidden, rows.positions, rows.slots) for rows in remembered))
+        )
+        if len(remembered) > 1:
+            # A slot may have been given to another request meanwhile: its last row counts.
+            last_rows = {slot: row for row, slot in enumerate(slots.tolist())}
+            if len(last_rows) < len(slots):
+                kept = async_tensor_h2d(list(last_rows.values()), slots.device)
+                hidden, positions, slots = hidden[kept], positions[kept], slots[kept]
+        for layer, own in zip(self.cache_layers, self.drafter.context(hidden, positions)):
+            self.attention.write(layer.kv_cache, slots, own.key, own.value)
 
     def propose(
         self,

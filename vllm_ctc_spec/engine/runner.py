@@ -231,7 +231,7 @@ class TreeModelRunner(GPUModelRunner):
         assert step is not None
         verified = self._verified_rows(step, hidden_states)
         drafts: list[list[int]] = [[] for _ in step.trees]
-        if self.budget is not None and not self.budget.wants_drafts(len(step.trees)):
+        if self.budget is not None and not self.budget.wants_drafts(len(step.trees), sum(step.num_computed)):
             self.drafter.remember(verified)
             self._observe(self.budget, step)
             return drafts
