@@ -68,7 +68,6 @@ def test_what_is_wrong_is_named(folder: Path, added: str, message: str):
         ("{method: ctc, model: target, candidate: 3}", "unknown key 'candidate'.* Did you mean 'candidates'"),
         ("{method: ctc, model: target, num_speculative_tokens: 64}", "num_speculative_tokens=64"),
         ("{method: ctc}", "no 'model'"),
-        ("null", "write it with 'method' or 'model'"),
         ("{engine: {seed: 1}, method: ngram}", "methods.other.engine.seed"),
         ("ngram", "must be null or a speculative_config"),
     ],
@@ -119,6 +118,13 @@ def test_values_are_set_from_the_command_line(folder: Path):
         load(folder, settings=["methods.medusa.model=x"])
     with pytest.raises(ValueError, match="write KEY=VALUE"):
         load(folder, settings=["rounds"])
+
+
+def test_plain_vllm_may_run_twice(folder: Path):
+    config = load(folder, MINIMAL.replace("  ngram:", "  plain-again: null\n  ngram:"))
+    plain, again = (config.engine_options(method) for method in config.methods[:2])
+    assert config.methods[1].name == "plain-again"
+    assert plain == again
 
 
 def test_only_keeps_plain_and_refuses_a_stranger(folder: Path):

@@ -176,9 +176,8 @@ def _method(name: str, value: Any, folder: Path) -> Method:
     spec = dict(value or {})
     engine = _engine(f"{where}.engine", spec.pop("engine", None))
     requires = spec.pop("requires", None)
-    if (name == PLAIN) == bool(spec):
-        remedy = "without speculative_config" if name == PLAIN else "with 'method' or 'model'"
-        raise ValueError(f"{where}={value!r}: write it {remedy}.")
+    if name == PLAIN and spec:
+        raise ValueError(f"{where}={value!r}: write it without speculative_config.")
     if requires is not None and importlib.util.find_spec(str(requires)) is None:
         return Method(name, spec, engine, str(requires))
     if "model" in spec:

@@ -228,7 +228,7 @@ class _Cell:
             lambda branchings: self.fleet.call(PLAIN, "gaps", branchings=branchings),
             # vLLM's rejection sampler draws other random numbers than plain sampling; in 16 bits no rule can tell a
             # draw that rounding has flipped from a wrong one.
-            is_promised=is_greedy or (is_float32 and (method.is_ctc or method.name == PLAIN)),
+            is_promised=is_greedy or (is_float32 and (method.is_ctc or method.speculative_config is None)),
         )
 
 
