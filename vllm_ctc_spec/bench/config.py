@@ -176,8 +176,10 @@ def _method(name: str, value: Any, folder: Path) -> Method:
     spec = dict(value or {})
     engine = _engine(f"{where}.engine", spec.pop("engine", None))
     requires = spec.pop("requires", None)
-    if name == PLAIN and spec:
-        raise ValueError(f"{where}={value!r}: write it without speculative_config.")
+    # An entry left empty by mistake must not be measured as what its name says.
+    if (is_plain := name.startswith(PLAIN)) == bool(spec):
+        remedy = "without speculative_config" if is_plain else "with 'method' or 'model'"
+        raise ValueError(f"{where}={value!r}: write it {remedy}.")
     if requires is not None and importlib.util.find_spec(str(requires)) is None:
         return Method(name, spec, engine, str(requires))
     if "model" in spec:
