@@ -1,0 +1,102 @@
+"""The cache holds the requests that it is made for, and the user's own settings win."""
+
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from vllm_ctc_spec.config import MAX_NODES
+from vllm_ctc_spec.kv_cache import BLOCK_SIZE, DRAFTER_LAYERS, ENGINE_BYTES, engine_options, kv_cache_options
+
+LAYERS, KV_HEADS, HEAD_SIZE = 3, 2, 32
+BYTES_PER_TOKEN = 2 * (LAYERS + DRAFTER_LAYERS) * KV_HEADS * HEAD_SIZE * 2
+
+
+@pytest.fixture
+def target(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    LlamaConfig(
+        hidden_size=128, num_attention_heads=4, num_key_value_heads=KV_HEADS, num_hidden_layers=LAYERS
+    ).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.fixture
+def free(monkeypatch):
+    def set_free(num_bytes):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=num_bytes))
+
+    set_free(1 << 40)
+    return set_free
+
+
+def blocks(options, bytes_per_token=BYTES_PER_TOKEN):
+    whole, rest = divmod(options["kv_cache_memory_bytes"], bytes_per_token * BLOCK_SIZE)
+    assert rest == 0
+    return whole
+
+
+@pytest.mark.parametrize("num_requests, max_model_len", [(1, 1), (1, 65), (1, 66), (4, 1024), (128, 300)])
+def test_all_requests_fit_with_their_drafts_and_the_block_that_vllm_keeps(target, free, num_requests, max_model_len):
+    options = kv_cache_options(target, num_requests, max_model_len)
+    of_one = -(-(max_model_len + MAX_NODES) // BLOCK_SIZE)
+    assert blocks(options) == 1 + num_requests * of_one
+    assert (options["max_num_seqs"], options["max_model_len"]) == (num_requests, max_model_len)
+
+
+def test_float32_takes_twice_as_much(target, free):
+    half = kv_cache_options(target, 2, 200)
+    assert blocks(kv_cache_options(target, 2, 200, "float32"), 2 * BYTES_PER_TOKEN) == blocks(half)
+
+
+def test_too_little_memory_is_named_with_what_is_needed_and_what_to_lower(target, free):
+    needed = kv_cache_options(target, 4, 1000)["kv_cache_memory_bytes"] + ENGINE_BYTES
+    free(needed)
+    kv_cache_options(target, 4, 1000)
+    free(needed - 1)
+    with pytest.raises(ValueError, match=r"max_num_seqs=4 .*max_model_len=1000 .*1\.1 GB are free.* Lower"):
+        kv_cache_options(target, 4, 1000)
+
+
+def test_weights_count(target, free, tmp_path):
+    free(kv_cache_options(target, 1, 1)["kv_cache_memory_bytes"] + ENGINE_BYTES)
+    (tmp_path / "model.safetensors").write_bytes(bytes(10))
+    with pytest.raises(ValueError, match="GB are free"):
+        kv_cache_options(target, 1, 1)
+
+
+def test_requests_of_different_lengths_take_what_the_longest_in_flight_take(target, free):
+    options = engine_options(target, [10, 1000, 300], {}, num_requests=2)
+    assert options["max_model_len"] == 1000 and options["max_num_seqs"] == 2
+    assert blocks(options) == 1 + 9 + 3
+
+
+def test_fewer_requests_in_flight_where_memory_is_short(target, free):
+    lengths = [1000] * 64
+    whole = engine_options(target, lengths, {})
+    free(whole["kv_cache_memory_bytes"] // 3 + ENGINE_BYTES)
+    assert engine_options(target, lengths, {})["max_num_seqs"] == 16
+    free(ENGINE_BYTES)
+    with pytest.raises(ValueError, match=r"max_num_seqs=1 .* need"):
+        engine_options(target, lengths, {})
+
+
+def test_the_users_settings_win(target, free):
+    lengths = [1000] * 64
+    for own in ({"kv_cache_memory_bytes": 7}, {"gpu_memory_utilization": 0.5}):
+        assert engine_options(target, lengths, own) == {"max_num_seqs": 64, "max_model_len": 1000, **own}
+    options = engine_options(target, lengths, {"max_model_len": 129, "max_num_seqs": 8, "seed": 3})
+    assert (options["max_model_len"], options["max_num_seqs"], options["seed"]) == (129, 8, 3)
+    assert blocks(options) == 1 + 8 * 2
+    free(0)
+    with pytest.raises(ValueError, match="max_num_seqs=8 "):
+        engine_options(target, lengths, {"max_num_seqs": 8})
+
+
+def test_vllms_own_variable_counts_as_a_setting(target, free, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    free(0)
+    assert "kv_cache_memory_bytes" not in engine_options(target, [100], {})
