@@ -6,7 +6,7 @@ from vllm_ctc_spec.bench.equality import Difference, Equality
 from vllm_ctc_spec.bench.records import Drafts, Pass, Request
 
 EXACT = Equality(2, 0, 0, True, ())
-BROKEN = Equality(1, 0, 1, False, (Difference(1, 4, 2.5),))
+BROKEN = Equality(1, 0, 1, False, (Difference(1, 4, 2.5, 20.0, False),))
 
 
 def request(num_tokens: int, num_steps: int, total_time: float, drafts: Drafts | None = None) -> Request:

@@ -50,7 +50,6 @@ def test_paths_are_relative_to_the_yaml_and_rounds_are_ten(folder: Path):
         ("rounds: 1", "rounds=1: use an integer of at least 2"),
         ("max_tokens: true", "max_tokens=True"),
         ("ignore_eos: 1", "ignore_eos=1"),
-        ("near_tie_nats: -0.1", "near_tie_nats=-0.1"),
         ("engine: {max_num_seqs: 8}", "engine.max_num_seqs: the benchmark sets it"),
         ("seed: 1\nseed: 2", "line 2: 'seed' is there twice"),
     ],

@@ -39,7 +39,7 @@ def cell(batch_size: int) -> dict[str, Any]:
 
 def results() -> dict[str, Any]:
     machine = {"cpu": "A CPU", "num_cores": 2, "memory_gib": 8, "gpu": None, "versions": {"vllm": "0.32.0"}}
-    config = {"target": "the/target", "rounds": 2, "max_tokens": 9, "seed": 0, "near_tie_nats": 0.1}
+    config = {"target": "the/target", "rounds": 2, "max_tokens": 9, "seed": 0}
     return {"date": "2026-01-01", "machine": machine, "config": config, "cells": [cell(1), cell(4)]}
 
 
@@ -59,7 +59,7 @@ def test_the_report_shows_every_figure_and_every_failure():
     assert ctc[10:] == ["3", "2", "0", "0", "true"]
     assert row(report, "plain")[2] == "1"
     assert row(report, "ngram")[-1] == "**false**"
-    assert "* ngram: prompt second, token 4, gap 2.500 nats" in report
+    assert "* ngram: prompt second, token 4, gap 2.500 (20.0 steps), **different**" in report
     assert "* medusa: ValueError: no such head" in report
     assert "Without compilation (`enforce_eager`): ngram." in report
     assert "| ctc | 1.25 | 1.25 | 1.25 | 1.25 | 1.25 |" in report
@@ -72,6 +72,8 @@ def test_the_terminal_names_what_was_not_measured():
     Console(width=160, file=written).print(to_terminal(results()))
     text = written.getvalue()
     assert "medusa" in text and "not measured" in text and "2.025" in text
+    ngram = next(line for line in text.splitlines() if "ngram" in line)
+    assert [part.strip() for part in ngram.split("│")[7:-1]] == ["1", "0", "1", "false"]
 
 
 def test_plots_are_written_for_one_method_and_for_none(tmp_path: Path):

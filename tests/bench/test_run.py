@@ -12,7 +12,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from vllm_ctc_spec.bench import run as run_module
 from vllm_ctc_spec.bench.config import BenchConfig, load_config
-from vllm_ctc_spec.bench.records import EngineFacts, Pass, Request, Workload
+from vllm_ctc_spec.bench.records import EngineFacts, Gap, Pass, Request, Workload
 from vllm_ctc_spec.bench.run import Bench, flatten
 
 CONFIG = """
@@ -53,6 +53,8 @@ class FakeFleet:
         return [method for method in self.methods if method.name not in self.errors]
 
     def call(self, name: str, command: str, **arguments: Any) -> Any:
+        if command == "gaps":
+            return [Gap(0.5, 20.0) for _ in arguments["branchings"]]
         if command != "run":
             return 1 << 20
         work: Workload = arguments["workload"]
@@ -96,8 +98,14 @@ def test_every_cell_is_measured_and_judged(folder: Path):
     assert (first["prompt_names"], second["prompt_names"]) == (["1"], ["1", "2"])
     assert first["methods"]["ngram"]["equality"]["exact"] is True
     equality = second["methods"]["ngram"]["equality"]
-    assert (equality["exact"], equality["identical"], equality["different"]) == (False, 1, 1)
-    assert equality["differences"][0] == {"prompt": 1, "position": 1, "gap": None}
+    assert (equality["exact"], equality["equal"], equality["different"]) == (False, 1, 1)
+    assert equality["differences"][0] == {
+        "prompt": 1,
+        "position": 1,
+        "gap": 0.5,
+        "steps": 0.5 / (16 * 2**-23),
+        "is_near_tie": False,
+    }
     assert len(second["methods"]["plain"]["tokens_per_second"]) == 2
     assert json.loads((folder / "out" / "results.json").read_text()) == results
 

@@ -19,9 +19,14 @@ STAGES = ("draft", "build", "verify", "walk", "K/V move")
 
 class BenchWorkerExtension:
     model_runner: Any
+    model_config: Any
 
     def bench_mend_sampling(self) -> None:
         mend()
+
+    def bench_return_logits(self, is_on: bool) -> None:
+        """Requests that ask for log probabilities get logits; those are what the target rounds."""
+        self.model_runner.sampler.logprobs_mode = "raw_logits" if is_on else self.model_config.logprobs_mode
 
     def bench_start_clock(self) -> None:
         """Time the stages of every step from now on. CTC methods only."""

@@ -73,10 +73,6 @@ class BenchConfig:
     rounds: int = 10
     seed: int = 0
     ignore_eos: bool = False
-    near_tie_nats: float = 0.13
-    """In 16 bits an answer may leave plain vLLM's where the two tokens are closer than this; bfloat16 logits of 16 to
-    32 are multiples of 0.125, so that one rounding parts them by that much.
-    """
     chat_template: str | None = None
     """Jinja text, for a target whose tokenizer has none."""
 
@@ -262,5 +258,3 @@ def _check_numbers(config: BenchConfig) -> None:
                 raise ValueError(f"{key}: {value!r} must be a number of at least {least}.")
     if not isinstance(config.ignore_eos, bool):
         raise ValueError(f"ignore_eos={config.ignore_eos!r}: use true or false.")
-    if not isinstance(config.near_tie_nats, int | float) or config.near_tie_nats < 0:
-        raise ValueError(f"near_tie_nats={config.near_tie_nats!r}: use a number of at least 0.")

@@ -73,6 +73,16 @@ class Branching:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """Between the target's best token and the worse of a branching's two."""
+
+    logits: float
+    """Their logits' difference, which is that of their log probabilities, too."""
+    top_logit: float
+    """The best token's logit."""
+
+
+@dataclass(frozen=True)
 class EngineFacts:
     """What vLLM made of the options."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from textwrap import shorten
@@ -11,17 +12,18 @@ from rich.table import Table
 
 from vllm_ctc_spec.bench.clock import STAGES
 from vllm_ctc_spec.bench.config import PLAIN
+from vllm_ctc_spec.bench.equality import NEAR_TIE_STEPS
 from vllm_ctc_spec.bench.ratio import CONFIDENCE
 
 MAX_LISTED = 20
-"""Differences of one method in one cell that the report lists."""
+"""Answers of one method in one cell that the report lists."""
 
 MAX_ERROR = 300
 """Characters of an error that the report shows."""
 
 COLUMNS = (
     "method", "tokens/s", "× plain", f"{CONFIDENCE:.0%} interval", "β", "γ", "accepted length", "nodes/step",
-    "first token, ms", "per token, ms", "memory, MiB", "identical", "near-tie", "different", "exact",
+    "first token, ms", "per token, ms", "memory, MiB", "equal", "near-tie", "different", "exact",
 )  # fmt: skip
 
 LEGEND = """\
@@ -37,15 +39,16 @@ flight: when one ends, the next is added.
 * **accepted length**: vLLM's definition, 1 + accepted / steps that had a draft; **nodes/step**: draft tokens of these.
 * **first token**, **per token**: medians over requests. **memory**: peak resident size of the method's processes (pages
   that they share count in each), on a GPU torch's peak.
-* **identical / near-tie / different**: prompts, by the worst of their answers in all rounds, against plain vLLM's
+* **equal / near-tie / different**: prompts, by the worst of their answers in all rounds, against plain vLLM's
   warm-up answers; plain's own row says how repeatable plain vLLM is. {rule}
 * **exact**: nothing is different. A dash where it is not promised: for sampled text in 16 bits, and for vLLM's own
   methods, whose rejection sampling draws other random numbers than plain sampling does from the same seed."""
 
 FLOAT32 = "In float32 every token must be the same."
 NEAR_TIE = (
-    "Greedy text may leave plain vLLM's where the worse of the two tokens is less than {nats} nats below the target's "
-    "best (asked of plain vLLM); that is a near-tie."
+    "Greedy text may leave plain vLLM's at a near-tie: the worse of the two tokens' logits is at most "
+    f"{NEAR_TIE_STEPS} steps of {{dtypes}} below the target's best (asked of plain vLLM). A step is the distance of "
+    "neighbouring numbers of that type at the best logit: in bfloat16 0.125 from 16 to 32, and 0.25 from 32 to 64."
 )
 
 
@@ -54,7 +57,7 @@ def render(results: dict[str, Any], plots: Sequence[str]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     hardware = [machine["cpu"], f"{machine['num_cores']} cores", f"{machine['memory_gib']} GiB", machine["gpu"]]
     dtypes = {cell["methods"][PLAIN]["engine"]["dtype"] for cell in results["cells"]}
-    rule = FLOAT32 if dtypes == {"float32"} else NEAR_TIE.format(nats=config["near_tie_nats"])
+    rule = FLOAT32 if dtypes == {"float32"} else NEAR_TIE.format(dtypes=", ".join(sorted(dtypes)))
     parts = [
         "# Benchmark",
         f"{results['date']}; {', '.join(filter(None, hardware))}; {versions}.",
@@ -91,7 +94,7 @@ def _row(name: str, method: dict[str, Any]) -> list[str]:
         f"{method['first_token_ms']:.1f}",
         f"{method['per_token_ms']:.2f}",
         f"{method['peak_memory'] / 2**20:.0f}",
-        *(str(same[key]) for key in ("identical", "near_tie", "different")),
+        *(str(same[key]) for key in ("equal", "near_tie", "different")),
         {True: "true", False: "**false**", None: "-"}[same["exact"]],
     ]
 
@@ -153,12 +156,18 @@ def _categories(cell: dict[str, Any]) -> str:
 def _differences(cell: dict[str, Any]) -> str:
     lines = []
     for name, method in cell["methods"].items():
-        if method["equality"]["exact"] is not False:
-            continue
-        for each in method["equality"]["differences"][:MAX_LISTED]:
-            prompt = cell["prompt_names"][each["prompt"]]
-            lines.append(f"* {name}: prompt {prompt}, token {each['position']}, gap {_number(each['gap'], 3)} nats")
-    return "\n".join(("Different answers:", "", *lines)) if lines else ""
+        differences = [] if method["equality"]["exact"] is None else method["equality"]["differences"]
+        # The worst first, for those that are not listed.
+        differences = sorted(differences, key=lambda each: (each["is_near_tie"], -(each["steps"] or math.inf)))
+        for each in differences[:MAX_LISTED]:
+            kind = "near-tie" if each["is_near_tie"] else "**different**"
+            lines.append(
+                f"* {name}: prompt {cell['prompt_names'][each['prompt']]}, token {each['position']}, "
+                f"gap {_number(each['gap'], 3)} ({_number(each['steps'], 1)} steps), {kind}"
+            )
+        if len(differences) > MAX_LISTED:
+            lines.append(f"* {name}: {len(differences) - MAX_LISTED} more in results.json")
+    return "\n".join(("Where answers leave plain vLLM's:", "", *lines)) if lines else ""
 
 
 def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -167,13 +176,15 @@ def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def to_terminal(results: dict[str, Any]) -> Table:
-    table = Table("cell", "method", "tokens/s", "× plain", "interval", "β", "exact")
+    same = ("equal", "near-tie", "different")
+    table = Table("cell", "method", "tokens/s", "× plain", "interval", "β", *same, "exact")
     for cell in results["cells"]:
         title = f"{cell['prompts']}, batch {cell['batch_size']}, t {cell['temperature']:g}"
         for name, method in cell["methods"].items():
             row = dict(zip(COLUMNS, _row(name, method)))
             exact = row["exact"].replace("**", "")
-            table.add_row(title, name, row["tokens/s"], row["× plain"], row[COLUMNS[3]], row["β"], exact)
+            table.add_row(title, name, row["tokens/s"], row["× plain"], row[COLUMNS[3]], row["β"],
+                          *(row[column] for column in same), exact)  # fmt: skip
         for name in cell["errors"]:
-            table.add_row(title, name, "not measured", "", "", "", "")
+            table.add_row(title, name, "not measured")
     return table

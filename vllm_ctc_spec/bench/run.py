@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from vllm_ctc_spec.bench.config import PLAIN, BenchConfig, Method
@@ -215,7 +216,7 @@ class _Cell:
 
     def _equality(self, method: Method) -> Equality:
         is_greedy = self.cell.temperature == 0
-        is_float32 = self.fleet.facts[PLAIN].dtype == "float32"
+        dtype: torch.dtype = getattr(torch, self.fleet.facts[PLAIN].dtype)
         answers = {
             name: [[request.token_ids for request in each.requests] for each in self.passes[name]]
             for name in (PLAIN, method.name)
@@ -224,11 +225,11 @@ class _Cell:
             self.work["workload"].prompts,
             answers[PLAIN][0],
             answers[method.name],
-            self.config.near_tie_nats if is_greedy and not is_float32 else None,
-            lambda branchings: self.fleet.call(PLAIN, "gaps", branchings=branchings),
+            dtype,
+            (lambda branchings: self.fleet.call(PLAIN, "gaps", branchings=branchings)) if is_greedy else None,
             # vLLM's rejection sampler draws other random numbers than plain sampling; in 16 bits no rule can tell a
             # draw that rounding has flipped from a wrong one.
-            is_promised=is_greedy or (is_float32 and (method.is_ctc or method.speculative_config is None)),
+            is_promised=is_greedy or (dtype == torch.float32 and (method.is_ctc or method.speculative_config is None)),
         )
 
 

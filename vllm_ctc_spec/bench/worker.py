@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from vllm_ctc_spec.bench.records import Branching, Drafts, EngineFacts, Pass, Request, Workload
+from vllm_ctc_spec.bench.equality import gap_between
+from vllm_ctc_spec.bench.records import Branching, Drafts, EngineFacts, Gap, Pass, Request, Workload
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput, SamplingParams
+    from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
 
 EXTENSION = "vllm_ctc_spec.bench.clock.BenchWorkerExtension"
 NUM_LOGPROBS = 20
@@ -73,22 +74,20 @@ class Engine:
         seconds = time.perf_counter() - started
         return Pass(seconds, tuple(request.record() for request in sorted(done, key=lambda each: each.index)))
 
-    def gaps(self, branchings: Sequence[Branching]) -> list[float | None]:
-        """How much less likely than the best token the target finds the worse of the two, in nats.
-
-        None where one of them is not among the NUM_LOGPROBS most likely.
-        """
+    def gaps(self, branchings: Sequence[Branching]) -> list[Gap | None]:
+        """None where one of the two tokens is not among the NUM_LOGPROBS most likely."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=1, logprobs=NUM_LOGPROBS, detokenize=False)
         prompts: Any = [{"prompt_token_ids": list(each.prompt)} for each in branchings]
-        gaps: list[float | None] = []
-        for each, output in zip(branchings, self.llm.generate(prompts, params, use_tqdm=False)):
-            [logprobs] = output.outputs[0].logprobs or [{}]
-            both = [logprobs[token].logprob for token in (each.plain_token, each.other_token) if token in logprobs]
-            best = max(entry.logprob for entry in logprobs.values())
-            gaps.append(best - min(both) if len(both) == 2 else None)
-        return gaps
+        self.llm.collective_rpc("bench_return_logits", args=(True,))
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        self.llm.collective_rpc("bench_return_logits", args=(False,))
+        return [
+            gap_between(logits, each.plain_token, each.other_token)
+            for each, output in zip(branchings, outputs)
+            for logits in top_logits(output.outputs[0])
+        ]
 
     def start_clock(self) -> None:
         self.llm.collective_rpc("bench_start_clock")
@@ -109,6 +108,11 @@ class Engine:
 
     def stop(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def top_logits(answer: CompletionOutput) -> list[dict[int, float]]:
+    """For each token of an answer the most likely tokens' logits, where `bench_return_logits` is on."""
+    return [{token: entry.logprob for token, entry in entries.items()} for entries in answer.logprobs or []]
 
 
 class _Running:
