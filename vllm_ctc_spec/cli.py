@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec`: demo, train, bench, inspect. Each command imports what it needs when it runs."""
+"""`vllm-ctc-spec`: demo, chat, train, bench, inspect. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vllm_ctc_spec import __version__
 from vllm_ctc_spec.bench.command import add_bench
+from vllm_ctc_spec.chat.command import add_chat
 from vllm_ctc_spec.training.command import add_train
 
 
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--nodes", type=int, default=12, help="node budget, 1 to 63 (default %(default)s)")
     demo.set_defaults(run=_demo)
 
+    add_chat(commands)
     add_train(commands)
     add_bench(commands)
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_ctc_spec.command_line import setting
+
 if TYPE_CHECKING:
     from vllm_ctc_spec.training.regenerate import RegenerateSettings
     from vllm_ctc_spec.training.trainer import FitSettings
@@ -73,7 +75,7 @@ def _add_regenerate(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--samples", type=int, help="continuations of each prompt (default: one per temperature)")
     parser.add_argument("--max-tokens", type=int, default=256, help="of a continuation (default %(default)s)")
-    parser.add_argument("--engine", type=_setting, nargs="+", default=[], metavar="KEY=VALUE", help="for vllm.LLM")
+    parser.add_argument("--engine", type=setting, nargs="+", default=[], metavar="KEY=VALUE", help="for vllm.LLM")
 
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:
@@ -99,20 +101,10 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep the target's hidden states on disk")
     parser.add_argument("--save-steps", type=int, default=500, help="between checkpoints (default %(default)s)")
     parser.add_argument(
-        "--trainer", type=_setting, nargs="+", default=[], metavar="KEY=VALUE",
+        "--trainer", type=setting, nargs="+", default=[], metavar="KEY=VALUE",
         help="for transformers.TrainingArguments",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything, write an untrained drafter, and stop")
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r}: write KEY=VALUE")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 def _regenerate(options: argparse.Namespace) -> int:

@@ -1,0 +1,134 @@
+"""`vllm-ctc-spec chat`: options in, a conversation out."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_ctc_spec.command_line import setting
+
+if TYPE_CHECKING:
+    from vllm_ctc_spec.chat.screen import Screen
+
+MAX_CONTEXT = 8192
+"""Tokens of a conversation, where the user names no `max_model_len`: its cache is reserved at start."""
+
+
+def add_chat(commands: Any) -> None:
+    chat = commands.add_parser(
+        "chat", help="talk to a target; each decoding step's tokens have a tint of their own",
+        description="A conversation in the terminal. Without a terminal: one message per line of the standard input, "
+        "answers to the standard output, everything else to the standard error.",
+    )  # fmt: skip
+    chat.add_argument("target", nargs="?", help="folder or hub name of a chat model (default: the demo's)")
+    chat.add_argument("drafter", nargs="?", help="folder of its CTC drafter (default: the demo's)")
+    chat.add_argument("--nodes", type=int, default=32, help="node budget, 1 to 63 (default %(default)s)")
+    chat.add_argument(
+        "--no-adaptive-budget", action="store_true",
+        help="verify as many nodes as the budget allows in every step, also where fewer are faster",
+    )  # fmt: skip
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    chat.add_argument("--top-p", type=float, default=1.0, help="(default %(default)s)")
+    chat.add_argument("--seed", type=int, help="of every answer's sampling (default: none)")
+    chat.add_argument("--max-tokens", type=int, default=1024, help="of one answer (default %(default)s)")
+    chat.add_argument("--system", metavar="TEXT", help="system message (default: what the chat template says)")
+    chat.add_argument(
+        "--engine", type=setting, nargs="+", default=[], action="extend", metavar="KEY=VALUE",
+        help="for vllm.LLM: enforce_eager=true starts sooner and answers slower",
+    )  # fmt: skip
+    chat.set_defaults(run=_chat)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError('chat needs vLLM: pip install "vllm-ctc-spec[cpu]".')
+    from vllm_ctc_spec.chat.conversation import Conversation, load_tokenizer
+    from vllm_ctc_spec.chat.engine import ChatEngine
+    from vllm_ctc_spec.chat.protocol import Sampling
+    from vllm_ctc_spec.chat.screen import Screen, is_interactive, line_reader
+    from vllm_ctc_spec.chat.session import Session
+
+    sampling = Sampling(options.temperature, options.top_p, options.seed, options.max_tokens)
+    screen = Screen(is_interactive())
+    target, drafter = _models(options, screen)
+    conversation = Conversation(load_tokenizer(target), options.system)
+    settings = _engine_settings(options, target, drafter)
+    engine = None
+    try:
+        log = _log_file()
+        engine = ChatEngine(log)
+        with _progress(screen, f"starting vLLM; its log is {log}"):
+            started = engine.start(target, settings)
+        screen.note(
+            f"{target}, {started.dtype}, context of {started.max_model_len} tokens, node budget {options.nodes}. "
+            "/help lists the commands, Ctrl-D ends."
+        )
+        session = Session(engine, conversation, screen, sampling, started.max_model_len)
+        session.run(line_reader(screen.is_interactive))
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if engine is not None:
+            engine.close()
+    return 0
+
+
+def _models(options: argparse.Namespace, screen: Screen) -> tuple[str, str]:
+    if options.target is None:
+        from vllm_ctc_spec.demo.pair import default_pair
+
+        pair = default_pair(screen.note)
+        return str(pair.target), str(pair.drafter)
+    if options.drafter is None:
+        raise ValueError(f"chat {options.target}: name the target's drafter as well, or neither for the demo's pair.")
+    return options.target, options.drafter
+
+
+def _engine_settings(options: argparse.Namespace, target: str, drafter: str) -> dict[str, Any]:
+    """For `vllm.LLM`."""
+    from transformers import AutoConfig
+
+    from vllm_ctc_spec.config import check_node_budget
+    from vllm_ctc_spec.kv_cache import engine_options
+    from vllm_ctc_spec.training.loop import bf16_is_fast
+
+    given = dict(options.engine)
+    for key in ("speculative_config", "worker_extension_cls"):
+        if key in given:
+            raise ValueError(f"--engine {key}: chat sets it itself. See DRAFTER, --nodes and --no-adaptive-budget.")
+    context = min(AutoConfig.from_pretrained(target).get_text_config().max_position_embeddings, MAX_CONTEXT)
+    dtype = "bfloat16" if bf16_is_fast() else "float32"
+    return {
+        **engine_options(target, [context], {"dtype": dtype, **given}, num_requests=1),
+        "speculative_config": {
+            "method": "ctc",
+            "model": drafter,
+            "num_speculative_tokens": check_node_budget(options.nodes),
+            "adaptive_budget": not options.no_adaptive_budget,
+        },
+    }
+
+
+def _log_file() -> Path:
+    with tempfile.NamedTemporaryFile(prefix="vllm-ctc-spec-chat-", suffix=".log", delete=False) as file:
+        return Path(file.name)
+
+
+@contextmanager
+def _progress(screen: Screen, text: str) -> Iterator[None]:
+    """One line: with the seconds passed in a terminal with colours."""
+    if not (screen.is_interactive and screen.has_colours):
+        screen.note(text)
+        yield
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=screen.console, refresh_per_second=2) as progress:
+        progress.add_task(text, total=None)
+        yield
