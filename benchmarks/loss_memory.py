@@ -42,9 +42,10 @@ def measure(name: str, vocab: int, num_anchors: int) -> tuple[int, int]:
     rank = 0 if drafter.config.emission == "independent" else drafter.config.condition_rank
     draft = Draft(frames, *torch.randn(2, num_anchors, rank))
     labels = torch.randint(vocab, (num_anchors, drafter.config.label_length))
+    embeddings = torch.randn(*labels.shape, HIDDEN, dtype=torch.bfloat16)
     before = resident()
     with torch.autocast("cpu", torch.bfloat16):
-        alignment_loss(drafter, draft, lm_head, labels).mean.backward()
+        alignment_loss(drafter, draft, lm_head, labels, embeddings).mean.backward()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     gradients = sum(p.grad.nbytes for p in (frames, *drafter.parameters()) if p.grad is not None)
     return peak - before, gradients

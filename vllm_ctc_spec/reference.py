@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_ctc_spec.algorithm import TokenTrees, accept_greedy
 from vllm_ctc_spec.config import SpecOptions
-from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of
+from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of, set_tables_from
 from vllm_ctc_spec.drafter.modeling import CTCDrafter, KeyValue
 
 
@@ -36,6 +36,7 @@ def decode(
     target: Any, drafter: CTCDrafter, prompt: list[int], num_nodes: int, options: SpecOptions
 ) -> Iterator[ReferenceStep]:
     """Greedy decoding without end; the first step has no tree yet. target: a transformers causal LM."""
+    set_tables_from(drafter, target)
     hidden = run_target(target, torch.tensor([prompt]))
     text = [*prompt, int(target.lm_head(hidden[:, -1]).argmax())]
     yield ReferenceStep(_empty_tree(), [], text[-1:])
@@ -85,8 +86,7 @@ def draft(
         values = torch.cat((context[layer].value, own.value), dim=1).transpose(1, 2)
         return F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, enable_gqa=True).transpose(1, 2)
 
-    embedding = target.get_input_embeddings()(last[:, 1])
-    drafted = drafter(last, embedding, hidden[:, -1], torch.tensor([length]), attend)
+    drafted = drafter(target.get_input_embeddings()(last), hidden[:, -1], torch.tensor([length]), attend)
     logits = emission_logits(drafter, drafted.frames, head_of(drafter, target.lm_head.weight))
     return draft_trees(drafter, drafted, logits, num_nodes, options)
 

@@ -89,6 +89,7 @@ class Setting:
         )  # fmt: skip
         with device:
             self.drafter = CTCDrafter(config).bfloat16().eval().requires_grad_(False)
+        self.drafter.set_tables(self.target.embedding, self.target.lm_head)
         self.head = head_of(self.drafter, self.target.lm_head)
         self.drafter_cache = torch.zeros_like(self.target.layers[0].kv_cache)
 
@@ -136,8 +137,8 @@ class Setting:
         def draft() -> tuple[Draft, Tensor]:
             for own in self.drafter.context(hidden, self.positions(1 + NUM_ACCEPTED)):
                 store(self.drafter_cache, slots, own.key, own.value)
-            embedding = self.target.embedding[last_tokens[:, 1]]
-            drafted = self.drafter(last_tokens, embedding, hidden[: self.batch], frames.context_lens.long(), attend)
+            embeddings = self.target.embedding[last_tokens]
+            drafted = self.drafter(embeddings, hidden[: self.batch], frames.context_lens.long(), attend)
             return drafted, emission_logits(self.drafter, drafted.frames, self.head)
 
         return draft

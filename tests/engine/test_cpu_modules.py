@@ -51,10 +51,11 @@ def test_all_modules_of_a_drafter_are_replaced_and_its_tables_stay() -> None:
         hidden_size=64, vocab_size=11, num_attention_heads=2, num_key_value_heads=1, head_dim=32, condition_rank=32
     )
     drafter = CTCDrafter(config).eval().requires_grad_(False)
-    inputs = torch.tensor([[3, 4]]), torch.randn(1, 64), torch.randn(1, 64), torch.tensor([5])
+    drafter.set_tables(torch.randn(11, 64), torch.randn(11, 64))
+    inputs = torch.randn(1, 2, 64), torch.randn(1, 64), torch.tensor([5])
 
     def outputs() -> list[torch.Tensor]:
-        context = drafter.context(inputs[2], inputs[3])
+        context = drafter.context(inputs[1], inputs[2])
         return [
             *drafter(*inputs, lambda layer, query, own: query),
             *context[0],

@@ -49,9 +49,11 @@ def tiny_tables(family: str, num_tokens: int = NUM_TOKENS) -> CTCDrafter:
     emission, label_length = FAMILIES[family]
     config = CTCDrafterConfig(
         hidden_size=8, vocab_size=num_tokens, num_attention_heads=1, num_key_value_heads=1, head_dim=8,
-        num_frames=NUM_FRAMES, label_length=label_length, emission=emission, condition_rank=2, initializer_range=1.0,
+        num_frames=NUM_FRAMES, label_length=label_length, emission=emission, condition_rank=2, initializer_range=0.5,
     )  # fmt: skip
-    return CTCDrafter(config).requires_grad_(False)
+    drafter = CTCDrafter(config).requires_grad_(False)
+    drafter.set_tables(torch.randn(num_tokens, 8), torch.randn(num_tokens, 8))
+    return drafter
 
 
 class Problem:

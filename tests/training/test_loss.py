@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_ctc_spec.algorithm import Conditioning
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig, Draft
 from vllm_ctc_spec.training.fused import ConditionedCrossEntropy
 from vllm_ctc_spec.training.loss import (
@@ -71,7 +70,7 @@ def independent_brute_force(logits: Tensor, labels: list[int]) -> float:
 @given(sizes)
 def test_conditioned_loss_is_the_sum_over_alignments(size):
     logits, start, gate, labels, *tables = random_case(*size)
-    states = gated_states(Conditioning(*tables), start, gate, labels)
+    states = gated_states(F.embedding(labels, tables[0]), tables[1], start, gate)
     losses = conditioned_loss(logits, states, tables[2], labels)
     for row, loss in enumerate(losses.tolist()):
         total = conditioned_brute_force(logits[row], start[row], gate[row], labels[row].tolist(), *tables)
@@ -91,7 +90,7 @@ def test_independent_loss_is_the_sum_over_alignments(size):
 
 def test_without_slack_the_conditioned_loss_is_cross_entropy_per_position():
     logits, start, gate, labels, last, carry, following = random_case(4, 4, 7, seed=3)
-    states = gated_states(Conditioning(last, carry, following), start, gate, labels)
+    states = gated_states(F.embedding(labels, last), carry, start, gate)
     scores = logits + states[:, :-1] @ following.T
     expected = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none").view(3, 4).sum(1)
     losses = conditioned_loss(logits, states, following, labels)
@@ -101,7 +100,7 @@ def test_without_slack_the_conditioned_loss_is_cross_entropy_per_position():
 def test_extreme_logits_keep_loss_and_gradient_finite():
     logits, start, gate, labels, last, carry, following = random_case(4, 2, 7, seed=4)
     inputs = [(x * 40).requires_grad_() for x in (logits, start, last, following)]
-    states = gated_states(Conditioning(inputs[2], carry, inputs[3]), inputs[1], gate, labels)
+    states = gated_states(F.embedding(labels, inputs[2]), carry, inputs[1], gate)
     loss = conditioned_loss(inputs[0], states, inputs[3], labels).sum()
     loss.backward()
     assert loss.isfinite()
@@ -122,14 +121,14 @@ def test_tokens_that_stand_for_the_vocabulary_have_its_weight_and_every_label_am
 @torch.no_grad()
 def test_the_estimated_normaliser_is_right_on_average():
     drafter = small_drafter(num_frames=1, label_length=1, condition_rank=5)
-    draft, lm_head, labels = random_draft(drafter)
-    everything = alignment_loss(drafter, draft, lm_head, labels, torch.arange(11)).mean
-    torch.testing.assert_close(everything, alignment_loss(drafter, draft, lm_head, labels).mean)
+    draft, lm_head, labels, embeddings = random_draft(drafter)
+    everything = alignment_loss(drafter, draft, lm_head, labels, embeddings, torch.arange(11)).mean
+    torch.testing.assert_close(everything, alignment_loss(drafter, draft, lm_head, labels, embeddings).mean)
     # One frame of one anchor: its loss is the normaliser's logarithm, but for a constant.
-    one, label = draft.of(torch.tensor([0])), labels[:1]
-    exact = float(alignment_loss(drafter, one, lm_head, label).mean.exp())
+    one = draft.of(torch.tensor([0])), lm_head, labels[:1], embeddings[:1]
+    exact = float(alignment_loss(drafter, *one).mean.exp())
     # The label and two tokens stand for themselves; two are drawn for the other eight.
-    losses = [alignment_loss(drafter, one, lm_head, label, torch.tensor([0, 7])).mean for _ in range(500)]
+    losses = [alignment_loss(drafter, *one, torch.tensor([0, 7])).mean for _ in range(500)]
     estimates = torch.stack(losses).exp()
     assert float(estimates.mean()) == pytest.approx(exact, rel=0.1)
     assert float(estimates.std()) > 0
@@ -140,21 +139,23 @@ def small_drafter(**fields: object) -> CTCDrafter:
     return CTCDrafter(CTCDrafterConfig(**{"hidden_size": 8, "vocab_size": 11, "label_length": 3} | fields))
 
 
-def random_draft(drafter: CTCDrafter) -> tuple[Draft, Tensor, Tensor]:
-    """Of ten anchors, an LM head, and labels, the first of which are all equal."""
+def random_draft(drafter: CTCDrafter) -> tuple[Draft, Tensor, Tensor, Tensor]:
+    """Of ten anchors, an LM head, labels, the first of which are all equal, and their embeddings; sets the tables."""
     torch.manual_seed(1)
     rank = 0 if drafter.config.emission == "independent" else drafter.config.condition_rank
     frames = torch.randn(10, drafter.config.num_frames, 8).requires_grad_()
     draft = Draft(frames, *(torch.randn(10, rank).requires_grad_() for _ in range(2)))
     lm_head, labels = torch.randn(11, 8), torch.randint(11, (10, drafter.config.label_length))
     labels[0] = 5
-    return draft, lm_head, labels
+    embedding = torch.randn(11, 8)
+    drafter.set_tables(embedding, lm_head)
+    return draft, lm_head, labels, embedding[labels]
 
 
 def losses_and_gradients(drafter: CTCDrafter) -> dict[str, Tensor]:
-    draft, lm_head, labels = random_draft(drafter)
+    draft, lm_head, labels, embeddings = random_draft(drafter)
     drafter.zero_grad()
-    loss = alignment_loss(drafter, draft, lm_head, labels)
+    loss = alignment_loss(drafter, draft, lm_head, labels, embeddings)
     (3 * loss.mean).backward()
     independent = drafter.config.emission == "independent"
     assert int(loss.num_impossible) == independent * int((~has_alignment(labels, drafter.config.num_frames)).sum())
@@ -182,11 +183,16 @@ def test_chunks_change_neither_loss_nor_gradient(fields, monkeypatch):
 @pytest.mark.parametrize("rank", [5, 0])
 def test_the_loss_without_slack_is_that_of_the_sum_over_alignments_without_blank(rank):
     drafter = small_drafter(num_frames=3, condition_rank=rank)
-    draft, lm_head, labels = random_draft(drafter)
+    draft, lm_head, labels, embeddings = random_draft(drafter)
     logits = F.pad(draft.frames @ lm_head.T, (0, 1), value=IMPOSSIBLE)
-    states = gated_states(drafter.conditioning, draft.start, draft.gate, labels)
+    states = states_after(drafter, draft, labels)
     expected = conditioned_loss(logits, states, F.pad(drafter.conditioning.following, (0, 0, 0, 1)), labels).mean()
-    torch.testing.assert_close(alignment_loss(drafter, draft, lm_head, labels).mean, expected)
+    torch.testing.assert_close(alignment_loss(drafter, draft, lm_head, labels, embeddings).mean, expected)
+
+
+def states_after(drafter: CTCDrafter, draft: Draft, labels: Tensor) -> Tensor:
+    tables = drafter.conditioning
+    return gated_states(F.embedding(labels, tables.last), tables.carry, draft.start, draft.gate)
 
 
 @pytest.mark.parametrize("rank", [5, 0])
@@ -211,13 +217,14 @@ def test_the_fused_loss_and_its_gradients_are_those_of_cross_entropy(rank):
 
 def test_a_label_weighs_less_than_the_one_before_it():
     drafter = small_drafter(num_frames=3, condition_rank=5)
-    draft, lm_head, labels = random_draft(drafter)
+    draft, lm_head, labels, embeddings = random_draft(drafter)
 
     def mean(number: int) -> Tensor:
         """Of the labels' number-th."""
-        states = gated_states(drafter.conditioning, draft.start, draft.gate, labels)[:, number]
+        states = states_after(drafter, draft, labels)[:, number]
         logits = draft.frames[:, number] @ lm_head.T + states @ drafter.conditioning.following.T
         return F.cross_entropy(logits, labels[:, number])
 
     expected = 3 * (mean(0) + mean(1) / 2 + mean(2) / 4) / (1 + 1 / 2 + 1 / 4)
-    torch.testing.assert_close(alignment_loss(drafter, draft, lm_head, labels, label_decay=0.5).mean, expected)
+    loss = alignment_loss(drafter, draft, lm_head, labels, embeddings, label_decay=0.5).mean
+    torch.testing.assert_close(loss, expected)

@@ -22,8 +22,8 @@ def one_anchor(objective: DraftObjective, input_ids: Tensor, anchor: int) -> Dra
         out = F.scaled_dot_product_attention(query.transpose(0, 1)[None], keys[None], values[None], enable_gqa=True)
         return out[0].transpose(0, 1)
 
-    embedding = objective.target.get_input_embeddings()(input_ids[anchor])
-    return objective.drafter(input_ids[anchor - 1 : anchor + 1], embedding, hidden[-1], torch.tensor(anchor), attend)
+    embeddings = objective.target.get_input_embeddings()(input_ids[anchor - 1 : anchor + 1])
+    return objective.drafter(embeddings, hidden[-1], torch.tensor(anchor), attend)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])

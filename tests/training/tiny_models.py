@@ -4,6 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.drafting import set_tables_from
 from vllm_ctc_spec.training.target import drafter_config
 
 VOCAB = 64
@@ -32,4 +33,6 @@ def tiny_target(tied: bool = True, **overrides: object) -> LlamaForCausalLM:
 def tiny_drafter(target: LlamaForCausalLM, **overrides: object) -> CTCDrafter:
     torch.manual_seed(1)
     fields = {"num_frames": 4, "label_length": 3, "condition_rank": 8, "initializer_range": 0.2}
-    return CTCDrafter(drafter_config(target.config, **fields | overrides)).eval()
+    drafter = CTCDrafter(drafter_config(target.config, **fields | overrides)).eval()
+    set_tables_from(drafter, target)
+    return drafter

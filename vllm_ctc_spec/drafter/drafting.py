@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,12 @@ from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft
 def head_of(drafter: CTCDrafter, lm_head: Tensor) -> Callable[[Tensor], Tensor]:
     """For `emission_logits`, from the target's LM head [V, H], whose rows it copies: once, not for every draft."""
     return partial(F.linear, weight=lm_head if drafter.draft_vocab is None else lm_head[drafter.draft_vocab])
+
+
+def set_tables_from(drafter: CTCDrafter, target: Any) -> None:
+    """Work out the drafter's tables from a transformers causal LM; to be called again where its weights change."""
+    tokens = torch.arange(drafter.config.vocab_size, device=drafter.device)
+    drafter.set_tables(target.get_input_embeddings()(tokens), target.get_output_embeddings().weight)
 
 
 def emission_logits(drafter: CTCDrafter, frames: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:

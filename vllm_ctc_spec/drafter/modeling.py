@@ -3,6 +3,10 @@
 Letters: T frames, H hidden size, V vocabulary without blank, K tokens of it that are drafted, r rank of the
 conditioning (0 if there is none).
 
+The two tables of the conditioning, A and B [V, r], are no weights: row c of A is a small network of the target's
+embedding of c, row c of B one of the target's LM head row of c. So a drafter is small whatever the vocabulary, and
+tokens that training never saw have rows too. A server works the tables out once, with `set_tables`.
+
 From every verified position i the target's last hidden state h_i gives keys and values; they depend on
 nothing later, so a prefix cache may share them. At a step the drafter runs 1 + T queries per request, at
 positions n + 1 ... n + 1 + T: the anchor, then T frames, all conditioned on h_n. Queries see the context
@@ -89,6 +93,28 @@ class Rotary(nn.Module):
         return rotate(x, positions, self.theta)
 
 
+class TokenMap(nn.Module):
+    """[..., H] -> [..., r]: a row of a conditioning table from the target's own row of that token.
+
+    spread: the standard deviation of what it returns before training.
+    """
+
+    def __init__(self, size: int, rank: int, eps: float, spread: float) -> None:
+        super().__init__()
+        self.spread = spread
+        self.norm = RMSNorm(size, eps)
+        self.up_proj = nn.Linear(size, 2 * rank, bias=False)
+        self.down_proj = nn.Linear(2 * rank, rank, bias=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return cast(Tensor, self.down_proj(F.silu(self.up_proj(self.norm(rows)))))
+
+    def reset(self) -> None:
+        nn.init.normal_(self.up_proj.weight, std=self.up_proj.in_features**-0.5)
+        # SiLU maps a standard normal variable to one of root mean square 0.6.
+        nn.init.normal_(self.down_proj.weight, std=self.spread / 0.6 * max(self.down_proj.in_features, 1) ** -0.5)
+
+
 class DrafterLayer(nn.Module):
     def __init__(self, config: CTCDrafterConfig) -> None:
         super().__init__()
@@ -131,6 +157,9 @@ class CTCDrafter(PreTrainedModel):
 
     draft_vocab: Tensor | None
     """[K] int64, distinct, the most frequent first: the tokens that are drafted; None for all V."""
+    last_table: Tensor | None
+    next_table: Tensor | None
+    """Those of `conditioning`, once they are set."""
 
     def __init__(self, config: CTCDrafterConfig) -> None:
         super().__init__(config)
@@ -148,24 +177,31 @@ class CTCDrafter(PreTrainedModel):
             self.blank = nn.Parameter(torch.empty(size))
             self.blank_bias = nn.Parameter(torch.zeros(1))
         if config.emission == "conditioned":
-            self.condition_last = nn.Embedding(config.vocab_size, config.condition_rank)
-            self.condition_next = nn.Embedding(config.vocab_size + config.has_blank, config.condition_rank)
-            self.condition_carry = nn.Linear(config.condition_rank, config.condition_rank, bias=False)
-            self.condition_gate = nn.Linear(size, config.condition_rank, bias=False)
+            rank, eps = config.condition_rank, config.rms_norm_eps
+            # The first product of the two must be small but its gradient must not vanish.
+            self.condition_last = TokenMap(size, rank, eps, spread=max(rank, 1) ** -0.5)
+            self.condition_next = TokenMap(size, rank, eps, spread=config.initializer_range)
+            if config.has_blank:
+                self.condition_blank = nn.Parameter(torch.empty(1, rank))
+            self.condition_carry = nn.Linear(rank, rank, bias=False)
+            self.condition_gate = nn.Linear(size, rank, bias=False)
+        self.register_buffer("last_table", None, persistent=False)
+        self.register_buffer("next_table", None, persistent=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.Embedding):
-            # The first product of the two tables must be small but its gradient must not vanish.
-            is_next = module is getattr(self, "condition_next", None)
-            nn.init.normal_(module.weight, std=std if is_next else max(self.config.condition_rank, 1) ** -0.5)
         elif isinstance(module, CTCDrafter):
             nn.init.normal_(module.frame_queries, std=std)
             if self.config.has_blank:
                 nn.init.normal_(module.blank, std=std)
+                if self.config.emission == "conditioned":
+                    nn.init.normal_(module.condition_blank, std=std)
+        elif isinstance(module, TokenMap):
+            # A module comes after its children, whose weights this changes.
+            module.reset()
 
     def context(self, hidden: Tensor, positions: Tensor) -> list[KeyValue]:
         """Keys and values, one per layer, of verified positions.
@@ -178,17 +214,30 @@ class CTCDrafter(PreTrainedModel):
         """tokens: [K] int64, distinct, the most frequent first."""
         self.config.draft_vocab_size, self.draft_vocab = len(tokens), tokens
 
+    def next_rows(self, lm_head: Tensor) -> Tensor:
+        """[n, r], or with a blank [n + 1, r]: rows of B for n rows [n, H] of the target's LM head, and the blank's."""
+        rows = self.condition_next(lm_head)
+        return torch.cat((rows, self.condition_blank.to(rows.dtype))) if self.config.has_blank else rows
+
+    @torch.no_grad()
+    def set_tables(self, embedding: Tensor, lm_head: Tensor) -> None:
+        """embedding, lm_head: [V, H], the target's; to be called again where the drafter's weights change."""
+        if self.config.emission == "conditioned":
+            dtype = self.norm.weight.dtype
+            self.last_table = self.condition_last(embedding.to(dtype))
+            self.next_table = self.next_rows(lm_head.to(dtype))
+
     @property
     def conditioning(self) -> Conditioning:
-        """Of a drafter whose emissions are conditioned."""
-        return Conditioning(self.condition_last.weight, self.condition_carry.weight, self.condition_next.weight)
+        """Of a drafter whose emissions are conditioned and whose tables are set."""
+        assert self.last_table is not None and self.next_table is not None
+        return Conditioning(self.last_table, self.condition_carry.weight, self.next_table)
 
-    def forward(
-        self, last_tokens: Tensor, anchor_embedding: Tensor, hidden: Tensor, positions: Tensor, attend: Attend
-    ) -> Draft:
-        """last_tokens: [..., 2] int64, the token at position n and the anchor; anchor_embedding: [..., H], the target's
-        embedding of the anchor; hidden: [..., H], h_n; positions: [...] int64, the anchor's position n + 1.
+    def forward(self, last_embeddings: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Draft:
+        """last_embeddings: [..., 2, H], the target's embeddings of the token at position n and of the anchor;
+        hidden: [..., H], h_n; positions: [...] int64, the anchor's position n + 1.
         """
+        anchor_embedding = last_embeddings[..., 1, :]
         fused = self.fuse_proj(torch.cat((self.anchor_norm(anchor_embedding), self.hidden_norm(hidden)), dim=-1))
         x = fused[..., None, :] + self.frame_queries
         offsets = torch.arange(x.shape[-2], device=positions.device)
@@ -199,9 +248,8 @@ class CTCDrafter(PreTrainedModel):
         anchor, frames = outputs[..., 0, :], outputs[..., 1:, :]
         if self.config.emission == "independent":
             return Draft(frames, anchor[..., :0], anchor[..., :0])
-        before, last = last_tokens.unbind(-1)
-        start = self.condition_last(last) + self.condition_carry(self.condition_last(before))
-        return Draft(frames, start, 1 + self.condition_gate(anchor))
+        before, last = self.condition_last(last_embeddings).unbind(-2)
+        return Draft(frames, last + self.condition_carry(before), 1 + self.condition_gate(anchor))
 
     def blank_logits(self, frames: Tensor) -> Tensor:
         """[..., T] from frames [..., T, H], if there is a blank; it is column V of the emission logits."""

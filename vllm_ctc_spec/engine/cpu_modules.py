@@ -66,8 +66,8 @@ def use_vllms_kernels(drafter: CTCDrafter, num_positions: int) -> None:
     dtype = drafter.norm.weight.dtype
     if drafter.config.emission == "conditioned":
         # What the search for trees reads.
-        for table in (drafter.condition_last, drafter.condition_next, drafter.condition_carry):
-            table.float()
+        tables = drafter.conditioning
+        drafter.last_table, drafter.next_table = tables.last.float(), tables.following.float()
     replacements: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
         nn.Linear: PackedLinear,
         RMSNorm: FusedRMSNorm,

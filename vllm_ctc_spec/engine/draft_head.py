@@ -19,7 +19,7 @@ def draft_head(target: Any, drafter: CTCDrafter) -> Callable[[Tensor], Tensor]:
 
     The plain product, which the drafter was trained with: some models scale or cap their logits after it.
     """
-    lm_head = _lm_head(target, torch.zeros_like(drafter.norm.weight)[None])
+    lm_head = _lm_head(target, drafter)
     method, drafted = lm_head.quant_method, drafter.draft_vocab
 
     def every(hidden: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def draft_head(target: Any, drafter: CTCDrafter) -> Callable[[Tensor], Tensor]:
 
     if drafted is None:
         return every
-    if not isinstance(method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod):
+    if not _is_plain(lm_head):
         return lambda hidden: every(hidden)[:, drafted]
     rows, own_method = nn.Module(), UnquantizedEmbeddingMethod()
     rows.weight = nn.Parameter(lm_head.weight.detach()[drafted], requires_grad=False)
@@ -37,8 +37,24 @@ def draft_head(target: Any, drafter: CTCDrafter) -> Callable[[Tensor], Tensor]:
     return lambda hidden: own_method.apply(rows, hidden)
 
 
-def _lm_head(target: Any, hidden: Tensor) -> Any:
-    """Where it stands differs from model to model, so the target is asked for the logits of `hidden` and watched."""
+def head_rows(target: Any, drafter: CTCDrafter) -> Tensor:
+    """[V, H], the target's LM head; of a quantized one what its product with each unit vector gives."""
+    lm_head, vocab_size = _lm_head(target, drafter), drafter.config.vocab_size
+    if _is_plain(lm_head):
+        return lm_head.weight.detach()[:vocab_size]
+    weight = drafter.norm.weight
+    units = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    products: Tensor = lm_head.quant_method.apply(lm_head, units)
+    return products[:, :vocab_size].T
+
+
+def _is_plain(lm_head: Any) -> bool:
+    return isinstance(lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
+
+
+def _lm_head(target: Any, drafter: CTCDrafter) -> Any:
+    """Where it stands differs from model to model, so the target is asked for the logits of a row and watched."""
+    hidden = torch.zeros_like(drafter.norm.weight)[None]
     seen: list[nn.Module] = []
     processors = [module for module in target.modules() if isinstance(module, LogitsProcessor)]
     hooks = [module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for module in processors]

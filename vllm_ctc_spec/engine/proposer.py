@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -27,7 +27,7 @@ from vllm_ctc_spec.drafter.checkpoint import load_drafter
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
 from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft, KeyValue
 from vllm_ctc_spec.engine.attention.interface import PagedContext, TreeAttention
-from vllm_ctc_spec.engine.draft_head import draft_head
+from vllm_ctc_spec.engine.draft_head import draft_head, head_rows
 from vllm_ctc_spec.engine.recorded import DraftInputs, Record, RecordedDrafts
 from vllm_ctc_spec.engine.sampler import HostTree
 from vllm_ctc_spec.engine.settings import EngineSettings
@@ -90,10 +90,12 @@ class CTCProposer:
         self.attention: TreeAttention = cast(TreeAttention, NoAttention())
         """That of the target's backend, once the runner knows it: when the layers have their caches."""
 
-    def load_model(self, target: nn.Module) -> None:
-        self.target: Any = target
+    def load_model(self, target: Any) -> None:
+        self.target = target
         self.drafter: CTCDrafter = load_drafter(self.settings.drafter, self.vllm_config.model_config.dtype)
         self.drafter.to(self.vllm_config.device_config.device)
+        tokens = torch.arange(self.drafter.config.vocab_size, device=self.drafter.device)
+        self.drafter.set_tables(self.target.embed_input_ids(tokens), head_rows(target, self.drafter))
         self.head = draft_head(target, self.drafter)
         forward_context = self.vllm_config.compilation_config.static_forward_context
         attention_layers = get_layers_from_vllm_config(self.vllm_config, Attention)
@@ -202,8 +204,8 @@ class CTCProposer:
             cache = self.cache_layers[layer].kv_cache
             return self.attention.attend_frames(query, own.key, own.value, cache, frames, self.scale)
 
-        embedding = self.target.embed_input_ids(inputs.last_tokens[:, 1])
-        drafted = self.drafter(inputs.last_tokens, embedding, inputs.hidden, context.lens, attend)
+        embeddings = self.target.embed_input_ids(inputs.last_tokens)
+        drafted = self.drafter(embeddings, inputs.hidden, context.lens, attend)
         # Not before: frames attend to one another.
         drafted = drafted._replace(frames=drafted.frames[:, :num_frames])
         return drafted, emission_logits(self.drafter, drafted.frames, self.head)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter import CTCDrafter, Draft
-from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of
+from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of, set_tables_from
 from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, TrainingRow, with_anchors
 from vllm_ctc_spec.training.evaluate import walk_text
 from vllm_ctc_spec.training.objective import DraftObjective, target_hidden
@@ -83,7 +83,7 @@ def scale_logits(drafter: CTCDrafter, factor: float) -> None:
     if drafter.config.has_blank:
         drafter.blank_bias.mul_(factor)
     if drafter.config.emission == "conditioned":
-        drafter.condition_last.weight.mul_(factor)
+        drafter.condition_last.down_proj.weight.mul_(factor)
         # The gate reads what the norm writes, and must stay what it is.
         drafter.condition_gate.weight.div_(factor)
 
@@ -107,6 +107,7 @@ def _expectations(objective: DraftObjective, drafts: Sequence[_Drafted], factor:
     """Drafts believed to be accepted, and accepted, with all logits multiplied by `factor`."""
     scaled = copy.deepcopy(objective.drafter)
     scale_logits(scaled, factor)
+    set_tables_from(scaled, objective.target)
     head = head_of(scaled, objective.target.get_output_embeddings().weight)
     believed = accepted = 0.0
     for draft, labels in drafts:

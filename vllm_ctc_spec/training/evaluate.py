@@ -26,7 +26,7 @@ from vllm_ctc_spec.algorithm import (
 from vllm_ctc_spec.config import MAX_FRAMES, MAX_NODES, SpecOptions, check_node_budget
 from vllm_ctc_spec.drafter import CTCDrafter, Draft
 from vllm_ctc_spec.drafter.checkpoint import check_drafter, load_drafter
-from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of, over_all_tokens
+from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of, over_all_tokens, set_tables_from
 from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, read_rows, with_anchors
 from vllm_ctc_spec.training.objective import DraftObjective, target_hidden
 from vllm_ctc_spec.training.target import load_target
@@ -154,6 +154,7 @@ def evaluate(
     dataset = AnchorDataset(usable, num_frames, anchors_per_row, seed)
     loader = DataLoader(dataset, batch_size, collate_fn=AnchorCollator(num_frames))
     objective = DraftObjective(drafter, target).eval()
+    set_tables_from(drafter, target)
     head = head_of(drafter, target.get_output_embeddings().weight)
     parts, num_rows = [], 0
     for batch in loader:

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vllm_ctc_spec.algorithm import Conditioning
 from vllm_ctc_spec.drafter import CTCDrafter, Draft
 from vllm_ctc_spec.training.fused import ConditionedCrossEntropy
 
@@ -40,11 +39,13 @@ def alignment_loss(
     draft: Draft,
     lm_head: Tensor,
     labels: Tensor,
+    label_embeddings: Tensor,
     frequent: Tensor | None = None,
     label_decay: float = 1.0,
 ) -> AlignmentLoss:
     """Loss of the `draft` of S anchors for the `labels` [S, U] that follow them, with the target's `lm_head` [V, H].
 
+    label_embeddings: [S, U, H], the target's embeddings of the labels.
     The logits exist in chunks only, so that memory grows neither with S nor with V. frequent: tokens [K] of which the
     normaliser is estimated, together with as many others, see `sampled_softmax`; None for the whole vocabulary.
     label_decay: without blank, the weight of each label over that of the one before it; their mean is 1.
@@ -69,11 +70,11 @@ def alignment_loss(
         num_impossible = (~has_alignment(labels, config.num_frames)).sum()
         return AlignmentLoss(total / (len(labels) - num_impossible).clamp_min(1), num_impossible)
 
-    following = drafter.conditioning.following
-    if sampled is not None:
-        following = torch.cat((following[sampled], following[config.vocab_size :]))
+    following = drafter.next_rows(lm_head)
+    states = gated_states(
+        drafter.condition_last(label_embeddings), drafter.condition_carry.weight, draft.start, draft.gate
+    )
     if config.has_blank:
-        states = gated_states(drafter.conditioning, draft.start, draft.gate, labels)
         total = in_chunks(
             lambda frames, states, columns: conditioned_loss(logits(frames), states, following, columns),
             draft.frames,
@@ -81,8 +82,7 @@ def alignment_loss(
             columns,
         )
     else:
-        states = gated_states(drafter.conditioning, draft.start, draft.gate, labels[:, :-1])
-        frames, states = draft.frames.flatten(0, 1), states.flatten(0, 1)
+        frames, states = draft.frames.flatten(0, 1), states[:, :-1].flatten(0, 1)
         weights = label_decay ** torch.arange(labels.shape[1], device=labels.device)
         weights = (weights / weights.mean()).repeat(len(labels))
         total = ConditionedCrossEntropy.apply(frames, lm_head, states, following, offsets, columns.flatten(), weights)
@@ -107,11 +107,14 @@ def sampled_softmax(labels: Tensor, frequent: Tensor, vocab_size: int) -> tuple[
     return torch.cat((certain, drawn)), offsets, columns[labels]
 
 
-def gated_states(conditioning: Conditioning, start: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
-    """[S, U + 1, r], the states after 0 .. U of the labels [S, U], times the gate; start, gate: [S, r]."""
+def gated_states(label_rows: Tensor, carry: Tensor, start: Tensor, gate: Tensor) -> Tensor:
+    """[S, U + 1, r], the states after 0 .. U labels, s(h.c) = A[c] + W s(h), times the gate.
+
+    label_rows: [S, U, r], rows of A of the labels; carry: [r, r], the matrix W; start, gate: [S, r].
+    """
     states = [start]
-    for label in labels.T:
-        states.append(conditioning.advance(states[-1], label))
+    for rows in label_rows.unbind(1):
+        states.append(rows + states[-1] @ carry.T)
     return torch.stack(states, dim=1) * gate[:, None]
 
 

@@ -49,20 +49,21 @@ class DraftObjective(nn.Module):
         draft = self.draft(input_ids, hidden, anchors).of(valid)
         conditioned = torch.rand(len(draft.gate), 1, device=draft.gate.device) >= ALONE
         draft = draft._replace(gate=draft.gate * conditioned)
-        lm_head = self.target.get_output_embeddings().weight
-        return alignment_loss(self.drafter, draft, lm_head, labels[valid], self.frequent, self.label_decay)
+        lm_head, labels = self.target.get_output_embeddings().weight, labels[valid]
+        label_embeddings = self.target.get_input_embeddings()(labels)
+        return alignment_loss(self.drafter, draft, lm_head, labels, label_embeddings, self.frequent, self.label_decay)
 
     def draft(self, input_ids: Tensor, hidden: Tensor, anchors: Tensor) -> Draft:
         """[B, M, ...], of every anchor in one pass; hidden: [B, L, H] from `target_hidden`."""
         context = self.drafter.context(hidden, torch.arange(input_ids.shape[1], device=input_ids.device))
         last_tokens = torch.stack((input_ids.gather(1, anchors - 1), input_ids.gather(1, anchors)), dim=-1)
-        embedding = self.target.get_input_embeddings()(last_tokens[..., 1])
+        last_embeddings = self.target.get_input_embeddings()(last_tokens)
         last_hidden = hidden.gather(1, (anchors - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
 
         def attend(layer: int, query: Tensor, own: KeyValue) -> Tensor:
             return attend_before_anchor(query, own, context[layer], anchors)
 
-        return self.drafter(last_tokens, embedding, last_hidden, anchors, attend)
+        return self.drafter(last_embeddings, last_hidden, anchors, attend)
 
 
 @torch.no_grad()
