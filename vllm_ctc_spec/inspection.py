@@ -75,8 +75,10 @@ def draw(target: str, drafter: str, prompt: str, num_nodes: int, options: SpecOp
 def to_terminal(drawn: DrawnTree) -> Tree:
     branches: list[Tree] = []
     for node, parent in enumerate(drawn.parents):
-        style = "bold green" if node in drawn.accepted else "dim"
-        role = "anchor" if node == 0 else f"{drawn.probabilities[node]:.3f}"
+        is_taken = node in drawn.accepted
+        style = "bold green" if is_taken else "dim"
+        # In words, too, for terminals without colours.
+        role = "anchor" if node == 0 else f"{drawn.probabilities[node]:.3f}" + ", taken" * is_taken
         label = Text.assemble((repr(drawn.labels[node]), style), f"  {role}")
         branches.append(Tree(label) if node == 0 else branches[parent].add(label))
     return branches[0]

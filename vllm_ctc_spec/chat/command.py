@@ -52,10 +52,12 @@ def _chat(options: argparse.Namespace) -> int:
     from vllm_ctc_spec.chat.protocol import Sampling
     from vllm_ctc_spec.chat.screen import Screen, is_interactive, line_reader
     from vllm_ctc_spec.chat.session import Session
+    from vllm_ctc_spec.demo.pair import choose_pair
 
     sampling = Sampling(options.temperature, options.top_p, options.seed, options.max_tokens)
     screen = Screen(is_interactive())
-    target, drafter = _models(options, screen)
+    pair = choose_pair(options.target, options.drafter, screen.note)
+    target, drafter = str(pair.target), str(pair.drafter)
     conversation = Conversation(load_tokenizer(target), options.system)
     settings = _engine_settings(options, target, drafter)
     engine = None
@@ -76,17 +78,6 @@ def _chat(options: argparse.Namespace) -> int:
         if engine is not None:
             engine.close()
     return 0
-
-
-def _models(options: argparse.Namespace, screen: Screen) -> tuple[str, str]:
-    if options.target is None:
-        from vllm_ctc_spec.demo.pair import default_pair
-
-        pair = default_pair(screen.note)
-        return str(pair.target), str(pair.drafter)
-    if options.drafter is None:
-        raise ValueError(f"chat {options.target}: name the target's drafter as well, or neither for the demo's pair.")
-    return options.target, options.drafter
 
 
 def _engine_settings(options: argparse.Namespace, target: str, drafter: str) -> dict[str, Any]:

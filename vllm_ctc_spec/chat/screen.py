@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -19,6 +20,8 @@ FEW_COLOURS = tuple(Style.parse(colour) for colour in ("cyan", "magenta"))
 """For terminals with 16 colours, which have no soft ones."""
 
 DIM = Style(dim=True)
+
+_BREAKS = re.compile(r"([\n\t]+)")
 
 
 class Screen:
@@ -49,13 +52,19 @@ class Screen:
             return
         self._at_line_start = text.endswith("\n")
         if not self.has_colours:
-            self.console.out(text, end="")
+            self._write(text)
             return
-        for line in text.splitlines(keepends=True):
-            words = line.removesuffix("\n")
-            self.console.out(words, end="", style=tint)
-            # In the tint, a line break would colour the rest of the line.
-            self.console.out(line[len(words) :], end="")
+        for part in _BREAKS.split(text):
+            if _BREAKS.match(part):
+                # In the tint, a line break would colour the rest of the line.
+                self._write(part)
+            else:
+                self.console.out(part, end="", style=tint)
+
+    def _write(self, text: str) -> None:
+        """As it is, where rich would put spaces in the place of tabs."""
+        self.console.file.write(text)
+        self.console.file.flush()
 
     def end_answer(self, note: str) -> None:
         if not self._at_line_start:
