@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from vllm_ctc_spec.training.data import read_prompts
+from vllm_ctc_spec.training.prompts import read_prompts
 from vllm_ctc_spec.training.regenerate import RegenerateSettings, regenerate
 
 NUM_UNSEEN = 150

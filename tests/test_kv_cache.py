@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from vllm_ctc_spec.config import MAX_NODES
 from vllm_ctc_spec.kv_cache import BLOCK_SIZE, DRAFTER_LAYERS, ENGINE_BYTES, engine_options, kv_cache_options
 
-LAYERS, KV_HEADS, HEAD_SIZE = 3, 2, 32
+LAYERS, KV_HEADS, HEAD_SIZE, CONTEXT = 3, 2, 32, 2048
 BYTES_PER_TOKEN = 2 * (LAYERS + DRAFTER_LAYERS) * KV_HEADS * HEAD_SIZE * 2
 
 
@@ -19,7 +19,11 @@ def target(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     LlamaConfig(
-        hidden_size=128, num_attention_heads=4, num_key_value_heads=KV_HEADS, num_hidden_layers=LAYERS
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=KV_HEADS,
+        num_hidden_layers=LAYERS,
+        max_position_embeddings=CONTEXT,
     ).save_pretrained(tmp_path)
     return str(tmp_path)
 
@@ -39,11 +43,10 @@ def blocks(options, bytes_per_token=BYTES_PER_TOKEN):
     return whole
 
 
-@pytest.mark.parametrize("num_requests, max_model_len", [(1, 1), (1, 65), (1, 66), (4, 1024), (128, 300)])
-def test_all_requests_fit_with_their_drafts_and_the_block_that_vllm_keeps(target, free, num_requests, max_model_len):
+@pytest.mark.parametrize("num_requests, max_model_len", [(1, 1), (1, 128), (1, 129), (4, 1024), (128, 300)])
+def test_all_requests_fit_beside_the_block_that_vllm_keeps(target, free, num_requests, max_model_len):
     options = kv_cache_options(target, num_requests, max_model_len)
-    of_one = -(-(max_model_len + MAX_NODES) // BLOCK_SIZE)
-    assert blocks(options) == 1 + num_requests * of_one
+    assert blocks(options) == 1 + num_requests * -(-max_model_len // BLOCK_SIZE)
     assert (options["max_num_seqs"], options["max_model_len"]) == (num_requests, max_model_len)
 
 
@@ -70,8 +73,9 @@ def test_weights_count(target, free, tmp_path):
 
 def test_requests_of_different_lengths_take_what_the_longest_in_flight_take(target, free):
     options = engine_options(target, [10, 1000, 300], {}, num_requests=2)
-    assert options["max_model_len"] == 1000 and options["max_num_seqs"] == 2
+    assert options["max_model_len"] == 1000 + MAX_NODES and options["max_num_seqs"] == 2
     assert blocks(options) == 1 + 9 + 3
+    assert engine_options(target, [5000, 10], {})["max_model_len"] == CONTEXT
 
 
 def test_fewer_requests_in_flight_where_memory_is_short(target, free):
@@ -87,7 +91,7 @@ def test_fewer_requests_in_flight_where_memory_is_short(target, free):
 def test_the_users_settings_win(target, free):
     lengths = [1000] * 64
     for own in ({"kv_cache_memory_bytes": 7}, {"gpu_memory_utilization": 0.5}):
-        assert engine_options(target, lengths, own) == {"max_num_seqs": 64, "max_model_len": 1000, **own}
+        assert engine_options(target, lengths, own) == {"max_num_seqs": 64, "max_model_len": 1000 + MAX_NODES, **own}
     options = engine_options(target, lengths, {"max_model_len": 129, "max_num_seqs": 8, "seed": 3})
     assert (options["max_model_len"], options["max_num_seqs"], options["seed"]) == (129, 8, 3)
     assert blocks(options) == 1 + 8 * 2

@@ -46,13 +46,15 @@ def engine_options(
     lengths: prompt and answer of each request together. At most `num_requests` of them are in flight, fewer where
     memory is short and the user has not named `max_num_seqs`. Raises ValueError where not even that fits.
     """
-    max_model_len = given.get("max_model_len", max(lengths))
+    # vLLM keeps slots for drafts behind each request, and drafts nothing beyond max_model_len.
+    lengths = [length + MAX_NODES for length in sorted(lengths, reverse=True)]
+    max_model_len = given.get("max_model_len", min(lengths[0], context_length(target)))
     num_requests = given.get("max_num_seqs", min(num_requests, len(lengths)))
     if {"kv_cache_memory_bytes", "gpu_memory_utilization"} & given.keys() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return {"max_num_seqs": num_requests, "max_model_len": max_model_len, **given}
     bytes_per_block = _bytes_per_block(target, str(given.get("dtype", "auto")))
     # vLLM refuses a cache in which no request of max_model_len tokens fits, so one of these is counted as so long.
-    longest = [max_model_len, *(min(length, max_model_len) for length in sorted(lengths, reverse=True)[1:])]
+    longest = [max_model_len, *(min(length, max_model_len) for length in lengths[1:])]
     needed = _num_blocks(longest[:num_requests]) * bytes_per_block
     while not _fits(target, needed):
         if "max_num_seqs" in given or num_requests == 1:
@@ -60,6 +62,11 @@ def engine_options(
         num_requests //= 2
         needed = _num_blocks(longest[:num_requests]) * bytes_per_block
     return {**_options(needed, num_requests, max_model_len), **given}
+
+
+def context_length(target: str) -> int:
+    """Tokens that the target's positions reach."""
+    return int(AutoConfig.from_pretrained(target).get_text_config().max_position_embeddings)
 
 
 def _bytes_per_block(target: str, dtype: str) -> int:
@@ -72,8 +79,8 @@ def _bytes_per_block(target: str, dtype: str) -> int:
 
 
 def _num_blocks(lengths: Sequence[int]) -> int:
-    """vLLM keeps one block for itself, and slots for the drafts of each request."""
-    return 1 + sum(-(-(length + MAX_NODES) // BLOCK_SIZE) for length in lengths)
+    """vLLM keeps one block for itself."""
+    return 1 + sum(-(-length // BLOCK_SIZE) for length in lengths)
 
 
 def _fits(target: str, cache: int) -> bool:
@@ -98,7 +105,7 @@ def _too_large(target: str, cache: int, num_requests: int, max_model_len: int) -
         f"max_num_seqs={num_requests} requests of up to max_model_len={max_model_len} tokens need "
         f"{(cache + weights + ENGINE_BYTES) / 1e9:.1f} GB of memory (KV cache {cache / 1e9:.1f}, weights "
         f"{weights / 1e9:.1f}, vLLM itself {ENGINE_BYTES / 1e9:.1f}), and {_free_bytes() / 1e9:.1f} GB are free. "
-        "Lower max_num_seqs or max_model_len, or end other programs."
+        "Lower max_num_seqs (batch_sizes in a benchmark) or max_model_len, or end other programs."
     )
 
 

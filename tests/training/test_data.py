@@ -8,13 +8,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from vllm_ctc_spec.training.data import (
-    AnchorCollator,
+    MISSING,
     AnchorDataset,
     TrainingRow,
-    read_prompts,
     read_rows,
     with_anchors,
 )
+from vllm_ctc_spec.training.prompts import read_prompts
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception(m.role) }}{% endif %}"
@@ -146,7 +146,9 @@ def test_a_bad_line_is_named_with_file_and_number(tokenizer, tmp_path, line, pro
         ({"prompt_token_ids": []}, "has no tokens"),
         ({"prompt_token_ids": [-2]}, "has token id -2"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "has no message before the last assistant turn"),
-        ({"text": "a"}, r"needs .* has \['text'\]"),
+        ({"answer": "a"}, r"needs 'turns', 'question', .* has \['answer'\]"),
+        ({"turns": ["a", 3]}, "'turns' must be a list of texts"),
+        ({"question": ""}, "'question' is empty"),
     ],
 )
 def test_a_bad_prompt_is_named_with_file_and_number(tokenizer, tmp_path, line, problem):
@@ -204,8 +206,8 @@ def test_anchors_are_usable_iff_they_and_their_labels_are_trained():
     row = TrainingRow(torch.arange(9), trained)
     assert row.usable_anchors(2).tolist() == [1, 5, 6]
     assert row.usable_anchors(8).tolist() == []
-    assert with_anchors([row, row], label_length=4) == []
-    assert len(with_anchors([row, row], label_length=2)) == 2
+    assert with_anchors([row, row], least_labels=4) == []
+    assert len(with_anchors([row, row], least_labels=2)) == 2
 
 
 def counting_rows(*lengths: int) -> list[TrainingRow]:
@@ -214,13 +216,21 @@ def counting_rows(*lengths: int) -> list[TrainingRow]:
 
 def test_batches_carry_the_tokens_that_follow_each_anchor():
     dataset = AnchorDataset(counting_rows(12, 5), label_length=3, anchors_per_row=4)
-    batch = AnchorCollator(label_length=3)([dataset[0], dataset[1]])
+    batch = collate_anchors([dataset[0], dataset[1]])
     assert batch["input_ids"].shape == (2, 12)
     assert batch["valid"].sum(1).tolist() == [4, 1]
     for row, column in batch["valid"].nonzero().tolist():
         anchor = int(batch["anchors"][row, column])
         assert batch["labels"][row, column].tolist() == [10 + anchor + offset for offset in (1, 2, 3)]
     assert len(set(batch["anchors"][0].tolist())) == 4
+
+
+def test_labels_that_are_not_trained_are_missing_and_so_are_those_after_them():
+    row = TrainingRow(torch.arange(10, 18), torch.tensor([0, 1, 1, 1, 0, 1, 1, 1], dtype=torch.bool))
+    labels = row.labels(torch.tensor([1, 2, 5, 6]), 3)
+    assert labels.tolist() == [[12, 13, MISSING], [13, MISSING, MISSING], [16, 17, MISSING], [17, MISSING, MISSING]]
+    dataset = AnchorDataset([row], label_length=3, anchors_per_row=9, least_labels=1)
+    assert sorted(dataset[0].anchors.tolist()) == [1, 2, 5, 6]
 
 
 def test_each_epoch_draws_other_anchors_and_the_same_epoch_the_same():
@@ -238,7 +248,7 @@ def test_each_epoch_draws_other_anchors_and_the_same_epoch_the_same():
 def test_cached_hidden_states_reach_the_batch():
     hidden = [torch.randn(12, 4), torch.randn(7, 4)]
     dataset = AnchorDataset(counting_rows(12, 7), label_length=3, anchors_per_row=4, hidden=hidden.__getitem__)
-    batch = AnchorCollator(label_length=3)([dataset[0], dataset[1]])
+    batch = collate_anchors([dataset[0], dataset[1]])
     assert torch.equal(batch["hidden"][0], hidden[0])
     assert torch.equal(batch["hidden"][1, :7], hidden[1])
 

@@ -1,10 +1,22 @@
 """Rows survive a kill at any byte: none is lost, none is doubled."""
 
+import dataclasses
 import json
 
 import pytest
 
-from vllm_ctc_spec.training.regenerate import RegenerateSettings, _temperature, append_rows, resume_rows
+from tests.word_tokenizer import word_tokenizer, words_of
+from vllm_ctc_spec.training import regenerate as module
+from vllm_ctc_spec.training.prompts import read_questions
+from vllm_ctc_spec.training.regenerate import (
+    RegenerateSettings,
+    _temperature,
+    all_turns,
+    append_rows,
+    regenerate,
+    resume_rows,
+)
+from vllm_ctc_spec.training.sources import Line
 
 PROMPTS = [[1, 2], [3], [4, 5, 6]]
 ROWS = [{"prompt_token_ids": prompt, "token_ids": [9, i]} for i, prompt in enumerate(PROMPTS)]
@@ -41,3 +53,52 @@ def test_the_continuations_of_a_prompt_take_every_temperature(num_prompts):
     settings = RegenerateSettings(temperatures=(0.0, 0.3, 0.5), samples=3)
     taken = [_temperature(row, num_prompts, settings) for row in range(3 * num_prompts)]
     assert all(sorted(taken[prompt::num_prompts]) == [0.0, 0.3, 0.5] for prompt in range(num_prompts))
+
+
+def test_a_run_with_other_settings_is_refused_before_an_engine_starts(tmp_path):
+    path, settings = tmp_path / "rows.jsonl", RegenerateSettings(temperatures=(0.0, 0.5))
+    append_rows(path, ROWS)
+    regenerate("target", PROMPTS, path, settings)
+    regenerate("target", PROMPTS, path, settings)
+    for name, value in {"temperatures": (0.5,), "max_tokens": 7, "seed": 1}.items():
+        with pytest.raises(ValueError, match=rf"rows\.jsonl' holds an unfinished run with {name}=.* delete the file"):
+            regenerate("target", PROMPTS, path, dataclasses.replace(settings, **{name: value}))
+    with pytest.raises(ValueError, match="target='target'; this one has 'other'"):
+        regenerate("other", PROMPTS, path, settings)
+    # Without rows there is nothing that could be mixed.
+    path.unlink()
+    regenerate("other", [], path, settings)
+
+
+@pytest.mark.parametrize("line", ['{"prompt_token_ids": [3], "token_', "[3]", '{"prompt_token_ids": [3]}', "\0\0\0"])
+def test_a_corrupt_line_is_named(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, ROWS[:1])
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: .*is no row of this command"):
+        regenerate("target", PROMPTS, path)
+
+
+def test_later_turns_follow_the_targets_own_answers(tmp_path, monkeypatch):
+    tokenizer = word_tokenizer()
+    fields = [{"turns": ["one", "two", "three"]}, {"question": "four"}, {"turns": ["five", "six"]}]
+    questions = read_questions((Line(f"row {i}", row) for i, row in enumerate(fields)), tokenizer)
+    answer = tokenizer("b")["input_ids"]
+
+    def answered(target, prompts, output, settings, **options):
+        assert (settings.temperatures, settings.samples) == ((0.3,), 1)
+        append_rows(output, [{"prompt_token_ids": prompt, "token_ids": answer} for prompt in prompts])
+
+    monkeypatch.setattr(module, "regenerate", answered)
+    settings = RegenerateSettings(temperatures=(0.3, 1.0), samples=4)
+    prompts = all_turns("target", questions, tokenizer, tmp_path / "rows.jsonl", settings, max_model_len=12)
+    assert [words_of(tokenizer, prompt) for prompt in prompts] == [
+        *(f"user : {word} assistant :" for word in ("one", "four", "five")),
+        "user : one assistant : b user : two assistant :",
+        "user : five assistant : b user : six assistant :",
+    ]
+    (tmp_path / "rows.turn1.jsonl").unlink()
+    prompts = all_turns("target", questions, tokenizer, tmp_path / "rows.jsonl", settings, max_model_len=100)
+    assert words_of(tokenizer, prompts[-1]).endswith("user : two assistant : b user : three assistant :")
+    assert len(prompts) == 6

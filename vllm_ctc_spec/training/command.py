@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_ctc_spec.command_line import setting
 
 if TYPE_CHECKING:
+    from vllm_ctc_spec.training.prompts import Question
     from vllm_ctc_spec.training.regenerate import RegenerateSettings
     from vllm_ctc_spec.training.trainer import FitSettings
 
@@ -110,18 +111,34 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
 def _regenerate(options: argparse.Namespace) -> int:
     from vllm_ctc_spec.training.regenerate import regenerate
 
-    prompts = _given_prompts(options)
+    prompts = _all_turns(options, _given_questions(options), options.rows)
     prompts += _own_prompts(options, options.rows)
-    regenerate(options.target, prompts, options.rows, _regenerate_settings(options), **dict(options.engine))
+    regenerate(options.target, prompts, options.rows, _regenerate_settings(options), **_engine(options))
     return 0
 
 
-def _given_prompts(options: argparse.Namespace) -> list[list[int]]:
+def _engine(options: argparse.Namespace) -> dict[str, Any]:
+    engine = dict(options.engine)
+    if "seed" in engine:
+        raise ValueError(f"--engine seed={engine['seed']}: use --seed {engine['seed']}.")
+    return engine
+
+
+def _given_questions(options: argparse.Namespace) -> list[Question]:
     if options.prompts is not None:
-        return _read_prompts(options, options.prompts)
+        return _read_questions(options, options.prompts)
     if not options.own_prompts:
         raise ValueError("no prompts: name a file or a data set, or let the target write some with --own-prompts.")
     return []
+
+
+def _all_turns(options: argparse.Namespace, questions: list[Question], rows: Path) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    from vllm_ctc_spec.training.regenerate import all_turns
+
+    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    return all_turns(options.target, questions, tokenizer, rows, _regenerate_settings(options), **_engine(options))
 
 
 def _own_prompts(options: argparse.Namespace, rows: Path) -> list[list[int]]:
@@ -131,28 +148,29 @@ def _own_prompts(options: argparse.Namespace, rows: Path) -> list[list[int]]:
     if not options.own_prompts:
         return []
     path = rows.with_suffix(".own-prompts.jsonl")
-    write_own_prompts(options.target, options.own_prompts, path, options.seed, **dict(options.engine))
-    return _read_prompts(options, path)[: options.own_prompts]
+    write_own_prompts(options.target, options.own_prompts, path, options.seed, **_engine(options))
+    return [list(question.first) for question in _read_questions(options, path)[: options.own_prompts]]
 
 
-def _read_prompts(options: argparse.Namespace, source: str | Path) -> list[list[int]]:
+def _read_questions(options: argparse.Namespace, source: str | Path) -> list[Question]:
     from transformers import AutoConfig, AutoTokenizer
 
-    from vllm_ctc_spec.training.data import read_prompts
+    from vllm_ctc_spec.training.prompts import read_questions
+    from vllm_ctc_spec.training.sources import read_lines
 
     text = AutoConfig.from_pretrained(options.target).get_text_config()
     skipped: list[str] | None = [] if options.skip_bad_lines else None
     tokenizer = AutoTokenizer.from_pretrained(options.target)
-    prompts = read_prompts(source, tokenizer, skipped, vocab_size=text.vocab_size)
-    context = dict(options.engine).get("max_model_len", text.max_position_embeddings)
-    for number, prompt in enumerate(prompts, start=1):
-        if len(prompt) >= context:
-            problem = f"prompt {number} has {len(prompt)} tokens, and the target's context holds {context}"
+    questions = read_questions(read_lines(source), tokenizer, skipped, vocab_size=text.vocab_size)
+    context = _engine(options).get("max_model_len", text.max_position_embeddings)
+    for number, question in enumerate(questions, start=1):
+        if len(question.first) >= context:
+            problem = f"prompt {number} has {len(question.first)} tokens, and the target's context holds {context}"
             if skipped is None:
                 raise ValueError(f"{problem}. Leave it out, or use --skip-bad-lines.")
             skipped.append(problem)
     _report_skipped(skipped)
-    return [prompt for prompt in prompts if len(prompt) < context]
+    return [question for question in questions if len(question.first) < context]
 
 
 def _report_skipped(skipped: list[str] | None) -> None:
@@ -244,19 +262,20 @@ def _all(options: argparse.Namespace) -> int:
     from vllm_ctc_spec.training.regenerate import RegenerateSettings, regenerate
 
     rows, held_out, drafter = (options.output / name for name in ("rows.jsonl", "heldout.jsonl", "drafter"))
-    prompts = _given_prompts(options)
+    questions, engine = _given_questions(options), _engine(options)
     if options.dry_run:
         if options.own_prompts:
             around_user_turn(options.target)
         _run_fit(options, None, drafter)
         return 0
     options.output.mkdir(parents=True, exist_ok=True)
+    prompts = _all_turns(options, questions, rows)
     own_prompts = _own_prompts(options, rows)
     kept = held_out_prompts(prompts or own_prompts)
-    engine = dict(options.engine)
     served = RegenerateSettings((options.temperatures[0],), max_tokens=options.max_tokens, seed=options.seed)
     regenerate(options.target, kept, held_out, served, **engine)
-    remaining = [prompt for prompt in prompts + own_prompts if prompt not in kept]
+    # A later turn's prompt begins with that of the first.
+    remaining = [prompt for prompt in prompts + own_prompts if not any(prompt[: len(k)] == k for k in kept)]
     regenerate(options.target, remaining, rows, _regenerate_settings(options), **engine)
     if not drafter.exists():
         _run_fit(options, rows, drafter)

@@ -11,7 +11,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from vllm_ctc_spec.kv_cache import engine_options as complete
 from vllm_ctc_spec.training.regenerate import append_rows, whole_lines
+from vllm_ctc_spec.training.resume import claim_file
 
 TEMPERATURE = 0.8
 MAX_TOKENS = 256
@@ -29,12 +31,15 @@ _CONTENT = "\N{WHITE SQUARE}"
 def write_own_prompts(target_path: str, count: int, output: Path, seed: int = 0, **engine_options: Any) -> None:
     """Write `count` lines of `messages`, each with one user turn, to `output`; lines that it already holds are kept.
 
-    `engine_options` go to `vllm.LLM`. Raises ValueError where the target has no chat template, or writes no prompts.
+    `engine_options` go to `vllm.LLM`; what they leave open is chosen by `kv_cache.engine_options`. Raises ValueError
+    where the target has no chat template, or writes no prompts, or `output` holds those of another target or seed.
     """
     before, after = around_user_turn(target_path)
     num_done = len(whole_lines(output))
+    claim_file(output, {"target": target_path, "seed": seed})
     if num_done >= count:
         return
+    options = complete(target_path, [len(before) + MAX_TOKENS] * LARGEST_CHUNK, engine_options)
     # Training must be importable without vLLM's start-up time and plugins.
     from vllm import SamplingParams
 
@@ -42,7 +47,7 @@ def write_own_prompts(target_path: str, count: int, output: Path, seed: int = 0,
 
     parameters = SamplingParams(temperature=TEMPERATURE, max_tokens=MAX_TOKENS, stop=after)
     # A resumed engine must not draw again what the killed one drew.
-    with started(target_path, seed=seed + num_done, **engine_options) as llm:
+    with started(target_path, seed=seed + num_done, **options) as llm:
         while num_done < count:
             size = min(max(2 * (count - num_done), SMALLEST_CHUNK), LARGEST_CHUNK)
             outputs = llm.generate([{"prompt_token_ids": before}] * size, parameters)

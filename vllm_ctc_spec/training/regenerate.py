@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from vllm_ctc_spec.kv_cache import context_length
+from vllm_ctc_spec.kv_cache import engine_options as complete
+from vllm_ctc_spec.training.fields import each_line, token_ids_of
+from vllm_ctc_spec.training.prompts import Question, turn_prompt
+from vllm_ctc_spec.training.resume import claim_file
+from vllm_ctc_spec.training.sources import FaultyLine, Line
 
 
 @dataclass(frozen=True)
@@ -32,21 +42,25 @@ def regenerate(
     """Continue `prompts` (token ids) with plain vLLM and write `prompt_token_ids`, `token_ids` lines to `output`.
 
     Line i belongs to prompt i modulo their number; lines that `output` already holds are kept. `engine_options` go
-    to `vllm.LLM`.
+    to `vllm.LLM`; what they leave open is chosen by `kv_cache.engine_options`. Raises ValueError if `output` holds rows
+    of other prompts, another target or other settings.
     """
     settings = settings or RegenerateSettings()
     prompts = [list(prompt) for prompt in prompts]
     num_rows = len(prompts) * settings.samples
     num_done = resume_rows(output, prompts, num_rows)
+    claim_file(output, _resumable(target_path, settings))
     if num_done == num_rows:
         return
+    lengths = [len(prompts[i % len(prompts)]) + settings.max_tokens for i in range(num_done, num_rows)]
+    options = complete(target_path, lengths, engine_options)
     # Training must be importable without vLLM's start-up time and plugins.
     from vllm import SamplingParams
 
     from vllm_ctc_spec.engine.lifetime import started
 
     # A resumed engine must not draw again what the killed one drew for other copies of the same prompts.
-    with started(target_path, seed=settings.seed + num_done, **engine_options) as llm:
+    with started(target_path, seed=settings.seed + num_done, **options) as llm:
         for start in range(num_done, num_rows, settings.chunk_size):
             chunk = range(start, min(start + settings.chunk_size, num_rows))
             continued = [prompts[i % len(prompts)] for i in chunk]
@@ -62,6 +76,43 @@ def regenerate(
             append_rows(output, rows)
 
 
+def all_turns(
+    target_path: str,
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    settings: RegenerateSettings,
+    **engine_options: Any,
+) -> list[list[int]]:
+    """Prompts of every turn of `questions`, all first turns first.
+
+    Between the turns stand the target's answers at the first temperature, which are kept in `<output>.turn1.jsonl` and
+    so on. A turn that does not fit into the context is left out, and those after it.
+    """
+    served = dataclasses.replace(settings, temperatures=settings.temperatures[:1], samples=1)
+    context = engine_options.get("max_model_len") or context_length(target_path)
+    prompts = [list(question.first) for question in questions]
+    asked = {i: prompts[i] for i, question in enumerate(questions) if question.later_turns}
+    answers: dict[int, list[list[int]]] = {i: [] for i in asked}
+    turn = 0
+    while asked:
+        turn += 1
+        path = output.with_suffix(f".turn{turn}.jsonl")
+        regenerate(target_path, list(asked.values()), path, served, **engine_options)
+        for i, line in zip(asked, whole_lines(path)):
+            answers[i].append(json.loads(line)["token_ids"])
+        later = {i: turn_prompt(questions[i], answers[i], tokenizer) for i in asked}
+        asked = {i: list(prompt) for i, prompt in later.items() if prompt is not None and len(prompt) < context}
+        prompts += asked.values()
+    return prompts
+
+
+def _resumable(target_path: str, settings: RegenerateSettings) -> dict[str, Any]:
+    """What must not change between a killed run and the one that goes on; more samples only add rows."""
+    fields = dataclasses.asdict(settings)
+    return {"target": target_path, **{name: fields[name] for name in ("temperatures", "max_tokens", "seed")}}
+
+
 def _temperature(row: int, num_prompts: int, settings: RegenerateSettings) -> float:
     """Neighbours differ, and so do the continuations of one prompt, whatever the number of prompts."""
     return settings.temperatures[(row % num_prompts + row // num_prompts) % len(settings.temperatures)]
@@ -70,17 +121,26 @@ def _temperature(row: int, num_prompts: int, settings: RegenerateSettings) -> fl
 def resume_rows(path: Path, prompts: Sequence[list[int]], num_rows: int) -> int:
     """Count the whole lines of `path`, cutting off a last line that a kill left incomplete.
 
-    Raises ValueError if a line belongs to another prompt than its number says: the file is another run's.
+    Raises ValueError if a line is no row, or belongs to another prompt than its number says: the file is another run's.
     """
     lines = whole_lines(path)
-    for number, line in enumerate(lines):
-        prompt = prompts[number % len(prompts)]
-        if number >= num_rows or json.loads(line)["prompt_token_ids"] != prompt:
+    rows = each_line((Line(f"{path}, line {i}", line) for i, line in enumerate(lines, start=1)), _prompt_of, None)
+    for number, continued in enumerate(rows):
+        if number >= num_rows or continued != prompts[number % len(prompts)]:
             raise ValueError(
                 f"{path}, line {number + 1} continues another prompt than number {number + 1} of this run. "
                 "Write to a new file, or use the prompts that it was started with."
             )
     return len(lines)
+
+
+def _prompt_of(line: Line) -> list[int]:
+    try:
+        fields = line.fields()
+        token_ids_of(fields, "token_ids")
+        return token_ids_of(fields, "prompt_token_ids")
+    except FaultyLine as error:
+        raise FaultyLine(f"{error}, so it is no row of this command. Repair it, or write to a new file") from error
 
 
 def whole_lines(path: Path) -> list[bytes]:

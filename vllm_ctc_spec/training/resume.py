@@ -39,15 +39,29 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
 
     settings: JSON values, one level. Raises ValueError that names the first setting that differs.
     """
-    record = folder / "settings.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, folder / "settings.json", settings)
+
+
+def claim_file(path: Path, settings: dict[str, Any]) -> None:
+    """The same for a file of lines, whose settings stand beside it; those of a file without lines are written anew."""
+    record = path.with_suffix(".settings.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or not path.stat().st_size:
+        record.unlink(missing_ok=True)
+    _claim(path, record, settings)
+
+
+def _claim(claimed: Path, record: Path, settings: dict[str, Any]) -> None:
+    settings = json.loads(json.dumps(settings))
     if not record.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(record, json.dumps(settings, indent=2).encode())
         return
     earlier = json.loads(record.read_text())
     for name in settings.keys() | earlier.keys():
         if settings.get(name) != earlier.get(name):
             raise ValueError(
-                f"{str(folder)!r} holds an unfinished run with {name}={earlier.get(name)!r}; this one has "
-                f"{settings.get(name)!r}. Go on with the earlier value, or delete the folder to start again."
+                f"{str(claimed)!r} holds an unfinished run with {name}={earlier.get(name)!r}; this one has "
+                f"{settings.get(name)!r}. Go on with the earlier value, or delete the "
+                f"{'folder' if claimed.is_dir() else 'file'} to start again."
             )
