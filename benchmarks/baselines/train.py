@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, Trainer
 
 from vllm_ctc_spec.training.atomic import atomic_folder, write_atomically
 from vllm_ctc_spec.training.budget import Budget, BudgetCallback
-from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, read_rows, with_anchors
+from vllm_ctc_spec.training.data import AnchorDataset, collate_anchors, read_rows, with_anchors
 from vllm_ctc_spec.training.loop import loop_arguments, report, train_or_resume
 from vllm_ctc_spec.training.optimizer import MuonAdamW
 from vllm_ctc_spec.training.target import load_target
@@ -70,7 +70,7 @@ def _fit(baseline: Baseline, dataset: AnchorDataset, budget: Budget) -> dict[str
             baseline,
             loop_arguments(Path(unused), budget, baseline.batch_size, save_strategy="no", logging_steps=10),
             train_dataset=dataset,
-            data_collator=AnchorCollator(baseline.num_labels),
+            data_collator=collate_anchors,
             optimizers=(optimizer, clock.schedule(optimizer)),
             callbacks=[clock, times],
         )

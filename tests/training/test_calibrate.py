@@ -9,7 +9,7 @@ from tests.training.tiny_models import VOCAB, tiny_drafter, tiny_target
 from vllm_ctc_spec.drafter.drafting import emission_logits
 from vllm_ctc_spec.training import calibrate as calibrate_module
 from vllm_ctc_spec.training.calibrate import calibrate, scale_logits, split_rows
-from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, TrainingRow
+from vllm_ctc_spec.training.data import AnchorDataset, TrainingRow, collate_anchors
 from vllm_ctc_spec.training.objective import DraftObjective
 
 
@@ -58,7 +58,7 @@ def noisy_counting_rows(count: int) -> list[TrainingRow]:
 def train(objective: DraftObjective, rows: list[TrainingRow]) -> None:
     labels = objective.drafter.config.label_length
     dataset = AnchorDataset(rows, labels, anchors_per_row=16)
-    batch = AnchorCollator(labels)([dataset[index] for index in range(len(dataset))])
+    batch = collate_anchors([dataset[index] for index in range(len(dataset))])
     optimizer = torch.optim.AdamW(objective.drafter.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()

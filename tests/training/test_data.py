@@ -11,6 +11,7 @@ from vllm_ctc_spec.training.data import (
     MISSING,
     AnchorDataset,
     TrainingRow,
+    collate_anchors,
     read_rows,
     with_anchors,
 )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig, Draft
+from vllm_ctc_spec.training.data import MISSING
 from vllm_ctc_spec.training.fused import ConditionedCrossEntropy
 from vllm_ctc_spec.training.loss import (
     IMPOSSIBLE,
@@ -228,3 +229,14 @@ def test_a_label_weighs_less_than_the_one_before_it():
     expected = 3 * (mean(0) + mean(1) / 2 + mean(2) / 4) / (1 + 1 / 2 + 1 / 4)
     loss = alignment_loss(drafter, draft, lm_head, labels, embeddings, label_decay=0.5).mean
     torch.testing.assert_close(loss, expected)
+
+
+def test_missing_labels_do_not_count():
+    drafter = small_drafter(num_frames=3, condition_rank=5)
+    draft, lm_head, labels, embeddings = random_draft(drafter)
+    labels[4:, 1:] = MISSING
+    labels[7:, 2] = MISSING
+    states = states_after(drafter, draft, labels.clamp(min=0))[:, :-1]
+    logits = draft.frames @ lm_head.T + states @ drafter.conditioning.following.T
+    mean = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=MISSING)
+    torch.testing.assert_close(alignment_loss(drafter, draft, lm_head, labels, embeddings).mean, 3 * mean)

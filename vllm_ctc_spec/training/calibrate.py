@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter import CTCDrafter, Draft
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of, set_tables_from
-from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, TrainingRow, with_anchors
+from vllm_ctc_spec.training.data import AnchorDataset, TrainingRow, collate_anchors, with_anchors
 from vllm_ctc_spec.training.evaluate import walk_text
 from vllm_ctc_spec.training.objective import DraftObjective, target_hidden
 
@@ -93,7 +93,7 @@ def _draft(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int) ->
     num_frames, device = objective.drafter.config.num_frames, objective.target.device
     dataset = AnchorDataset(with_anchors(rows, num_frames), num_frames, ANCHORS_PER_ROW, seed)
     drafts = []
-    for batch in DataLoader(dataset, BATCH_SIZE, collate_fn=AnchorCollator(num_frames)):
+    for batch in DataLoader(dataset, BATCH_SIZE, collate_fn=collate_anchors):
         input_ids, anchors, valid, labels = (
             batch[name].to(device) for name in ("input_ids", "anchors", "valid", "labels")
         )

@@ -27,7 +27,7 @@ from vllm_ctc_spec.config import MAX_FRAMES, MAX_NODES, SpecOptions, check_node_
 from vllm_ctc_spec.drafter import CTCDrafter, Draft
 from vllm_ctc_spec.drafter.checkpoint import check_drafter, load_drafter
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of, over_all_tokens, set_tables_from
-from vllm_ctc_spec.training.data import AnchorCollator, AnchorDataset, read_rows, with_anchors
+from vllm_ctc_spec.training.data import AnchorDataset, collate_anchors, read_rows, with_anchors
 from vllm_ctc_spec.training.objective import DraftObjective, target_hidden
 from vllm_ctc_spec.training.target import load_target
 
@@ -152,7 +152,7 @@ def evaluate(
     if not usable:
         raise ValueError(f"{str(rows)!r} has no row with {num_frames + 1} tokens to predict in sequence.")
     dataset = AnchorDataset(usable, num_frames, anchors_per_row, seed)
-    loader = DataLoader(dataset, batch_size, collate_fn=AnchorCollator(num_frames))
+    loader = DataLoader(dataset, batch_size, collate_fn=collate_anchors)
     objective = DraftObjective(drafter, target).eval()
     set_tables_from(drafter, target)
     head = head_of(drafter, target.get_output_embeddings().weight)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vllm_ctc_spec.drafter import CTCDrafter, Draft
+from vllm_ctc_spec.training.data import MISSING
 from vllm_ctc_spec.training.fused import ConditionedCrossEntropy
 
 IMPOSSIBLE = -1e30
@@ -29,7 +30,7 @@ LOGITS_PER_CHUNK = 2**24
 @dataclass(frozen=True)
 class AlignmentLoss:
     mean: Tensor
-    """[] float32, mean negative log-likelihood of the labels, by their weights, over the counted anchors."""
+    """[] float32, mean over the counted anchors of the negative log-likelihood of all U labels, by their weights."""
     num_impossible: Tensor
     """[] int64, anchors without any alignment (independent only: a repeat needs a blank in between)."""
 
@@ -45,12 +46,15 @@ def alignment_loss(
 ) -> AlignmentLoss:
     """Loss of the `draft` of S anchors for the `labels` [S, U] that follow them, with the target's `lm_head` [V, H].
 
-    label_embeddings: [S, U, H], the target's embeddings of the labels.
+    label_embeddings: [S, U, H], the target's embeddings of the labels. Without blank the last labels of an anchor may
+    be MISSING; the mean is then over those that are there.
     The logits exist in chunks only, so that memory grows neither with S nor with V. frequent: tokens [K] of which the
     normaliser is estimated, together with as many others, see `sampled_softmax`; None for the whole vocabulary.
     label_decay: without blank, the weight of each label over that of the one before it; their mean is 1.
     """
     config, sampled = drafter.config, None
+    is_label = labels != MISSING
+    labels = labels.where(is_label, 0)
     offsets, columns = torch.zeros(len(lm_head), device=labels.device), labels
     if frequent is not None:
         sampled, offsets, columns = sampled_softmax(labels, frequent, len(lm_head))
@@ -83,8 +87,8 @@ def alignment_loss(
         )
     else:
         frames, states = draft.frames.flatten(0, 1), states[:, :-1].flatten(0, 1)
-        weights = label_decay ** torch.arange(labels.shape[1], device=labels.device)
-        weights = (weights / weights.mean()).repeat(len(labels))
+        weights = is_label * label_decay ** torch.arange(labels.shape[1], device=labels.device)
+        weights = (weights * (labels.numel() / weights.sum())).flatten()
         total = ConditionedCrossEntropy.apply(frames, lm_head, states, following, offsets, columns.flatten(), weights)
     return AlignmentLoss(total / max(len(labels), 1), torch.zeros((), dtype=torch.int64, device=labels.device))
 

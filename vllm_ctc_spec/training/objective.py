@@ -50,7 +50,7 @@ class DraftObjective(nn.Module):
         conditioned = torch.rand(len(draft.gate), 1, device=draft.gate.device) >= ALONE
         draft = draft._replace(gate=draft.gate * conditioned)
         lm_head, labels = self.target.get_output_embeddings().weight, labels[valid]
-        label_embeddings = self.target.get_input_embeddings()(labels)
+        label_embeddings = self.target.get_input_embeddings()(labels.clamp(min=0))
         return alignment_loss(self.drafter, draft, lm_head, labels, label_embeddings, self.frequent, self.label_decay)
 
     def draft(self, input_ids: Tensor, hidden: Tensor, anchors: Tensor) -> Draft:

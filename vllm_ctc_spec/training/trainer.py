@@ -21,9 +21,9 @@ from vllm_ctc_spec.training.budget import Budget, BudgetCallback
 from vllm_ctc_spec.training.cache import HiddenCache, write_cache
 from vllm_ctc_spec.training.calibrate import calibrate, split_rows
 from vllm_ctc_spec.training.data import (
-    AnchorCollator,
     AnchorDataset,
     TrainingRow,
+    collate_anchors,
     most_frequent,
     num_frequent,
     read_rows,
@@ -93,7 +93,9 @@ def fit(
     target = load_target(target_path)
     rows, calibration_rows = split_rows(rows)
     hidden = _cached_hidden(settings.cache, target, target_path, rows)
-    dataset = AnchorDataset(rows, config.label_length, settings.anchors_per_row, settings.seed, hidden)
+    dataset = AnchorDataset(
+        rows, config.label_length, settings.anchors_per_row, settings.seed, hidden, _least_labels(config)
+    )
     if config.draft_vocab_size is not None:
         drafter.draft_only(most_frequent(rows, config.vocab_size, config.draft_vocab_size))
     objective = DraftObjective(drafter, target, _frequent(rows, config), label_decay)
@@ -150,13 +152,19 @@ def _usable_rows(
 ) -> list[TrainingRow]:
     tokenizer = AutoTokenizer.from_pretrained(target_path)
     rows = read_rows(data, tokenizer, settings.max_length, skipped, vocab_size=config.vocab_size, max_lines=max_lines)
-    usable = with_anchors(rows, config.label_length)
+    least_labels = _least_labels(config)
+    usable = with_anchors(rows, least_labels)
     if not usable:
         raise ValueError(
-            f"{str(data)!r} has no row with {config.label_length + 1} trained tokens in sequence, as label_length="
+            f"{str(data)!r} has no row with {least_labels + 1} trained tokens in sequence, as label_length="
             f"{config.label_length} needs. Use longer rows or a smaller label_length."
         )
     return usable
+
+
+def _least_labels(config: CTCDrafterConfig) -> int:
+    """Of an anchor: at the end of an answer there are fewer than U, which a sum over alignments cannot leave out."""
+    return config.label_length if config.has_blank else 1
 
 
 def _frequent(rows: Sequence[TrainingRow], config: CTCDrafterConfig) -> Tensor | None:
@@ -260,7 +268,7 @@ def _train(
         objective,
         loop_arguments(checkpoints, settings.budget, settings.batch_size, **options | settings.trainer),
         train_dataset=dataset,
-        data_collator=AnchorCollator(objective.drafter.config.label_length),
+        data_collator=collate_anchors,
         optimizers=(optimizer, clock.schedule(optimizer)),
         callbacks=[clock, times, _TellEpoch(dataset)],
     )
