@@ -24,11 +24,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 from rich.console import Console
 
+from tests.tiny_pair import build_tiny_pair
 from vllm_ctc_spec.bench.config import BenchConfig, Method, PromptSource
 from vllm_ctc_spec.bench.report import to_terminal
 from vllm_ctc_spec.bench.run import Bench
-from vllm_ctc_spec.demo.build import build_demo
-from vllm_ctc_spec.demo.scale import DemoScale
 
 TEMPERATURES = {"float32": (0.0, 1.0), "bfloat16": (0.0,)}
 BATCHES = (1, 8)
@@ -89,7 +88,7 @@ def main() -> int:
         print("engine_check: torch sees no CUDA device; run this on a machine with an NVIDIA GPU.", file=sys.stderr)
         return 2
     if not any(paths):
-        pair = build_demo(options.results / "pair", DemoScale.tiny())
+        pair = build_tiny_pair(options.results / "pair")
         options.target, options.drafter, options.prompts = pair.target, pair.drafter, pair.prompts
     found = {dtype: Bench(bench_config(dtype, options), options.results / dtype) for dtype in options.dtypes}
     results = {

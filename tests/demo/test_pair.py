@@ -138,7 +138,7 @@ def test_without_room_nothing_is_fetched(
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(ValueError, match="cannot be written to .*Set XDG_CACHE_HOME"):
+    with pytest.raises(ValueError, match=r"cannot be written to .*Set XDG_CACHE_HOME"):
         default_target(print)
 
 
@@ -174,7 +174,7 @@ def test_a_drafter_of_another_target_is_refused(tmp_path: Path):
     target = tmp_path / "target"
     target.mkdir()
     (target / "config.json").write_text('{"model_type": "llama", "hidden_size": 64, "vocab_size": 33}')
-    with pytest.raises(ValueError, match="has vocab_size 32, but the target .* has 33"):
+    with pytest.raises(ValueError, match=r"has vocab_size 32, but the target .* has 33"):
         choose_pair(str(target), str(tmp_path / "drafter"))
-    with pytest.raises(ValueError, match="--target .* cannot be read"):
+    with pytest.raises(ValueError, match=r"--target .* cannot be read"):
         choose_pair(str(tmp_path), str(tmp_path / "drafter"))

@@ -18,8 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from vllm import LLM, RequestOutput, SamplingParams
 
-from vllm_ctc_spec.demo.build import DemoPaths, build_demo
-from vllm_ctc_spec.demo.scale import DemoScale
+from tests.tiny_pair import TinyPair, build_tiny_pair
 from vllm_ctc_spec.engine.lifetime import started
 
 NUM_PROMPTS = 32
@@ -29,15 +28,15 @@ IN_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 @pytest.fixture(scope="session")
-def pair(request: pytest.FixtureRequest) -> DemoPaths:
+def pair(request: pytest.FixtureRequest) -> TinyPair:
     folder = request.config.cache.mkdir("ctc-tiny-pair")
     # `make test` has several processes, of which one trains.
     with FileLock(f"{folder}.lock"):
-        return build_demo(folder, DemoScale.tiny())
+        return build_tiny_pair(folder)
 
 
 @contextmanager
-def engine(pair: DemoPaths, spec: dict[str, Any] | None, **options: Any) -> Iterator[LLM]:
+def engine(pair: TinyPair, spec: dict[str, Any] | None, **options: Any) -> Iterator[LLM]:
     """spec: our options beside method and model; None is plain vLLM."""
     settings: dict[str, Any] = {
         "dtype": "float32",
@@ -59,19 +58,19 @@ def engine(pair: DemoPaths, spec: dict[str, Any] | None, **options: Any) -> Iter
 
 
 @pytest.fixture(scope="session")
-def plain(pair: DemoPaths) -> Iterator[LLM]:
+def plain(pair: TinyPair) -> Iterator[LLM]:
     with engine(pair, None, distributed_executor_backend=None) as llm:
         yield llm
 
 
 @pytest.fixture(scope="session")
-def trees(pair: DemoPaths) -> Iterator[LLM]:
+def trees(pair: TinyPair) -> Iterator[LLM]:
     with engine(pair, {}, distributed_executor_backend=None) as llm:
         yield llm
 
 
 @pytest.fixture(scope="session")
-def prompts(pair: DemoPaths, plain: LLM) -> list[list[int]]:
+def prompts(pair: TinyPair, plain: LLM) -> list[list[int]]:
     """Token ids, from one token to some two hundred."""
     tokenizer = plain.get_tokenizer()
     rows = [json.loads(line)["prompt"] for line in pair.prompts.open(encoding="utf-8")]

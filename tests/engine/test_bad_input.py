@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_ctc_spec.demo.build import DemoPaths
+from tests.tiny_pair import TinyPair
 from vllm_ctc_spec.engine import compat
 from vllm_ctc_spec.engine.plugin import EXECUTOR
 
 
-def configure(pair: DemoPaths, spec: dict[str, Any], target: Path | None = None, **options: Any) -> Any:
+def configure(pair: TinyPair, spec: dict[str, Any], target: Path | None = None, **options: Any) -> Any:
     spec = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": 8, **spec}
     return EngineArgs(model=str(target or pair.target), speculative_config=spec, **options).create_engine_config()
 
@@ -28,7 +28,7 @@ def edited(source: Path, folder: Path, **fields: Any) -> Path:
     return folder
 
 
-def test_a_good_configuration_is_accepted_and_the_users_settings_are_left_alone(pair: DemoPaths) -> None:
+def test_a_good_configuration_is_accepted_and_the_users_settings_are_left_alone(pair: TinyPair) -> None:
     spec = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": 8, "tree": "chain"}
     arguments = EngineArgs(model=str(pair.target), speculative_config=dict(spec))
     for _ in range(2):
@@ -47,7 +47,7 @@ OWN_EXECUTOR = "vllm.v1.executor.multiproc_executor.MultiprocExecutor"
     [(None, "1", EXECUTOR), ("mp", "1", EXECUTOR), (None, "0", "uni"), (OWN_EXECUTOR, "1", OWN_EXECUTOR)],
 )
 def test_the_executor_is_ours_where_it_would_be_vllms_own_of_one_process_per_worker(
-    pair: DemoPaths, monkeypatch: pytest.MonkeyPatch, asked: str | None, multiprocessing: str, expected: str
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, asked: str | None, multiprocessing: str, expected: str
 ) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", multiprocessing)
     spec = {"method": "ctc", "model": str(pair.drafter)}
@@ -55,18 +55,18 @@ def test_the_executor_is_ours_where_it_would_be_vllms_own_of_one_process_per_wor
     assert arguments.create_engine_config().parallel_config.distributed_executor_backend == expected
 
 
-def test_shorthands_detect_the_drafter_from_its_config(pair: DemoPaths) -> None:
+def test_shorthands_detect_the_drafter_from_its_config(pair: TinyPair) -> None:
     config = EngineArgs(model=str(pair.target), spec_model=str(pair.drafter), spec_tokens=5).create_engine_config()
     assert config.speculative_config.num_speculative_tokens == 5
     assert config.additional_config["ctc_spec"]["drafter"] == str(pair.drafter)
 
 
-def test_a_setting_given_twice_is_refused(pair: DemoPaths) -> None:
+def test_a_setting_given_twice_is_refused(pair: TinyPair) -> None:
     with pytest.raises(ValueError, match=r"--spec-tokens and .*num_speculative_tokens.* mutually exclusive"):
         configure(pair, {}, spec_tokens=5)
 
 
-def test_another_method_is_left_to_vllm(pair: DemoPaths) -> None:
+def test_another_method_is_left_to_vllm(pair: TinyPair) -> None:
     spec = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     config = EngineArgs(model=str(pair.target), speculative_config=spec).create_engine_config()
     assert config.speculative_config.method == "ngram"
@@ -91,17 +91,17 @@ def test_another_method_is_left_to_vllm(pair: DemoPaths) -> None:
         ({"model": "no/such/folder"}, "'no/such/folder' is not a folder"),
     ],
 )
-def test_an_option_that_makes_no_sense_is_refused_by_name(pair: DemoPaths, spec: dict, message: str) -> None:
+def test_an_option_that_makes_no_sense_is_refused_by_name(pair: TinyPair, spec: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         configure(pair, spec)
 
 
-def test_a_folder_of_another_model_type_is_refused(pair: DemoPaths) -> None:
+def test_a_folder_of_another_model_type_is_refused(pair: TinyPair) -> None:
     with pytest.raises(ValueError, match="model_type 'llama', not 'ctc_drafter'"):
         configure(pair, {"model": str(pair.target)})
 
 
-def test_truncated_weights_are_refused(pair: DemoPaths, tmp_path: Path) -> None:
+def test_truncated_weights_are_refused(pair: TinyPair, tmp_path: Path) -> None:
     folder = edited(pair.drafter, tmp_path / "drafter")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -112,7 +112,7 @@ def test_truncated_weights_are_refused(pair: DemoPaths, tmp_path: Path) -> None:
         configure(pair, {"model": str(folder)})
 
 
-def test_weights_that_contradict_the_config_are_refused(pair: DemoPaths, tmp_path: Path) -> None:
+def test_weights_that_contradict_the_config_are_refused(pair: TinyPair, tmp_path: Path) -> None:
     folder = edited(pair.drafter, tmp_path / "drafter", num_frames=5, label_length=5)
     with pytest.raises(ValueError, match="'frame_queries' has shape"):
         configure(pair, {"model": str(folder)})
@@ -127,7 +127,7 @@ def test_weights_that_contradict_the_config_are_refused(pair: DemoPaths, tmp_pat
         ({"head_dim": 32}, "head_dim"),
     ],
 )
-def test_a_drafter_of_another_target_is_refused(pair: DemoPaths, tmp_path: Path, fields: dict, name: str) -> None:
+def test_a_drafter_of_another_target_is_refused(pair: TinyPair, tmp_path: Path, fields: dict, name: str) -> None:
     target = edited(pair.target, tmp_path / "target", **fields)
     with pytest.raises(ValueError, match=f"has {name} .* trained for another target"):
         configure(pair, {}, target)
@@ -153,7 +153,7 @@ def test_a_drafter_of_another_target_is_refused(pair: DemoPaths, tmp_path: Path,
     ],
 )
 def test_an_unsupported_target_is_refused_by_what_it_has(
-    pair: DemoPaths, tmp_path: Path, fields: dict, message: str
+    pair: TinyPair, tmp_path: Path, fields: dict, message: str
 ) -> None:
     target = edited(pair.target, tmp_path / "target", **fields)
     with pytest.raises(ValueError, match=message):
@@ -170,13 +170,13 @@ def test_an_unsupported_target_is_refused_by_what_it_has(
         ({"worker_cls": "some.Worker"}, "worker-cls 'some.Worker'"),
     ],
 )
-def test_an_unsupported_setting_is_refused_by_name(pair: DemoPaths, options: dict, message: str) -> None:
+def test_an_unsupported_setting_is_refused_by_name(pair: TinyPair, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         configure(pair, {}, **options)
 
 
 def test_an_unsupported_vllm_is_refused_only_when_the_method_is_used(
-    pair: DemoPaths, monkeypatch: pytest.MonkeyPatch
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compat, "installed_vllm", lambda: "0.33.0")
     assert EngineArgs(model=str(pair.target)).create_engine_config().speculative_config is None

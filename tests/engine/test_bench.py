@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vllm_ctc_spec.demo.build import DemoPaths
+from tests.tiny_pair import TinyPair
 
 CONFIG = """
 folder: {folder}
@@ -31,7 +31,7 @@ rounds: 2
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_and_a_broken_method_ends_nothing(pair: DemoPaths, tmp_path: Path):
+def test_a_run_that_is_killed_goes_on_and_a_broken_method_ends_nothing(pair: TinyPair, tmp_path: Path):
     config, output = tmp_path / "bench.yaml", tmp_path / "out"
     config.write_text(CONFIG.format(folder=pair.target.parent))
     command = [sys.executable, "-m", "vllm_ctc_spec.cli", "bench", str(config), str(output)]

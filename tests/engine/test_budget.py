@@ -13,7 +13,7 @@ from vllm import SamplingParams
 
 from tests.engine.conftest import NUM_PROMPTS, complete, engine, seeded
 from tests.engine.probe import record_trees, recorded_trees
-from vllm_ctc_spec.demo.build import DemoPaths
+from tests.tiny_pair import TinyPair
 from vllm_ctc_spec.engine.budget import (
     FIRST_LOOK,
     LARGEST_FACTOR,
@@ -399,7 +399,7 @@ def test_answers_do_not_depend_on_the_budget(
 
 
 def test_answers_do_not_depend_on_the_frames_that_are_drafted(
-    pair: DemoPaths, plain: object, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    pair: TinyPair, plain: object, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     params = seeded(NUM_PROMPTS, temperature=0.8, max_tokens=40)
@@ -419,6 +419,6 @@ def draft_with_few_frames(worker: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def adaptive(pair: DemoPaths):
+def adaptive(pair: TinyPair):
     with engine(pair, {"adaptive_budget": True}) as llm:
         yield llm

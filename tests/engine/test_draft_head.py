@@ -13,7 +13,7 @@ from vllm import LLM, SamplingParams
 
 from tests.engine.conftest import complete, engine
 from tests.engine.probe import draft_heads, record_trees, recorded_trees
-from vllm_ctc_spec.demo.build import DemoPaths
+from tests.tiny_pair import TinyPair
 from vllm_ctc_spec.drafter.checkpoint import load_drafter
 from vllm_ctc_spec.engine.draft_head import draft_head
 from vllm_ctc_spec.engine.metrics import read_tree_metrics
@@ -23,17 +23,17 @@ NUM_DRAFTED = 160
 
 
 @pytest.fixture
-def frequent(pair: DemoPaths, tmp_path: Path) -> Path:
+def frequent(pair: TinyPair, tmp_path: Path) -> Path:
     """The pair's drafter, from now on for its target's most frequent tokens only."""
     drafter = load_drafter(str(pair.drafter), torch.float32)
-    rows = read_rows(pair.drafter.with_name("rows.jsonl"), AutoTokenizer.from_pretrained(pair.target), 512)
+    rows = read_rows(pair.rows, AutoTokenizer.from_pretrained(pair.target), 512)
     drafter.draft_only(most_frequent(rows, drafter.config.vocab_size, NUM_DRAFTED))
     drafter.save_pretrained(tmp_path)
     return tmp_path
 
 
 def test_only_these_are_drafted_and_no_token_changes(
-    pair: DemoPaths, frequent: Path, plain: LLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    pair: TinyPair, frequent: Path, plain: LLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     params = SamplingParams(temperature=0, max_tokens=32)

@@ -6,7 +6,7 @@ import pytest
 from vllm import LLM, SamplingParams
 
 from tests.engine.conftest import complete, engine, seeded
-from vllm_ctc_spec.demo.build import DemoPaths
+from tests.tiny_pair import TinyPair
 from vllm_ctc_spec.engine import plugin
 from vllm_ctc_spec.engine.metrics import read_tree_metrics
 
@@ -21,7 +21,7 @@ NUM_REQUESTS = 4
 def test_trees_over_vllms_gpu_cache_change_no_token(
     worker: str,
     attention: str,
-    pair: DemoPaths,
+    pair: TinyPair,
     plain: LLM,
     prompts: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,

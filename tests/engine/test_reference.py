@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.tiny_pair import TinyPair
 from vllm_ctc_spec.cli import main
 from vllm_ctc_spec.config import SpecOptions
-from vllm_ctc_spec.demo.build import DemoPaths
 from vllm_ctc_spec.drafter.checkpoint import load_drafter
 from vllm_ctc_spec.reference import decode
 
 
 @pytest.mark.parametrize("tree", ["prefix", "template", "chain"])
 def test_the_reference_loop_writes_what_greedy_decoding_writes(
-    pair: DemoPaths, prompts: list[list[int]], tree: str
+    pair: TinyPair, prompts: list[list[int]], tree: str
 ) -> None:
     target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32).eval()
     drafter = load_drafter(str(pair.drafter), torch.float32)
@@ -34,7 +34,7 @@ def test_the_reference_loop_writes_what_greedy_decoding_writes(
 
 
 def test_inspect_draws_the_tree_into_the_terminal_and_a_file(
-    pair: DemoPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     png = tmp_path / "tree.png"
     arguments = ["inspect", str(pair.target), str(pair.drafter), "--prompt", "import os\n", "--nodes", "9"]
@@ -54,7 +54,7 @@ def test_inspect_draws_the_tree_into_the_terminal_and_a_file(
     ],
 )
 def test_inspect_refuses_what_makes_no_sense(
-    pair: DemoPaths, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    pair: TinyPair, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert main(["inspect", str(pair.target), str(pair.drafter), *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -21,14 +21,14 @@ import openai
 import pytest
 from vllm import LLM, SamplingParams
 
-from vllm_ctc_spec.demo.build import DemoPaths
+from tests.tiny_pair import TinyPair
 
 START_TIMEOUT = 900
 BINARIES = Path(sys.executable).parent
 
 
 @contextmanager
-def server(pair: DemoPaths, log: Path, *arguments: str) -> Iterator[str]:
+def server(pair: TinyPair, log: Path, *arguments: str) -> Iterator[str]:
     """Base URL of a running server."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -109,7 +109,7 @@ async def ask_everything(url: str) -> dict[str, list[str]]:
     }
 
 
-def bench_serve(url: str, pair: DemoPaths, folder: Path) -> dict[str, Any]:
+def bench_serve(url: str, pair: TinyPair, folder: Path) -> dict[str, Any]:
     """What `vllm bench serve` measures with PROMPTS."""
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     command = [str(BINARIES / "vllm"), "bench", "serve", "--base-url", url, "--model", "demo"]
@@ -121,7 +121,7 @@ def bench_serve(url: str, pair: DemoPaths, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_server_answers_as_plain_vllm_does_and_reports_its_trees(pair: DemoPaths, plain: LLM, tmp_path: Path) -> None:
+def test_a_server_answers_as_plain_vllm_does_and_reports_its_trees(pair: TinyPair, plain: LLM, tmp_path: Path) -> None:
     expected = answers_of(plain)
     trees = ["--spec-model", str(pair.drafter), "--spec-tokens", "16", "-sc", '{"adaptive_budget": false}']
     with server(pair, tmp_path / "ctc.log", *trees) as url:
@@ -145,7 +145,7 @@ def test_a_server_answers_as_plain_vllm_does_and_reports_its_trees(pair: DemoPat
     assert re.search(r"CTC trees: acceptance length [1-9]", log)
 
 
-def test_a_bad_drafter_stops_the_server_with_one_clear_error(pair: DemoPaths) -> None:
+def test_a_bad_drafter_stops_the_server_with_one_clear_error(pair: TinyPair) -> None:
     spec = '{"method": "ctc", "model": "no/such/drafter", "num_speculative_tokens": 8}'
     done = subprocess.run(
         [str(BINARIES / "vllm"), "serve", str(pair.target), "-sc", spec], capture_output=True, text=True, timeout=300

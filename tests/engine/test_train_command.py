@@ -16,15 +16,15 @@ from transformers import AutoTokenizer
 from vllm import SamplingParams
 
 from tests.engine.conftest import complete, engine
+from tests.tiny_pair import TinyPair
 from vllm_ctc_spec.cli import main
-from vllm_ctc_spec.demo.build import DemoPaths
 from vllm_ctc_spec.training.command import held_out_prompts
 from vllm_ctc_spec.training.own_prompts import write_own_prompts
 
 ENGINE = ["--engine", "dtype=float32", "enforce_eager=true", "max_model_len=256", "kv_cache_memory_bytes=134217728"]
 
 
-def write_prompts(folder: Path, pair: DemoPaths, count: int) -> Path:
+def write_prompts(folder: Path, pair: TinyPair, count: int) -> Path:
     texts = [json.loads(line)["prompt"] for line in pair.prompts.open(encoding="utf-8")]
     path = folder / "prompts.jsonl"
     lines = [json.dumps({"prompt": f"# {i}\n{texts[i % len(texts)][:20]}"}) + "\n" for i in range(count)]
@@ -41,7 +41,7 @@ def test_held_out_prompts_are_distinct_and_few():
 
 
 @pytest.mark.slow
-def test_all_stages_make_a_drafter_that_serves(pair: DemoPaths, tmp_path: Path):
+def test_all_stages_make_a_drafter_that_serves(pair: TinyPair, tmp_path: Path):
     prompts, output = write_prompts(tmp_path, pair, 80), tmp_path / "out"
     options = ["--max-tokens=40", "--temperatures", "0", "0.5", "--steps=30", "--frames=4", "--rank=16", *ENGINE]
     command = ["train", "all", str(pair.target), str(prompts), str(output), *options]
@@ -50,7 +50,9 @@ def test_all_stages_make_a_drafter_that_serves(pair: DemoPaths, tmp_path: Path):
     unseen = [json.loads(line) for line in (output / "heldout.jsonl").open()]
     assert (len(rows), len(unseen)) == (2 * 76, 4)
     assert not any(row["prompt_token_ids"] == held["prompt_token_ids"] for row in rows for held in unseen)
-    assert json.loads((output / "evaluation.json").read_text())["num_anchors"] > 0
+    assert json.loads((output / "evaluation.json").read_text())["held-out"]["num_anchors"] > 0
+    card = (output / "drafter" / "README.md").read_text()
+    assert "80 prompts of prompts.jsonl, at temperatures 0, 0.5" in card and str(tmp_path) not in card
     assert (output / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     question, greedy = [rows[0]["prompt_token_ids"]], SamplingParams(temperature=0, max_tokens=40)
     with engine(pair, {"model": str(output / "drafter")}) as trees:
@@ -60,7 +62,7 @@ def test_all_stages_make_a_drafter_that_serves(pair: DemoPaths, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_regeneration_that_is_killed_loses_and_doubles_no_line(pair: DemoPaths, tmp_path: Path):
+def test_regeneration_that_is_killed_loses_and_doubles_no_line(pair: TinyPair, tmp_path: Path):
     prompts, rows = write_prompts(tmp_path, pair, 1100), tmp_path / "rows.jsonl"
     command = ["train", "regenerate", str(pair.target), str(prompts), str(rows), "--max-tokens=4", *ENGINE]
     process = subprocess.Popen([sys.executable, "-m", "vllm_ctc_spec.cli", *command], start_new_session=True)
@@ -77,7 +79,7 @@ def test_regeneration_that_is_killed_loses_and_doubles_no_line(pair: DemoPaths, 
 
 
 @pytest.mark.slow
-def test_the_target_writes_prompts_of_its_own(pair: DemoPaths, tmp_path: Path):
+def test_the_target_writes_prompts_of_its_own(pair: TinyPair, tmp_path: Path):
     target, rows = tmp_path / "target", tmp_path / "rows.jsonl"
     shutil.copytree(pair.target, target)
     # The tiny target writes Python, so its user names a function.
@@ -98,7 +100,7 @@ def test_the_target_writes_prompts_of_its_own(pair: DemoPaths, tmp_path: Path):
 
 
 def test_without_prompts_and_without_a_chat_template_nothing_starts(
-    pair: DemoPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     target = shutil.copytree(pair.target, tmp_path / "target")
     (target / "chat_template.jinja").unlink()
@@ -109,14 +111,14 @@ def test_without_prompts_and_without_a_chat_template_nothing_starts(
     assert "has no chat template" in capsys.readouterr().err
 
 
-def test_a_dry_run_needs_no_rows_yet(pair: DemoPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_dry_run_needs_no_rows_yet(pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     prompts = write_prompts(tmp_path, pair, 8)
     assert main(["train", "all", str(pair.target), str(prompts), str(tmp_path / "out"), "--dry-run"]) == 0
     assert "drafter.dry-run" in capsys.readouterr().out
     assert not (tmp_path / "out" / "rows.jsonl").exists()
 
 
-def test_faulty_lines_are_named_or_counted(pair: DemoPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_faulty_lines_are_named_or_counted(pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "import os"}\n{broken\n{"prompt": "def f"}\n')
     command = ["train", "all", str(pair.target), str(prompts), str(tmp_path / "out"), "--dry-run"]
@@ -127,7 +129,7 @@ def test_faulty_lines_are_named_or_counted(pair: DemoPaths, tmp_path: Path, caps
 
 
 def test_a_prompt_that_does_not_fit_is_named_before_the_engine_starts(
-    pair: DemoPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt_token_ids": [5]}\n' + json.dumps({"prompt_token_ids": [5] * 300}) + "\n")

@@ -1,4 +1,4 @@
-"""The pair that works out of the box: a public chat model, fetched and converted once, and the drafter shipped for it."""
+"""The default pair: a public chat model, fetched and converted once, and the drafter that the package ships for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both training loops of this package (drafter, demo target) ask of transformers' Trainer."""
+"""What training asks of transformers' Trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's text: the source code of the standard library that every interpreter carries."""
+"""Text to train on: the source code of the standard library that every interpreter carries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vllm_ctc_spec.demo.scale import DemoScale
 from vllm_ctc_spec.training.atomic import atomic_folder
 
 SKIPPED = frozenset(
@@ -29,19 +28,21 @@ SKIPPED = frozenset(
 )
 """Installed packages, tests, and modules that are tables of data rather than code."""
 
+MAX_CHARS = 400_000
 HELD_OUT_SHARE = 16
-"""One file in so many is held out: no training stage sees it."""
-
+"""One file in so many is held out."""
+NUM_PROMPTS = 256
+NUM_HELD_OUT_PROMPTS = 32
 PROMPT_CHARS = (120, 360)
 
 
-def write_corpus(folder: Path, scale: DemoScale) -> None:
+def write_corpus(folder: Path) -> None:
     """Write texts.jsonl (`text`), prompts.jsonl and heldout.jsonl (`prompt`) into `folder`, all or nothing."""
-    trained, held_out = _split(dict(_read_sources()), scale.max_corpus_chars)
+    trained, held_out = _split(dict(_read_sources()))
     with atomic_folder(folder) as partial:
         _write_rows(partial / "texts.jsonl", ({"text": text} for text in trained))
-        _write_rows(partial / "prompts.jsonl", _prompts(trained, scale.num_prompts, seed=1))
-        _write_rows(partial / "heldout.jsonl", _prompts(held_out, scale.num_heldout_prompts, seed=2))
+        _write_rows(partial / "prompts.jsonl", _prompts(trained, NUM_PROMPTS, seed=1))
+        _write_rows(partial / "heldout.jsonl", _prompts(held_out, NUM_HELD_OUT_PROMPTS, seed=2))
 
 
 def _read_sources() -> Iterator[tuple[str, str]]:
@@ -66,7 +67,7 @@ def _bare_code(source: str) -> str:
     return ast.unparse(tree) + "\n"
 
 
-def _split(sources: dict[str, str], max_chars: int) -> tuple[list[str], list[str]]:
+def _split(sources: dict[str, str]) -> tuple[list[str], list[str]]:
     # Names are hashed so that a file stays on its side whatever else this Python version ships.
     digests = {name: hashlib.sha256(name.encode()).digest() for name in sources}
     trained: list[str] = []
@@ -76,7 +77,7 @@ def _split(sources: dict[str, str], max_chars: int) -> tuple[list[str], list[str
         text = sources[name]
         if digests[name][-1] % HELD_OUT_SHARE == 0:
             held_out.append(text)
-        elif num_chars < max_chars:
+        elif num_chars < MAX_CHARS:
             trained.append(text)
             num_chars += len(text)
     return trained, held_out
