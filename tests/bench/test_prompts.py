@@ -5,47 +5,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.word_tokenizer import word_tokenizer, words_of
 from vllm_ctc_spec.bench.config import PromptSource
-from vllm_ctc_spec.bench.prompts import Prompt, Question, next_turn, num_turns, read_questions, spread
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }} : {{ m.content }} \n {% endfor %}"
-    "{% if add_generation_prompt %}assistant :{% endif %}"
-)
-WORDS = ["user", "assistant", ":", "one", "two", "three", "four", "five", "six", "solve", "a", "b"]
+from vllm_ctc_spec.bench.prompts import Prompt, next_turn, num_turns, select_questions, spread
+from vllm_ctc_spec.training.prompts import Question
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(["?", *WORDS])}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, chat_template=TEMPLATE)
+    return word_tokenizer()
 
 
 def read(tmp_path: Path, tokenizer: Any, rows: list[dict[str, Any]], **selection: Any) -> list[Question]:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_questions("rows", PromptSource(str(path), **selection), tokenizer)
-
-
-def text(tokenizer: Any, token_ids: Any) -> str:
-    return " ".join(tokenizer.convert_ids_to_tokens(list(token_ids)))
+    return select_questions("rows", PromptSource(str(path), **selection), tokenizer)
 
 
 def test_two_turns_hold_the_first_answer(tmp_path: Path, tokenizer: Any):
     rows = [{"question_id": 81, "category": "writing", "turns": ["one two", "three"]}]
     [question] = read(tmp_path, tokenizer, rows)
     assert num_turns([question]) == 2
-    first = next_turn(question, [], tokenizer)
+    first = next_turn("rows", question, [], tokenizer)
     assert first is not None and (first.name, first.category) == ("81, turn 1", "writing")
-    assert text(tokenizer, first.token_ids) == "user : one two assistant :"
-    second = next_turn(question, [tokenizer("four five")["input_ids"]], tokenizer)
+    assert words_of(tokenizer, first.token_ids) == "user : one two assistant :"
+    second = next_turn("rows", question, [tokenizer("four five")["input_ids"]], tokenizer)
     assert second is not None and second.name == "81, turn 2"
-    assert text(tokenizer, second.token_ids) == "user : one two assistant : four five user : three assistant :"
-    assert next_turn(question, [[1], [1]], tokenizer) is None
+    assert words_of(tokenizer, second.token_ids) == "user : one two assistant : four five user : three assistant :"
+    assert next_turn("rows", question, [[1], [1]], tokenizer) is None
 
 
 @pytest.mark.parametrize(
@@ -59,19 +48,24 @@ def test_two_turns_hold_the_first_answer(tmp_path: Path, tokenizer: Any):
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
             "user : a assistant :",
         ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            "user : a assistant :",
+        ),
         ({"prompt_token_ids": [4, 5]}, "one two"),
     ],
 )
 def test_every_layout_is_read(tmp_path: Path, tokenizer: Any, row: dict[str, Any], expected: str):
     [question] = read(tmp_path, tokenizer, [row], prefix="solve ")
-    assert text(tokenizer, question.first) == expected
-    assert question.category == row.get("category", "rows")
+    assert words_of(tokenizer, question.first) == expected
+    prompt = next_turn("rows", question, [], tokenizer)
+    assert prompt is not None and prompt.category == row.get("category", "rows")
 
 
 def test_without_a_chat_template_turns_are_lines(tmp_path: Path, tokenizer: Any):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     [question] = read(tmp_path, bare, [{"question": "one two"}])
-    assert text(bare, question.first) == "one two"
+    assert words_of(bare, question.first) == "one two"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +81,7 @@ def test_rows_are_selected(tmp_path: Path, tokenizer: Any, selection: dict[str, 
     ("row", "message"),
     [
         ({"turns": []}, "line 1: 'turns' must be a list"),
-        ({"question": 3}, "'question' a text"),
+        ({"question": 3}, "'question' must be a string, is int"),
         ({"answer": "a"}, "line 1: needs 'turns'"),
         ({"messages": [{"role": "assistant", "content": "b"}]}, "no message before"),
     ],
@@ -121,7 +115,7 @@ def test_a_subset_and_a_split_of_a_data_set_are_chosen(
         files = f"data_files: [{{split: test, path: {subset}.jsonl}}]"
         configs += [f"- config_name: {subset}", f"  {files}"]
     (folder / "README.md").write_text("\n".join([*configs, "---", ""]))
-    [question] = read_questions("q", PromptSource(str(folder), subset="other"), tokenizer)
-    assert text(tokenizer, question.first) == "user : two assistant :"
+    [question] = select_questions("q", PromptSource(str(folder), subset="other"), tokenizer)
+    assert words_of(tokenizer, question.first) == "user : two assistant :"
     with pytest.raises(ValueError, match=r"has no split 'train', only \['test'\]"):
-        read_questions("q", PromptSource(str(folder), subset="main", split="train"), tokenizer)
+        select_questions("q", PromptSource(str(folder), subset="main", split="train"), tokenizer)

@@ -11,9 +11,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from vllm_ctc_spec.bench import run as run_module
+from vllm_ctc_spec.bench.command import one_line_per_stage
 from vllm_ctc_spec.bench.config import BenchConfig, load_config
 from vllm_ctc_spec.bench.records import EngineFacts, Gap, Pass, Request, Workload
-from vllm_ctc_spec.bench.run import Bench, flatten
+from vllm_ctc_spec.bench.run import TEMPLATE_TOKENS, Bench, flatten
+from vllm_ctc_spec.config import MAX_NODES
 
 CONFIG = """
 target: target
@@ -28,14 +30,17 @@ num_prompts: 1
 max_tokens: 8
 rounds: 2
 """
+TURNS = "plain vLLM answers turn 1 of talk"
 
 
 class FakeFleet:
     """Answers prompt [..., x] with x, x + 1; ngram goes wrong after prompts that end in 3; suffix dies at batch 2."""
 
     started: list[str]
+    config: BenchConfig
 
     def __init__(self, config: BenchConfig, logs: Path) -> None:
+        type(self).config = config
         self.methods, self.errors = list(config.methods), {}
         self.facts = {method.name: EngineFacts("float32", 64, False) for method in config.methods}
 
@@ -46,6 +51,8 @@ class FakeFleet:
         pass
 
     def start(self, report: Any) -> None:
+        for method in self.methods:
+            report(method)
         type(self).started += [method.name for method in self.methods]
 
     @property
@@ -70,7 +77,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     words = Tokenizer(models.WordLevel({str(index): index for index in range(30)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "target")
-    LlamaConfig(vocab_size=30, max_position_embeddings=128).save_pretrained(tmp_path / "target")
+    LlamaConfig(vocab_size=30, max_position_embeddings=2048).save_pretrained(tmp_path / "target")
     (tmp_path / "words.jsonl").write_text('{"prompt": "1 2"}\n{"prompt": "2 3"}\n')
     (tmp_path / "talk.jsonl").write_text('{"question_id": 7, "category": "c", "turns": ["4 5", "6"]}\n')
     FakeFleet.started = []
@@ -108,6 +115,32 @@ def test_every_cell_is_measured_and_judged(folder: Path):
     }
     assert len(second["methods"]["plain"]["tokens_per_second"]) == 2
     assert json.loads((folder / "out" / "results.json").read_text()) == results
+
+
+def test_engines_get_the_cache_that_the_prompts_need(folder: Path):
+    results = bench(folder, CONFIG.replace("engine: {max_model_len: 64}\n", "")).run(quiet)
+    plain, ngram, _ = (FakeFleet.config.engine_options(method) for method in FakeFleet.config.methods)
+    # The second turn of "talk": two prompts and two answers of 8 tokens, the allowance for a template, drafts.
+    assert plain["max_model_len"] == 2 + 8 + (1 + TEMPLATE_TOKENS + 8) + MAX_NODES < 2048
+    assert plain["max_num_seqs"] == 2
+    assert plain["kv_cache_memory_bytes"] == ngram["kv_cache_memory_bytes"] > 0
+    # Which is no part of what was asked for.
+    assert results["config"]["engine"] == {}
+
+
+def test_a_methods_own_memory_is_left_alone(folder: Path):
+    text = CONFIG.replace("ngram: {", "ngram: {engine: {gpu_memory_utilization: 0.3}, ")
+    bench(folder, text).run(quiet)
+    plain, ngram, _ = (FakeFleet.config.engine_options(method) for method in FakeFleet.config.methods)
+    assert "kv_cache_memory_bytes" in plain and "kv_cache_memory_bytes" not in ngram
+    assert ngram["gpu_memory_utilization"] == 0.3 and ngram["max_model_len"] == 64
+
+
+def test_a_log_has_one_line_for_each_engine_and_each_cell(folder: Path, capsys: pytest.CaptureFixture[str]):
+    bench(folder).run(one_line_per_stage())
+    stages = [line.partition(" min: ")[2] for line in capsys.readouterr().out.splitlines()]
+    cells = [f"{name}, batch {size}, temperature 0" for name in ("words", "talk") for size in (1, 2)]
+    assert stages == [*(f"starting {name}" for name in ("plain", "ngram", "suffix")), TURNS, *cells]
 
 
 def test_a_method_that_dies_is_reported_and_the_others_go_on(folder: Path):

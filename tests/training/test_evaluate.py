@@ -283,7 +283,7 @@ def test_the_table_names_every_tree_and_its_length(problem: Problem):
 
 
 def test_the_figure_is_a_png_and_stands_alone(problem: Problem, tmp_path):
-    to_png(problem.evaluation(), tmp_path / "evaluation.png")
+    to_png({"one": problem.evaluation(), "two": problem.evaluation()}, tmp_path / "evaluation.png")
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.png"]
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
@@ -291,7 +291,7 @@ def test_the_figure_is_a_png_and_stands_alone(problem: Problem, tmp_path):
 def test_a_missing_matplotlib_is_named_with_its_remedy(problem: Problem, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r'pip install "vllm-ctc-spec\[train\]"'):
-        to_png(problem.evaluation(), tmp_path / "evaluation.png")
+        to_png({"one": problem.evaluation()}, tmp_path / "evaluation.png")
 
 
 def test_trees_do_not_depend_on_which_others_are_judged_beside_them(problem: Problem):

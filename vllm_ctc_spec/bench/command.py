@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_ctc_spec.bench.run import Bench, Report
 
 
 def add_bench(commands: Any) -> None:
@@ -28,7 +33,38 @@ def _bench(options: argparse.Namespace) -> int:
             raise ValueError(f'bench needs the package {package}: pip install "vllm-ctc-spec[cpu,bench]".')
     # Imported here already by the checks; its own log lines would tear the progress bar.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from rich.console import Console
+    from vllm_ctc_spec.bench.config import load_config
+    from vllm_ctc_spec.bench.plots import draw
+    from vllm_ctc_spec.bench.report import render, to_terminal
+    from vllm_ctc_spec.bench.run import Bench
+    from vllm_ctc_spec.terminal import console
+    from vllm_ctc_spec.training.atomic import write_atomically
+
+    config = load_config(options.config, options.set, options.only, options.preset)
+    bench = Bench(config, options.output)
+    results = _with_bar(bench) if sys.stdout.isatty() else bench.run(one_line_per_stage())
+    plots = draw(results, options.output)
+    write_atomically(options.output / "report.md", render(results, plots).encode())
+    console().print(to_terminal(results))
+    console().print(f"written: {options.output / 'report.md'}, results.json, {', '.join(plots)}")
+    return 0
+
+
+def one_line_per_stage() -> Report:
+    """Progress where stdout is no terminal: engines as they start, then cells, each with the minutes so far."""
+    started, last = time.monotonic(), ""
+
+    def report(title: str, done: int) -> None:
+        nonlocal last
+        stage = title.partition(": ")[0]
+        if stage != last:
+            print(f"{(time.monotonic() - started) / 60:.1f} min: {stage}", flush=True)
+        last = stage
+
+    return report
+
+
+def _with_bar(bench: Bench) -> dict[str, Any]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -38,15 +74,6 @@ def _bench(options: argparse.Namespace) -> int:
         TimeRemainingColumn,
     )
 
-    from vllm_ctc_spec.bench.config import load_config
-    from vllm_ctc_spec.bench.plots import draw
-    from vllm_ctc_spec.bench.report import render, to_terminal
-    from vllm_ctc_spec.bench.run import Bench
-    from vllm_ctc_spec.training.atomic import write_atomically
-
-    config = load_config(options.config, options.set, options.only, options.preset)
-    bench = Bench(config, options.output)
-    console = Console()
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -55,13 +82,9 @@ def _bench(options: argparse.Namespace) -> int:
         TextColumn("{task.description}"),
     )
     # Drawing takes processor time from the engine that is measured.
-    with Progress(*columns, console=console, refresh_per_second=1) as progress:
+    with Progress(*columns, refresh_per_second=1) as progress:
         task = progress.add_task("", total=len(bench.pending()) * bench.num_passes())
         results = bench.run(lambda title, done: progress.update(task, description=title, advance=done))
         # A method that failed leaves passes undone.
         progress.update(task, description="measured", completed=progress.tasks[task].total)
-    plots = draw(results, options.output)
-    write_atomically(options.output / "report.md", render(results, plots).encode())
-    console.print(to_terminal(results))
-    console.print(f"written: {options.output / 'report.md'}, results.json, {', '.join(plots)}")
-    return 0
+    return results

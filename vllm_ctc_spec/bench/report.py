@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from textwrap import shorten
 from typing import Any
 
@@ -14,6 +14,7 @@ from vllm_ctc_spec.bench.clock import STAGES
 from vllm_ctc_spec.bench.config import PLAIN
 from vllm_ctc_spec.bench.equality import NEAR_TIE_STEPS
 from vllm_ctc_spec.bench.ratio import CONFIDENCE
+from vllm_ctc_spec.markdown import markdown_table
 
 MAX_LISTED = 20
 """Answers of one method in one cell that the report lists."""
@@ -75,7 +76,7 @@ def _cell(cell: dict[str, Any], config: dict[str, Any]) -> str:
     count = (
         f"{len(cell['prompt_names'])} prompts; the machine's load average at the start was {cell['load_average']:.1f}."
     )
-    parts = [title, count, _markdown(COLUMNS, [_row(*each) for each in cell["methods"].items()])]
+    parts = [title, count, markdown_table(COLUMNS, [_row(*each) for each in cell["methods"].items()])]
     parts += [_eager(cell), _errors(cell), _depths(cell), _stages(cell), _categories(cell), _differences(cell)]
     return "\n\n".join(part for part in parts if part)
 
@@ -123,7 +124,7 @@ def _depths(cell: dict[str, Any]) -> str:
         if rates
     ]
     columns = ("accepted at depth, of those one above", *map(str, range(1, deepest + 1)))
-    return _markdown(columns, rows) if rows else ""
+    return markdown_table(columns, rows) if rows else ""
 
 
 def _stages(cell: dict[str, Any]) -> str:
@@ -132,7 +133,7 @@ def _stages(cell: dict[str, Any]) -> str:
         for name, method in cell["methods"].items()
         if method["stages_ms"]
     ]
-    return _markdown(("ms per step, median, in a pass of its own", *STAGES), rows) if rows else ""
+    return markdown_table(("ms per step, median, in a pass of its own", *STAGES), rows) if rows else ""
 
 
 def _categories(cell: dict[str, Any]) -> str:
@@ -150,7 +151,7 @@ def _categories(cell: dict[str, Any]) -> str:
         for name, method in cell["methods"].items()
         if name != PLAIN
     ]
-    return _markdown(("β / γ by category", *names), rows) if rows else ""
+    return markdown_table(("β / γ by category", *names), rows) if rows else ""
 
 
 def _differences(cell: dict[str, Any]) -> str:
@@ -168,11 +169,6 @@ def _differences(cell: dict[str, Any]) -> str:
         if len(differences) > MAX_LISTED:
             lines.append(f"* {name}: {len(differences) - MAX_LISTED} more in results.json")
     return "\n".join(("Where answers leave plain vLLM's:", "", *lines)) if lines else ""
-
-
-def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def to_terminal(results: dict[str, Any]) -> Table:

@@ -18,12 +18,18 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from vllm_ctc_spec.bench.config import PLAIN, BenchConfig, Method
 from vllm_ctc_spec.bench.equality import Equality, judge
 from vllm_ctc_spec.bench.fleet import Fleet
-from vllm_ctc_spec.bench.machine import this_machine
-from vllm_ctc_spec.bench.prompts import Prompt, Question, next_turn, num_turns, read_questions, spread
+from vllm_ctc_spec.bench.prompts import Prompt, next_turn, num_turns, select_questions, spread
 from vllm_ctc_spec.bench.records import Pass, Workload
 from vllm_ctc_spec.bench.summary import summarize
+from vllm_ctc_spec.config import MAX_NODES
+from vllm_ctc_spec.kv_cache import engine_options
+from vllm_ctc_spec.machine import this_machine
 from vllm_ctc_spec.training.atomic import write_atomically
+from vllm_ctc_spec.training.prompts import Question
 from vllm_ctc_spec.training.resume import claim
+
+TEMPLATE_TOKENS = 64
+"""Allowance for what the chat template puts around a turn."""
 
 Report = Callable[[str, int], None]
 """Takes what is being done and how many passes have ended since the last call."""
@@ -53,9 +59,11 @@ class Bench:
             self.tokenizer.chat_template = config.chat_template
         text = AutoConfig.from_pretrained(config.target).get_text_config()
         self.context: int = config.engine.get("max_model_len", text.max_position_embeddings)
-        self.questions = {name: read_questions(name, each, self.tokenizer) for name, each in config.prompts.items()}
+        self.questions = {name: select_questions(name, each, self.tokenizer) for name, each in config.prompts.items()}
         for name, questions in self.questions.items():
             self._check_prompts(name, questions)
+        if "max_model_len" not in config.engine:
+            self.context = min(self.context, max(self._lengths()) + MAX_NODES)
         check_vllm_keys(config)
         claim(output / "cells", self._settings())
 
@@ -83,7 +91,7 @@ class Bench:
         """Measure what is not there yet; returns what is in results.json."""
         pending = self.pending()
         if pending:
-            with Fleet(self.config, self.output / "logs") as fleet:
+            with Fleet(self._with_cache(), self.output / "logs") as fleet:
                 fleet.start(lambda method: report(f"starting {method.name}", 0))
                 prompts = {name: self._prompts(name, fleet, report) for name in self.config.prompts}
                 for cell in pending:
@@ -99,6 +107,26 @@ class Bench:
         )
         write_atomically(self.output / "results.json", json.dumps(results, indent=1).encode())
         return results
+
+    def _with_cache(self) -> BenchConfig:
+        """The configuration with a KV cache of the size that the largest batch needs, where it names none."""
+        config, in_flight = self.config, max(self.config.batch_sizes)
+        methods = []
+        for method in config.methods:
+            given = {"max_model_len": self.context, **config.engine, **method.engine, "max_num_seqs": in_flight}
+            methods.append(dataclasses.replace(method, engine=engine_options(config.target, self._lengths(), given)))
+        return dataclasses.replace(config, methods=tuple(methods))
+
+    def _lengths(self) -> list[int]:
+        """Of each turn of each question, the tokens that it has at its end, at most."""
+        lengths = []
+        for questions in self.questions.values():
+            for question in questions:
+                lengths.append(len(question.first) + self.config.max_tokens)
+                for text in question.later_turns:
+                    added = len(self.tokenizer(text)["input_ids"]) + TEMPLATE_TOKENS + self.config.max_tokens
+                    lengths.append(lengths[-1] + added)
+        return lengths
 
     def _check_prompts(self, name: str, questions: Sequence[Question]) -> None:
         for question in questions:
@@ -126,7 +154,7 @@ class Bench:
         questions = self.questions[name]
         answers: list[list[list[int]]] = self._first_answers(name, fleet, report)
         prompts = [
-            next_turn(question, own[:turn], self.tokenizer)
+            next_turn(name, question, own[:turn], self.tokenizer)
             for question, own in zip(questions, answers)
             for turn in range(1 + len(own))
         ]
@@ -142,10 +170,10 @@ class Bench:
         if num_turns(questions) == 1:
             return answers
         for turn in range(num_turns(questions) - 1):
-            report(f"{name}: plain vLLM answers turn {turn + 1}", 0)
+            report(f"plain vLLM answers turn {turn + 1} of {name}", 0)
             asked = {}
             for index, question in enumerate(questions):
-                prompt = next_turn(question, answers[index], self.tokenizer)
+                prompt = next_turn(name, question, answers[index], self.tokenizer)
                 if turn < len(question.later_turns) and prompt and len(prompt.token_ids) < self.context - 1:
                     asked[index] = prompt
             work = self.workload(list(asked.values()), max(self.config.batch_sizes), 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,14 @@ def add_train(commands: Any) -> None:
     evaluate = stages.add_parser("evaluate", help="acceptance length, per depth, and calibration, on unseen rows")
     _add_target(evaluate)
     evaluate.add_argument("drafter", type=Path, help="folder of its CTC drafter")
-    evaluate.add_argument("rows", help="rows that the target wrote and the drafter has not seen")
+    evaluate.add_argument(
+        "sets", nargs="+", metavar="[NAME=]ROWS", help="rows that the target wrote and the drafter has not seen"
+    )
     evaluate.add_argument("--paper", action="store_true", help="the paper's template tree too")
     evaluate.add_argument("--json", type=Path, metavar="PATH")
     evaluate.add_argument("--png", type=Path, metavar="PATH")
+    evaluate.add_argument("--card", type=Path, metavar="PATH", help="model card (default: README.md of the drafter)")
+    _add_words(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     everything = stages.add_parser("all", help="all stages in turn, from prompts to an evaluated drafter")
@@ -53,6 +58,7 @@ def add_train(commands: Any) -> None:
     everything.add_argument("output", type=Path, help="folder for rows.jsonl, heldout.jsonl, drafter and evaluation")
     _add_regenerate(everything)
     _add_fit(everything)
+    _add_words(everything)
     everything.set_defaults(run=_all)
 
 
@@ -67,6 +73,11 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--own-prompts", type=int, default=0, metavar="NUMBER", help="prompts, or more, that the target writes itself"
     )
+
+
+def _add_words(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", help="for the model card: what the drafter was trained on, and its licence")
+    parser.add_argument("--target-name", help="for the model card (default: the target's hub name or last folder)")
 
 
 def _add_regenerate(parser: argparse.ArgumentParser) -> None:
@@ -233,28 +244,49 @@ def _fit_settings(options: argparse.Namespace) -> FitSettings:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    _run_evaluate(options, options.drafter, options.rows, options.json, options.png, options.paper)
+    _run_evaluate(options, options.drafter, named_sets(options.sets), options.text, options.paper)
     return 0
 
 
-def _run_evaluate(
-    options: argparse.Namespace, drafter: Path, rows: str | Path, to: Path | None, png: Path | None, paper: bool = False
-) -> None:
-    from rich.console import Console
+def named_sets(arguments: Sequence[str]) -> dict[str, str]:
+    """Name -> rows; rows without a name are called as their file or data set."""
+    sets: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, rows = argument.partition("=")
+        if not equals or Path(argument).exists():
+            name, rows = Path(argument).stem, argument
+        if not name or not rows:
+            raise ValueError(f"{argument!r}: write NAME=ROWS.")
+        if name in sets:
+            raise ValueError(f"two sets are called {name!r}: write NAME=ROWS with another name.")
+        sets[name] = rows
+    return sets
 
+
+def _run_evaluate(
+    options: argparse.Namespace, drafter: Path, sets: Mapping[str, str], text: str | None, paper: bool = False
+) -> None:
+    from vllm_ctc_spec.terminal import console
     from vllm_ctc_spec.training.atomic import write_atomically
+    from vllm_ctc_spec.training.card import Words, write_card
     from vllm_ctc_spec.training.evaluate import PAPER_TREE, TREES, evaluate
     from vllm_ctc_spec.training.report import to_json, to_png, to_table
 
-    skipped: list[str] | None = [] if options.skip_bad_lines else None
     trees = (*TREES, PAPER_TREE) if paper else TREES
-    evaluation = evaluate(options.target, str(drafter), rows, trees, skipped=skipped, seed=options.seed)
-    _report_skipped(skipped)
-    Console().print(to_table(evaluation))
-    if to is not None:
-        write_atomically(to, json.dumps(to_json(evaluation), indent=2).encode())
-    if png is not None:
-        to_png(evaluation, png)
+    evaluations = {}
+    for name, rows in sets.items():
+        skipped: list[str] | None = [] if options.skip_bad_lines else None
+        evaluations[name] = evaluate(options.target, str(drafter), rows, trees, skipped=skipped, seed=options.seed)
+        _report_skipped(skipped)
+        console().print(to_table(evaluations[name], name))
+    if options.json is not None:
+        fields = {name: to_json(evaluation) for name, evaluation in evaluations.items()}
+        write_atomically(options.json, json.dumps(fields, indent=2).encode())
+    if options.png is not None:
+        to_png(evaluations, options.png)
+    card = options.card or drafter / "README.md"
+    write_card(card, drafter, options.target, Words(options.target_name, text), evaluations)
+    print(f"written: {card}")
 
 
 def _all(options: argparse.Namespace) -> int:
@@ -279,8 +311,19 @@ def _all(options: argparse.Namespace) -> int:
     regenerate(options.target, remaining, rows, _regenerate_settings(options), **engine)
     if not drafter.exists():
         _run_fit(options, rows, drafter)
-    _run_evaluate(options, drafter, held_out, options.output / "evaluation.json", options.output / "evaluation.png")
+    options.json, options.png = options.output / "evaluation.json", options.output / "evaluation.png"
+    options.card = None
+    _run_evaluate(options, drafter, {"held-out": str(held_out)}, _text(options, len(prompts), len(own_prompts)))
     return 0
+
+
+def _text(options: argparse.Namespace, num_prompts: int, num_own: int) -> str:
+    """For the model card."""
+    sources = [f"{num_prompts:,} prompts of {Path(options.prompts).name}"] if num_prompts else []
+    sources += [f"{num_own:,} prompts that it wrote itself"] if num_own else []
+    temperatures = ", ".join(f"{temperature:g}" for temperature in dict.fromkeys(options.temperatures))
+    text = f"the target's own answers to {' and '.join(sources)}, at temperatures {temperatures}"
+    return f"{text}. {options.text}" if options.text else text
 
 
 def held_out_prompts(prompts: list[list[int]]) -> list[list[int]]:

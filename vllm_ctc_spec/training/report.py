@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,12 +38,13 @@ def _tree_fields(tree: TreeAcceptance) -> dict[str, Any]:
     }
 
 
-def to_table(evaluation: Evaluation) -> Group:
+def to_table(evaluation: Evaluation, name: str = "") -> Group:
+    """name: of the set."""
     left_out = f", {evaluation.num_rows_left_out} too short" if evaluation.num_rows_left_out else ""
     counts = f"{evaluation.num_anchors} anchors in {evaluation.num_rows} rows{left_out}"
     first, sibling = _shown(evaluation.after_first_choice), _shown(evaluation.after_sibling)
     return Group(
-        _acceptance_table(evaluation, counts),
+        _acceptance_table(evaluation, f"{name}: {counts}" if name else counts),
         _depth_table(evaluation),
         _reliability_table(evaluation),
         f"next token right after an accepted first choice {first}, after an accepted sibling {sibling}",
@@ -84,8 +86,8 @@ def _shown(rate: Rate) -> str:
     return f"{_number(rate.share)} (of {rate.count})"
 
 
-def to_png(evaluation: Evaluation, path: Path) -> None:
-    """Acceptance length over the node budget, acceptance per depth, and calibration, side by side.
+def to_png(evaluations: Mapping[str, Evaluation], path: Path) -> None:
+    """Acceptance length over the node budget, acceptance per depth, and calibration, side by side; a row for each set.
 
     `path` is the old file or the whole new one. Raises ValueError where matplotlib is not installed.
     """
@@ -95,11 +97,14 @@ def to_png(evaluation: Evaluation, path: Path) -> None:
         raise ValueError(
             f'{str(path)!r} cannot be drawn without matplotlib: pip install "vllm-ctc-spec[train]".'
         ) from error
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
-    lengths, depths, reliability = figure.subplots(1, 3)
-    _draw_lengths(lengths, evaluation)
-    _draw_depths(depths, evaluation)
-    _draw_reliability(reliability, evaluation)
+    figure = Figure(figsize=(15, 4.6 * len(evaluations)), layout="constrained")
+    rows = figure.subfigures(len(evaluations), 1, squeeze=False)[:, 0]
+    for row, (name, evaluation) in zip(rows, evaluations.items()):
+        row.suptitle(name)
+        lengths, depths, reliability = row.subplots(1, 3)
+        _draw_lengths(lengths, evaluation)
+        _draw_depths(depths, evaluation)
+        _draw_reliability(reliability, evaluation)
     save_png(figure, path, dpi=140)
 
 

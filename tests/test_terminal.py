@@ -1,0 +1,17 @@
+"""What is printed into a pipe is whole."""
+
+import subprocess
+import sys
+
+CODE = """
+from rich.table import Table
+from vllm_ctc_spec.terminal import console
+table = Table(*["a column of some width"] * 16)
+table.add_row(*["0.5000000 (0.5000000)"] * 16)
+console().print(table)
+"""
+
+
+def test_a_wide_table_is_not_cut_in_a_pipe():
+    printed = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True).stdout
+    assert printed.count("0.5000000 (0.5000000)") == 16
