@@ -1,7 +1,7 @@
 # Every target but clean sets up .venv first: once, and again when pyproject.toml changes.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo drafter test check format clean
 
 BIN := .venv/bin
 ARGS ?=
@@ -15,6 +15,7 @@ export VLLM_NO_USAGE_STATS := 1
 
 help:
 	@echo 'make demo    serve a small model with and without CTC trees and compare (ARGS="--json out.json")'
+	@echo 'make drafter train the demo drafter again, hours (OUTPUT=FOLDER PROMPTS=FILE ARGS="--minutes 30")'
 	@echo 'make test    run all tests (ARGS="-k walk")'
 	@echo 'make check   formatting, lint, types and unit tests: what every change must pass'
 	@echo 'make format  format the code and fix what lint can fix'
@@ -26,6 +27,10 @@ setup:
 
 demo: setup
 	$(BIN)/vllm-ctc-spec demo $(ARGS)
+
+# What has been done is kept in OUTPUT, and the next call goes on from there.
+drafter: setup
+	$(BIN)/python scripts/train_drafter.py $(or $(OUTPUT),drafter-training) $(PROMPTS) $(ARGS)
 
 # Three tests at a time, because most of one with an engine is its start, on one core, and waits for disks and messages.
 # A process that has done its share takes of another's, so that the long ones are not left to one at the end. vLLM would

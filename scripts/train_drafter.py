@@ -1,0 +1,37 @@
+"""Train the drafter that the package ships again, from nothing: fetch its target, then `vllm-ctc-spec train all`.
+
+    scripts/train_drafter.py OUTPUT [PROMPTS] [--OPTION ...]
+
+The result is OUTPUT/drafter. A run that was killed goes on where it was. Options are those of `train all`; the last
+value of an option counts.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from vllm_ctc_spec.cli import main
+from vllm_ctc_spec.demo.pair import HUB_NAME, default_target
+
+OPTIONS = ["--own-prompts=7000", "--temperatures", "0", "0.5", "0", "1", "--max-tokens=320", "--minutes=60"]
+
+
+def run(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    output, *others = arguments
+    prompts = others[:1] if others and not others[0].startswith("-") else []
+    try:
+        target = str(default_target())
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    # The model card shows this command.
+    sys.argv = ["vllm-ctc-spec", "train", "all", target, *prompts, output, "--target-name", HUB_NAME, *OPTIONS]
+    sys.argv += others[len(prompts) :]
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
