@@ -86,7 +86,7 @@ def _engine_settings(options: argparse.Namespace, target: str, drafter: str) -> 
 
     from vllm_ctc_spec.config import check_node_budget
     from vllm_ctc_spec.kv_cache import engine_options
-    from vllm_ctc_spec.training.loop import bf16_is_fast
+    from vllm_ctc_spec.precision import bf16_is_fast
 
     given = dict(options.engine)
     for key in ("speculative_config", "worker_extension_cls"):

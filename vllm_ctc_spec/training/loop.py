@@ -13,17 +13,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from vllm_ctc_spec.config import did_you_mean
+from vllm_ctc_spec.precision import bf16_is_fast as bf16_is_fast
 from vllm_ctc_spec.training.budget import Budget, BudgetBar, BudgetCallback
 from vllm_ctc_spec.training.resume import MarkWhole, last_whole_checkpoint
 from vllm_ctc_spec.training.timing import StepTimes
-
-
-def bf16_is_fast() -> bool:
-    """True where matrix products have native bfloat16 instructions; emulated, they are slower than float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
 
 
 def processes() -> PartialState:
