@@ -204,6 +204,7 @@ def test_a_target_that_cannot_chat_is_refused_by_name(tokenizer: Any) -> None:
         (["--temperature=-1"], "--temperature -1.0: use 0 (greedy) or a positive number"),
         (["--temperature=nan"], "--temperature nan"),
         (["--top-p=0"], "--top-p 0.0: use a number above 0 and up to 1"),
+        (["--nodes=64"], "num_speculative_tokens=64"),
         (["--max-tokens=0"], "--max-tokens 0: use at least 1"),
         (["no/such/target", "no/such/drafter"], "'no/such/drafter' is not a folder"),
     ],

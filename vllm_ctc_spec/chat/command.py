@@ -52,8 +52,10 @@ def _chat(options: argparse.Namespace) -> int:
     from vllm_ctc_spec.chat.protocol import Sampling
     from vllm_ctc_spec.chat.screen import Screen, is_interactive, line_reader
     from vllm_ctc_spec.chat.session import Session
+    from vllm_ctc_spec.config import check_node_budget
     from vllm_ctc_spec.demo.pair import choose_pair
 
+    check_node_budget(options.nodes)
     sampling = Sampling(options.temperature, options.top_p, options.seed, options.max_tokens)
     screen = Screen(is_interactive())
     pair = choose_pair(options.target, options.drafter, screen.note)
@@ -82,9 +84,6 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _engine_settings(options: argparse.Namespace, target: str, drafter: str) -> dict[str, Any]:
     """For `vllm.LLM`."""
-    from transformers import AutoConfig
-
-    from vllm_ctc_spec.config import check_node_budget
     from vllm_ctc_spec.kv_cache import engine_options
     from vllm_ctc_spec.precision import bf16_is_fast
 
@@ -92,14 +91,13 @@ def _engine_settings(options: argparse.Namespace, target: str, drafter: str) -> 
     for key in ("speculative_config", "worker_extension_cls"):
         if key in given:
             raise ValueError(f"--engine {key}: chat sets it itself. See DRAFTER, --nodes and --no-adaptive-budget.")
-    context = min(AutoConfig.from_pretrained(target).get_text_config().max_position_embeddings, MAX_CONTEXT)
     dtype = "bfloat16" if bf16_is_fast() else "float32"
     return {
-        **engine_options(target, [context], {"dtype": dtype, **given}, num_requests=1),
+        **engine_options(target, [MAX_CONTEXT], {"dtype": dtype, **given}, num_requests=1),
         "speculative_config": {
             "method": "ctc",
             "model": drafter,
-            "num_speculative_tokens": check_node_budget(options.nodes),
+            "num_speculative_tokens": options.nodes,
             "adaptive_budget": not options.no_adaptive_budget,
         },
     }

@@ -34,6 +34,7 @@ class ChatEngine:
 
     def __init__(self, log: Path) -> None:
         self._log = log
+        self._is_ready = False
         self._connection, theirs = Pipe()
         with log.open("wb") as file:
             self._process = subprocess.Popen(
@@ -52,6 +53,7 @@ class ChatEngine:
     def start(self, target: str, options: dict[str, Any]) -> Started:
         """options: for `vllm.LLM`. Returns when the engine is ready, which takes seconds to minutes."""
         started: Started = self._ask(Start(target, options))
+        self._is_ready = True
         return started
 
     def answer(self, question: Question) -> Iterator[Chunk | Ended]:
@@ -73,7 +75,8 @@ class ChatEngine:
     def close(self) -> None:
         self._connection.close()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_SECONDS)
+            # While it starts, it does not see that the pipe has ended.
+            self._process.wait(STOP_SECONDS if self._is_ready else 0)
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
