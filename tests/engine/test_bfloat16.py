@@ -10,7 +10,7 @@ from vllm import SamplingParams
 
 from tests.engine.conftest import complete, engine, generate
 from vllm_ctc_spec.bench.equality import first_difference, gap_between, is_near_tie
-from vllm_ctc_spec.bench.worker import top_logits
+from vllm_ctc_spec.bench.worker import scores
 
 
 def test_greedy_answers_differ_at_near_ties_only(pair, prompts: list[list[int]]) -> None:
@@ -27,7 +27,7 @@ def test_greedy_answers_differ_at_near_ties_only(pair, prompts: list[list[int]])
         shared = [prompts[index] + plain[index][:place] for index, place in places.items()]
         asked = generate(llm, shared, SamplingParams(temperature=0, max_tokens=1, logprobs=20)) if shared else []
     for (index, place), output in zip(places.items(), asked):
-        [logits] = top_logits(output.outputs[0])
+        [logits] = scores(output.outputs[0])
         gap = gap_between(logits, plain[index][place], trees[index][place])
         assert gap is not None and is_near_tie(gap.logits, gap.top_logit, torch.bfloat16), (index, place, gap)
     assert len(places) <= len(prompts) // 2

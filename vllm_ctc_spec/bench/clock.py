@@ -24,9 +24,9 @@ class BenchWorkerExtension:
     def bench_mend_sampling(self) -> None:
         mend()
 
-    def bench_return_logits(self, is_on: bool) -> None:
-        """Requests that ask for log probabilities get logits; those are what the target rounds."""
-        self.model_runner.sampler.logprobs_mode = "raw_logits" if is_on else self.model_config.logprobs_mode
+    def bench_set_logprobs_mode(self, mode: str | None) -> None:
+        """What requests that ask for log probabilities get from now on, see vLLM's `logprobs_mode`; None: as set."""
+        self.model_runner.sampler.logprobs_mode = mode or self.model_config.logprobs_mode
 
     def bench_start_clock(self) -> None:
         """Time the stages of every step from now on. CTC methods only."""

@@ -181,11 +181,12 @@ def _method(name: str, value: Any, folder: Path) -> Method:
     if "model" in spec:
         spec["model"] = _model(f"{where}.model", spec["model"], folder)
     if spec.get("method") == "ctc":
-        _check_ctc(where, spec)
+        check_ctc(where, spec)
     return Method(name, spec or None, engine)
 
 
-def _check_ctc(where: str, spec: dict[str, Any]) -> None:
+def check_ctc(where: str, spec: dict[str, Any]) -> None:
+    """Raises ValueError that names what is wrong in a `speculative_config` of our method."""
     from vllm_ctc_spec.drafter.checkpoint import check_drafter
 
     own = {key: value for key, value in spec.items() if key not in ("method", "model", "num_speculative_tokens")}

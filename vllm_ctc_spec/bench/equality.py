@@ -47,7 +47,7 @@ class Equality:
 
 
 def logit_step(top_logit: float, dtype: torch.dtype) -> float:
-    """Distance of neighbouring numbers of `dtype` at `top_logit`: in bfloat16 0.125 from 16 to 32, 0.25 from 32 to 64."""
+    """Distance of neighbouring numbers of `dtype` at `top_logit`: 0.125 in bfloat16 from 16 to 32, 0.25 from 32 on."""
     _, exponent = math.frexp(top_logit)
     return math.ldexp(torch.finfo(dtype).eps, exponent - 1)
 

@@ -6,6 +6,7 @@ Letters: P prompts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,38 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Ask:
+    """A request of `vllm-ctc-spec verify`."""
+
+    prompt: tuple[int, ...]
+    params: dict[str, Any]
+    """Of vLLM's `SamplingParams`; `temperature` is there."""
+
+    @property
+    def is_greedy(self) -> bool:
+        return bool(self.params["temperature"] == 0)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that a user sees of one answer, and its logits where they were asked for."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str | None
+    stop_reason: int | str | None
+    logprobs: tuple[dict[int, float], ...] = ()
+    """For each token those that the request asked for."""
+    logits: tuple[dict[int, float], ...] = ()
+    """For each token the most likely tokens' logits, in place of `logprobs`."""
+
+
+@dataclass(frozen=True)
 class EngineFacts:
     """What vLLM made of the options."""
 
     dtype: str
     max_model_len: int
     is_eager: bool
+    method: str | None = None
+    """The speculative one."""

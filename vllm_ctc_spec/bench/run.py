@@ -21,6 +21,7 @@ from vllm_ctc_spec.bench.fleet import Fleet
 from vllm_ctc_spec.bench.prompts import Prompt, next_turn, num_turns, select_questions, spread
 from vllm_ctc_spec.bench.records import Pass, Workload
 from vllm_ctc_spec.bench.summary import summarize
+from vllm_ctc_spec.bench.vllm_keys import check_engine_keys, check_speculative_keys
 from vllm_ctc_spec.config import MAX_NODES
 from vllm_ctc_spec.kv_cache import engine_options
 from vllm_ctc_spec.machine import this_machine
@@ -281,19 +282,8 @@ def flatten(fields: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 def check_vllm_keys(config: BenchConfig) -> None:
     """Raises ValueError that names an option that vLLM does not have."""
-    from vllm.config import SpeculativeConfig
-    from vllm.engine.arg_utils import EngineArgs
-
-    known = {each.name for each in dataclasses.fields(EngineArgs)}
-    speculative = {each.name for each in dataclasses.fields(SpeculativeConfig)}
-    for where, options in [
-        ("engine", config.engine),
-        *((f"methods.{m.name}.engine", m.engine) for m in config.methods),
-    ]:
-        for key in options:
-            if key not in known:
-                raise ValueError(f"unknown key {key!r} in {where}: vllm.LLM has no such option.")
+    check_engine_keys("engine", config.engine)
     for method in config.methods:
-        for key in method.speculative_config or {}:
-            if not method.is_ctc and key not in speculative:
-                raise ValueError(f"unknown key {key!r} in methods.{method.name}: vLLM's speculative_config has none.")
+        check_engine_keys(f"methods.{method.name}.engine", method.engine)
+        if method.speculative_config is not None and not method.is_ctc:
+            check_speculative_keys(f"methods.{method.name}", method.speculative_config)

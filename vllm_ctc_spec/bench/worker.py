@@ -14,8 +14,8 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from vllm_ctc_spec.bench.equality import gap_between
-from vllm_ctc_spec.bench.records import Branching, Drafts, EngineFacts, Gap, Pass, Request, Workload
+from vllm_ctc_spec.bench.records import Answer, Ask, Branching, Drafts, EngineFacts, Gap, Pass, Request, Workload
 
 if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
@@ -38,14 +38,23 @@ class Engine:
 
     llm: LLM
 
-    def start(self, target: str, options: dict[str, Any]) -> EngineFacts:
+    def start(self, target: str, options: dict[str, Any], mends_sampling: bool = True) -> EngineFacts:
+        """mends_sampling: see `cpu_sampling`."""
         from vllm import LLM
 
         self.llm = LLM(target, worker_extension_cls=EXTENSION, disable_log_stats=False, **options)
-        self.llm.collective_rpc("bench_mend_sampling")
+        if mends_sampling:
+            self.llm.collective_rpc("bench_mend_sampling")
         config = self.llm.llm_engine.model_config
         dtype = str(config.dtype).removeprefix("torch.")
-        return EngineFacts(dtype, config.max_model_len, bool(config.enforce_eager))
+        return EngineFacts(dtype, config.max_model_len, bool(config.enforce_eager), self._method())
+
+    def _method(self) -> str | None:
+        from vllm_ctc_spec.engine.plugin import is_ctc
+
+        config = self.llm.llm_engine.vllm_config.speculative_config
+        # vLLM knows ours as a custom class.
+        return None if config is None else "ctc" if is_ctc(config) else str(config.method)
 
     def run(self, workload: Workload) -> Pass:
         """Keeps `batch_size` requests in flight, as a server's clients would.
@@ -80,14 +89,52 @@ class Engine:
 
         params = SamplingParams(temperature=0, max_tokens=1, logprobs=NUM_LOGPROBS, detokenize=False)
         prompts: Any = [{"prompt_token_ids": list(each.prompt)} for each in branchings]
-        self.llm.collective_rpc("bench_return_logits", args=(True,))
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        self.llm.collective_rpc("bench_return_logits", args=(False,))
+        with self._logprobs_mode("raw_logits"):
+            outputs = self.llm.generate(prompts, params, use_tqdm=False)
         return [
             gap_between(logits, each.plain_token, each.other_token)
             for each, output in zip(branchings, outputs)
-            for logits in top_logits(output.outputs[0])
+            for logits in scores(output.outputs[0])
         ]
+
+    def answer(self, asks: Sequence[Ask], are_alone: bool, logits_mode: str | None) -> list[Answer] | str:
+        """The answers, or what vLLM says where it refuses the parameters.
+
+        are_alone: one request at a time. logits_mode: vLLM's `logprobs_mode` in which answers have logits, None: none.
+        """
+        from vllm import SamplingParams
+
+        from vllm_ctc_spec.engine.lifetime import wake
+
+        wake(self.llm)
+        logits = {"logprobs": NUM_LOGPROBS} if logits_mode else {}
+        params = [SamplingParams(**{**ask.params, **logits}) for ask in asks]
+        prompts: Any = [{"prompt_token_ids": list(ask.prompt)} for ask in asks]
+        size = 1 if are_alone else len(asks)
+        outputs: list[RequestOutput] = []
+        try:
+            with self._logprobs_mode(logits_mode) if logits_mode else nullcontext():
+                for start in range(0, len(asks), size):
+                    batch = slice(start, start + size)
+                    outputs += self.llm.generate(prompts[batch], params[batch], use_tqdm=False)
+        except ValueError as error:
+            return str(error)
+        return [_answer(output.outputs[0], has_logits=logits_mode is not None) for output in outputs]
+
+    def acceptance_length(self) -> float | None:
+        """Since the engine started; None where nothing was drafted."""
+        from vllm_ctc_spec.engine.metrics import read_tree_metrics
+
+        metrics = read_tree_metrics(self.llm)
+        return None if metrics is None else metrics.acceptance_length
+
+    @contextmanager
+    def _logprobs_mode(self, mode: str) -> Iterator[None]:
+        self.llm.collective_rpc("bench_set_logprobs_mode", args=(mode,))
+        try:
+            yield
+        finally:
+            self.llm.collective_rpc("bench_set_logprobs_mode", args=(None,))
 
     def start_clock(self) -> None:
         self.llm.collective_rpc("bench_start_clock")
@@ -110,9 +157,16 @@ class Engine:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def top_logits(answer: CompletionOutput) -> list[dict[int, float]]:
-    """For each token of an answer the most likely tokens' logits, where `bench_return_logits` is on."""
-    return [{token: entry.logprob for token, entry in entries.items()} for entries in answer.logprobs or []]
+def scores(answer: CompletionOutput) -> tuple[dict[int, float], ...]:
+    """For each token of an answer the most likely tokens' log probabilities, or logits, by `logprobs_mode`."""
+    return tuple({token: entry.logprob for token, entry in entries.items()} for entries in answer.logprobs or [])
+
+
+def _answer(answer: CompletionOutput, has_logits: bool) -> Answer:
+    kind = "logits" if has_logits else "logprobs"
+    return Answer(
+        tuple(answer.token_ids), answer.text, answer.finish_reason, answer.stop_reason, **{kind: scores(answer)}
+    )
 
 
 class _Running:
