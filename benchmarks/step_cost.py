@@ -9,7 +9,7 @@ beta / ratio.
 
 A cell is milliseconds of a step with that many nodes verified per request, next to a step of plain vLLM. One plain
 engine and one with trees serve all cells of a shape; the node budget changes between passes. They take turns in
-rounds, so that the machine's moods hit both, and the figure that counts is the median of the rounds' ratios.
+rounds, so that a slow minute hits both, and the figure that counts is the median of the rounds' ratios.
 
 Random weights accept almost nothing, so the outcome is forced: every tree has the same shape, and each walk accepts
 three nodes that are not the first ones, so that keys and values move as they do when real text is accepted.
