@@ -8,9 +8,16 @@ import torch
 from transformers import LlamaConfig
 
 from vllm_ctc_spec.config import MAX_NODES
-from vllm_ctc_spec.kv_cache import BLOCK_SIZE, DRAFTER_LAYERS, ENGINE_BYTES, engine_options, kv_cache_options
+from vllm_ctc_spec.kv_cache import (
+    BLOCK_SIZE,
+    DRAFTER_LAYERS,
+    ENGINE_BYTES,
+    engine_options,
+    fitting_model_len,
+    kv_cache_options,
+)
 
-LAYERS, KV_HEADS, HEAD_SIZE, CONTEXT = 3, 2, 32, 2048
+LAYERS, KV_HEADS, HEAD_SIZE, CONTEXT = 3, 2, 32, 3000
 BYTES_PER_TOKEN = 2 * (LAYERS + DRAFTER_LAYERS) * KV_HEADS * HEAD_SIZE * 2
 
 
@@ -72,10 +79,15 @@ def test_weights_count(target, free, tmp_path):
 
 
 def test_requests_of_different_lengths_take_what_the_longest_in_flight_take(target, free):
-    options = engine_options(target, [10, 1000, 300], {}, num_requests=2)
-    assert options["max_model_len"] == 1000 + MAX_NODES and options["max_num_seqs"] == 2
-    assert blocks(options) == 1 + 9 + 3
-    assert engine_options(target, [5000, 10], {})["max_model_len"] == CONTEXT
+    options = engine_options(target, [10, 900, 300], {}, num_requests=2)
+    assert options["max_model_len"] == 1024 and options["max_num_seqs"] == 2
+    assert blocks(options) == 1 + 8 + 3
+
+
+def test_engines_for_similar_work_have_one_length_and_none_exceeds_the_context(target):
+    assert {fitting_model_len(target, longest) for longest in (1, 320, 1024 - MAX_NODES)} == {1024}
+    assert fitting_model_len(target, 1025 - MAX_NODES) == 2048
+    assert fitting_model_len(target, 5000) == CONTEXT
 
 
 def test_fewer_requests_in_flight_where_memory_is_short(target, free):
@@ -91,7 +103,7 @@ def test_fewer_requests_in_flight_where_memory_is_short(target, free):
 def test_the_users_settings_win(target, free):
     lengths = [1000] * 64
     for own in ({"kv_cache_memory_bytes": 7}, {"gpu_memory_utilization": 0.5}):
-        assert engine_options(target, lengths, own) == {"max_num_seqs": 64, "max_model_len": 1000 + MAX_NODES, **own}
+        assert engine_options(target, lengths, own) == {"max_num_seqs": 64, "max_model_len": 2048, **own}
     options = engine_options(target, lengths, {"max_model_len": 129, "max_num_seqs": 8, "seed": 3})
     assert (options["max_model_len"], options["max_num_seqs"], options["seed"]) == (129, 8, 3)
     assert blocks(options) == 1 + 8 * 2

@@ -22,6 +22,8 @@ DRAFTER_LAYERS = 4
 ENGINE_BYTES = 1 << 30
 """Allowance for what vLLM's processes hold beside weights and cache."""
 
+SMALLEST_MODEL_LEN = 1024
+
 NUM_REQUESTS = 128
 """Requests in flight at most, where the user names no number."""
 
@@ -46,15 +48,14 @@ def engine_options(
     lengths: prompt and answer of each request together. At most `num_requests` of them are in flight, fewer where
     memory is short and the user has not named `max_num_seqs`. Raises ValueError where not even that fits.
     """
-    # vLLM keeps slots for drafts behind each request, and drafts nothing beyond max_model_len.
-    lengths = [length + MAX_NODES for length in sorted(lengths, reverse=True)]
-    max_model_len = given.get("max_model_len", min(lengths[0], context_length(target)))
+    max_model_len = given.get("max_model_len") or fitting_model_len(target, max(lengths))
     num_requests = given.get("max_num_seqs", min(num_requests, len(lengths)))
     if {"kv_cache_memory_bytes", "gpu_memory_utilization"} & given.keys() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return {"max_num_seqs": num_requests, "max_model_len": max_model_len, **given}
     bytes_per_block = _bytes_per_block(target, str(given.get("dtype", "auto")))
     # vLLM refuses a cache in which no request of max_model_len tokens fits, so one of these is counted as so long.
-    longest = [max_model_len, *(min(length, max_model_len) for length in lengths[1:])]
+    # It keeps slots for drafts behind each request, and drafts nothing beyond max_model_len.
+    longest = [max_model_len, *(min(n + MAX_NODES, max_model_len) for n in sorted(lengths, reverse=True)[1:])]
     needed = _num_blocks(longest[:num_requests]) * bytes_per_block
     while not _fits(target, needed):
         if "max_num_seqs" in given or num_requests == 1:
@@ -62,6 +63,15 @@ def engine_options(
         num_requests //= 2
         needed = _num_blocks(longest[:num_requests]) * bytes_per_block
     return {**_options(needed, num_requests, max_model_len), **given}
+
+
+def fitting_model_len(target: str, longest: int) -> int:
+    """`max_model_len` for requests of up to `longest` tokens and their drafts.
+
+    A power of two: vLLM's compile cache is one for each, and the engines of similar work shall share it.
+    """
+    rounded = 1 << (max(longest + MAX_NODES, SMALLEST_MODEL_LEN) - 1).bit_length()
+    return min(rounded, context_length(target))
 
 
 def context_length(target: str) -> int:

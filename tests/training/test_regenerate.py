@@ -98,7 +98,9 @@ def test_later_turns_follow_the_targets_own_answers(tmp_path, monkeypatch):
         "user : one assistant : b user : two assistant :",
         "user : five assistant : b user : six assistant :",
     ]
-    (tmp_path / "rows.turn1.jsonl").unlink()
-    prompts = all_turns("target", questions, tokenizer, tmp_path / "rows.jsonl", settings, max_model_len=100)
+    prompts = all_turns("target", questions, tokenizer, tmp_path / "all.jsonl", settings, max_model_len=100)
     assert words_of(tokenizer, prompts[-1]).endswith("user : two assistant : b user : three assistant :")
     assert len(prompts) == 6
+    # Nothing follows the answer to a last turn, so it is not asked for.
+    assert len((tmp_path / "all.turn2.jsonl").read_text().splitlines()) == 1
+    assert not (tmp_path / "all.turn3.jsonl").exists()

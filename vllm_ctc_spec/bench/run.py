@@ -1,4 +1,4 @@
-"""A run: engines start once, each cell (prompts, batch size, temperature) is measured in rounds and written at once."""
+"""A run: engines start once, each cell (prompts, batch size, sampling) is measured in rounds and written at once."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from vllm_ctc_spec.bench.equality import Equality, judge
 from vllm_ctc_spec.bench.fleet import Fleet
 from vllm_ctc_spec.bench.prompts import Prompt, next_turn, num_turns, select_questions, spread
 from vllm_ctc_spec.bench.records import Pass, Workload
+from vllm_ctc_spec.bench.sampling import Sampling
 from vllm_ctc_spec.bench.summary import summarize
 from vllm_ctc_spec.bench.vllm_keys import check_engine_keys, check_speculative_keys
-from vllm_ctc_spec.config import MAX_NODES
-from vllm_ctc_spec.kv_cache import engine_options
+from vllm_ctc_spec.kv_cache import engine_options, fitting_model_len
 from vllm_ctc_spec.machine import this_machine
 from vllm_ctc_spec.training.atomic import write_atomically
 from vllm_ctc_spec.training.prompts import Question
@@ -40,14 +40,14 @@ Report = Callable[[str, int], None]
 class Cell:
     prompts: str
     batch_size: int
-    temperature: float
+    sampling: Sampling
 
     @property
     def file_name(self) -> str:
-        return f"{self.prompts}-batch{self.batch_size}-temperature{self.temperature:g}.json"
+        return f"{self.prompts}-batch{self.batch_size}-{self.sampling.file_part}.json"
 
     def __str__(self) -> str:
-        return f"{self.prompts}, batch {self.batch_size}, temperature {self.temperature:g}"
+        return f"{self.prompts}, batch {self.batch_size}, {self.sampling}"
 
 
 class Bench:
@@ -64,16 +64,16 @@ class Bench:
         for name, questions in self.questions.items():
             self._check_prompts(name, questions)
         if "max_model_len" not in config.engine:
-            self.context = min(self.context, max(self._lengths()) + MAX_NODES)
+            self.context = fitting_model_len(config.target, max(self._lengths()))
         check_vllm_keys(config)
         claim(output / "cells", self._settings())
 
     def cells(self) -> list[Cell]:
         config = self.config
         return [
-            Cell(name, batch_size, temperature)
+            Cell(name, batch_size, sampling)
             for name in config.prompts
-            for temperature in config.temperatures
+            for sampling in config.sampling
             for batch_size in config.batch_sizes
         ]
 
@@ -177,19 +177,20 @@ class Bench:
                 prompt = next_turn(name, question, answers[index], self.tokenizer)
                 if turn < len(question.later_turns) and prompt and len(prompt.token_ids) < self.context - 1:
                     asked[index] = prompt
-            work = self.workload(list(asked.values()), max(self.config.batch_sizes), 0.0)
+            work = self.workload(list(asked.values()), max(self.config.batch_sizes), Sampling())
             done: Pass = fleet.call(PLAIN, "run", workload=work)
             for index, request in zip(asked, done.requests):
                 answers[index].append(list(request.token_ids))
         write_atomically(path, json.dumps(answers).encode())
         return answers
 
-    def workload(self, prompts: Sequence[Prompt], batch_size: int, temperature: float) -> Workload:
+    def workload(self, prompts: Sequence[Prompt], batch_size: int, sampling: Sampling) -> Workload:
         config = self.config
         return Workload(
             prompts=tuple(prompt.token_ids for prompt in prompts),
             max_tokens=tuple(min(config.max_tokens, self.context - len(prompt.token_ids)) for prompt in prompts),
-            temperature=temperature,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
             seed=config.seed,
             batch_size=batch_size,
             ignore_eos=config.ignore_eos,
@@ -203,7 +204,7 @@ class _Cell:
         self.config, self.cell, self.fleet, self.report = bench.config, cell, fleet, report
         count = max(self.config.num_prompts or len(prompts), cell.batch_size)
         self.prompts = spread(prompts, min(count, len(prompts)))
-        self.work = {"workload": bench.workload(self.prompts, cell.batch_size, cell.temperature)}
+        self.work = {"workload": bench.workload(self.prompts, cell.batch_size, cell.sampling)}
         self.passes: dict[str, list[Pass]] = {}
         """The first one warms up."""
 
@@ -244,7 +245,7 @@ class _Cell:
         return dataclasses.asdict(result) | {"engine": dataclasses.asdict(self.fleet.facts[method.name])}
 
     def _equality(self, method: Method) -> Equality:
-        is_greedy = self.cell.temperature == 0
+        is_greedy = self.cell.sampling.is_greedy
         dtype: torch.dtype = getattr(torch, self.fleet.facts[PLAIN].dtype)
         answers = {
             name: [[request.token_ids for request in each.requests] for each in self.passes[name]]
@@ -271,7 +272,7 @@ def flatten(fields: dict[str, Any], above: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; a list of named records counts as a mapping."""
     flat: dict[str, Any] = {}
     for key, value in fields.items():
-        if isinstance(value, list | tuple) and value and all(isinstance(each, dict) for each in value):
+        if isinstance(value, list | tuple) and value and all(isinstance(each, dict) and "name" in each for each in value):
             value = {each["name"]: each for each in value}
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{above}{key}.")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
@@ -18,7 +18,9 @@ from vllm_ctc_spec.machine import this_machine
 from vllm_ctc_spec.markdown import markdown_table
 from vllm_ctc_spec.training.atomic import write_atomically
 from vllm_ctc_spec.training.data import TrainingRow
-from vllm_ctc_spec.training.evaluate import Evaluation
+
+if TYPE_CHECKING:
+    from vllm_ctc_spec.training.evaluate import Evaluation
 
 TRAINING_RECORD = "training.json"
 """What `fit` writes beside the weights."""

@@ -102,8 +102,9 @@ def all_turns(
         for i, line in zip(asked, whole_lines(path)):
             answers[i].append(json.loads(line)["token_ids"])
         later = {i: turn_prompt(questions[i], answers[i], tokenizer) for i in asked}
-        asked = {i: list(prompt) for i, prompt in later.items() if prompt is not None and len(prompt) < context}
-        prompts += asked.values()
+        fitting = {i: list(prompt) for i, prompt in later.items() if prompt is not None and len(prompt) < context}
+        prompts += fitting.values()
+        asked = {i: prompt for i, prompt in fitting.items() if len(questions[i].later_turns) > turn}
     return prompts
 
 
