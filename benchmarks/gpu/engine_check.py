@@ -28,8 +28,9 @@ from tests.tiny_pair import build_tiny_pair
 from vllm_ctc_spec.bench.config import BenchConfig, Method, PromptSource
 from vllm_ctc_spec.bench.report import to_terminal
 from vllm_ctc_spec.bench.run import Bench
+from vllm_ctc_spec.bench.sampling import Sampling
 
-TEMPERATURES = {"float32": (0.0, 1.0), "bfloat16": (0.0,)}
+SAMPLING = {"float32": (Sampling(), Sampling(temperature=1.0)), "bfloat16": (Sampling(),)}
 BATCHES = (1, 8)
 CACHE_BYTES = 2 << 30
 """Of each engine; two are alive at once."""
@@ -50,7 +51,7 @@ def bench_config(dtype: str, options: argparse.Namespace) -> BenchConfig:
         prompts={"prompts": PromptSource(str(options.prompts))},
         engine={"dtype": dtype, "max_model_len": 1024, "kv_cache_memory_bytes": CACHE_BYTES},
         batch_sizes=BATCHES,
-        temperatures=TEMPERATURES[dtype],
+        sampling=SAMPLING[dtype],
         max_tokens=options.max_tokens,
         num_prompts=max(BATCHES),
         rounds=options.rounds,
@@ -61,7 +62,7 @@ def verdicts(dtype: str, results: dict[str, Any]) -> list[dict[str, Any]]:
     """One per cell and method."""
     rows = []
     for cell in results["cells"]:
-        where = {"dtype": dtype, "batch": cell["batch_size"], "temperature": cell["temperature"]}
+        where = {"dtype": dtype, "batch": cell["batch_size"], **cell["sampling"]}
         for name, method in cell["methods"].items():
             length = method["acceptance_length"]
             is_right = method["equality"]["exact"] and (name == "plain" or length > 1)
@@ -76,7 +77,7 @@ def main() -> int:
     parser.add_argument("--target", type=Path)
     parser.add_argument("--drafter", type=Path)
     parser.add_argument("--prompts", type=Path, help="JSONL, as for `vllm-ctc-spec bench`")
-    parser.add_argument("--dtypes", nargs="+", choices=list(TEMPERATURES), default=list(TEMPERATURES))
+    parser.add_argument("--dtypes", nargs="+", choices=list(SAMPLING), default=list(SAMPLING))
     parser.add_argument("--nodes", nargs="+", type=int, default=[32], help="node budgets")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)

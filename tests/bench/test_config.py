@@ -5,7 +5,20 @@ from pathlib import Path
 import pytest
 
 from vllm_ctc_spec.bench.config import BenchConfig, load_config
+from vllm_ctc_spec.bench.sampling import Sampling
 from vllm_ctc_spec.cli import main
+from vllm_ctc_spec.config import CTCDrafterConfig
+from vllm_ctc_spec.drafter import CTCDrafter
+
+DRAFTER = {
+    "hidden_size": 8,
+    "vocab_size": 11,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "intermediate_size": 8,
+}
+CONFIGURATIONS = sorted((Path(__file__).parents[2] / "benchmarks").glob("*.yaml"))
 
 MINIMAL = """
 target: target
@@ -34,7 +47,7 @@ def test_paths_are_relative_to_the_yaml_and_rounds_are_ten(folder: Path):
     config = load(folder)
     assert config.target == str(folder / "target")
     assert config.prompts["questions"].source == str(folder / "questions.jsonl")
-    assert (config.rounds, config.batch_sizes, config.temperatures) == (10, (1,), (0.0,))
+    assert (config.rounds, config.batch_sizes, config.sampling) == (10, (1,), (Sampling(),))
     assert [method.name for method in config.methods] == ["plain", "ngram"]
 
 
@@ -45,8 +58,15 @@ def test_paths_are_relative_to_the_yaml_and_rounds_are_ten(folder: Path):
         ("batch_sizes: [1, 0]", "batch_sizes: 0"),
         ("batch_sizes: [4, 4]", "each value once"),
         ("batch_sizes: []", "at least one"),
-        ("temperatures: [-1]", "temperatures: -1"),
-        ("temperatures: [warm]", "temperatures: 'warm'"),
+        ("sampling: []", r"sampling=\[\]: give a list"),
+        ("sampling: {temperature: 0}", "give a list"),
+        ("sampling: [0.2]", r"sampling\[0\]=0.2: give a mapping with 'temperature'"),
+        ("sampling: [{temperature: 0}, {top_p: 0.9}]", r"sampling\[1\]=.* with 'temperature'"),
+        ("sampling: [{temperature: 1, topp: 0.9}]", r"unknown key 'topp' in sampling\[0\].* Did you mean 'top_p'"),
+        ("sampling: [{temperature: -1}]", r"sampling\[0\].temperature=-1 must be at least 0"),
+        ("sampling: [{temperature: warm}]", r"sampling\[0\].temperature='warm' must be a number"),
+        ("sampling: [{temperature: 1, top_p: 0}]", r"sampling\[0\].top_p=0 must be above 0"),
+        ("sampling: [{temperature: 0}, {temperature: 0.0, top_p: 1}]", "each value once"),
         ("rounds: 1", "rounds=1: use an integer of at least 2"),
         ("max_tokens: true", "max_tokens=True"),
         ("ignore_eos: 1", "ignore_eos=1"),
@@ -134,14 +154,27 @@ def test_only_keeps_plain_and_refuses_a_stranger(folder: Path):
         load(folder, text, only=["eagle"])
 
 
-def test_the_paper_fixes_batch_temperature_and_prompts(folder: Path):
-    text = MINIMAL.replace("questions: ", "mt-bench: ") + "  gsm8k: questions.jsonl\n"
+def test_a_cell_is_sampled_as_its_entry_says(folder: Path):
+    config = load(folder, "sampling: [{temperature: 0}, {temperature: 0.2, top_p: 0.9}]" + MINIMAL)
+    greedy, sampled = config.sampling
+    assert greedy == Sampling(0.0, 1.0) and greedy.is_greedy and str(greedy) == "temperature 0"
+    assert sampled == Sampling(0.2, 0.9) and not sampled.is_greedy
+    assert (str(sampled), sampled.file_part) == ("temperature 0.2, top-p 0.9", "temperature0.2-top-p0.9")
+    assert load(folder, settings=["sampling=[{temperature: 1}]"]).sampling == (Sampling(1.0),)
+
+
+def test_the_paper_fixes_batch_sampling_and_prompts(folder: Path):
+    text = (
+        "batch_sizes: [1, 4]\nsampling: [{temperature: 1}]"
+        + MINIMAL.replace("questions: ", "mt-bench: ")
+        + "  gsm8k: questions.jsonl\n"
+    )
     config = load(folder, text, preset="paper")
-    assert (config.batch_sizes, config.temperatures, config.max_tokens) == ((1,), (0,), 1024)
+    assert (config.batch_sizes, config.sampling, config.max_tokens) == ((1,), (Sampling(),), 1024)
     with pytest.raises(ValueError, match="'mt-bench' is missing"):
         load(folder, preset="paper")
-    with pytest.raises(ValueError, match=r"batch_sizes=.*preset 'paper' sets it to"):
-        load(folder, "batch_sizes: [4]" + text, preset="paper")
+    with pytest.raises(ValueError, match=r"--set batch_sizes=\[4\]: --preset paper sets it to \[1\]"):
+        load(folder, text, settings=["batch_sizes=[4]"], preset="paper")
 
 
 def test_engine_options_of_a_method_win_and_all_are_measured_alike(folder: Path):
@@ -162,9 +195,16 @@ def test_the_command_prints_one_line(folder: Path, capsys: pytest.CaptureFixture
     assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["trained_pair", "paper"])
-def test_the_configurations_of_the_repository_are_whole(name: str, folder: Path):
-    """They name folders that only their user has; everything before that check passes."""
-    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.yaml"
-    with pytest.raises(ValueError, match="does not exist"):
-        load_config(path, [f"folder={folder}"], preset="paper" if name == "paper" else None)
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_the_configurations_of_the_repository_are_whole(path: Path, folder: Path):
+    """With the folders and files that only their user has."""
+    CTCDrafter(CTCDrafterConfig(**DRAFTER)).save_pretrained(folder / "drafter")
+    for name in ("medusa", "eagle", "eagle3", "draft"):
+        (folder / name).mkdir()
+    for name in ("mt_bench", "mt_bench_questions", "gsm8k_questions"):
+        (folder / f"{name}.jsonl").touch()
+    has_both_sets = path.stem in ("paper", "smollm2")
+    config = load_config(path, [f"folder={folder}"], preset="paper" if has_both_sets else None)
+    assert {"plain", "ctc"} <= {method.name for method in config.methods}
+    if has_both_sets:
+        assert (config.batch_sizes, config.sampling, config.max_tokens) == ((1,), (Sampling(),), 1024)

@@ -25,7 +25,7 @@ def cell(batch_size: int) -> dict[str, Any]:
     return {
         "prompts": "code",
         "batch_size": batch_size,
-        "temperature": 0,
+        "sampling": {"temperature": 0.2, "top_p": 0.9},
         "prompt_names": ["first", "second"],
         "load_average": 0.5,
         "methods": {
@@ -51,7 +51,7 @@ def row(report: str, name: str) -> list[str]:
 def test_the_report_shows_every_figure_and_every_failure():
     report = render(results(), ["ratio.png"])
     assert "A CPU, 2 cores, 8 GiB; vllm 0.32.0" in report
-    assert "## code, batch 4, temperature 0" in report
+    assert "## code, batch 4, temperature 0.2, top-p 0.9" in report
     ctc = row(report, "ctc")
     assert ctc[1] == "24.0"
     assert ctc[2] == "2.025"

@@ -36,6 +36,7 @@ class FakeFleet:
     """Answers prompt [..., x] with x, x + 1; ngram goes wrong after prompts that end in 3; suffix dies at batch 2."""
 
     started: list[str]
+    works: list[Workload]
     config: BenchConfig
 
     def __init__(self, config: BenchConfig, logs: Path) -> None:
@@ -64,6 +65,7 @@ class FakeFleet:
         if command != "run":
             return 1 << 20
         work: Workload = arguments["workload"]
+        type(self).works.append(work)
         if name == "suffix" and work.batch_size == 2:
             self.errors[name] = "RuntimeError: gone"
             return None
@@ -79,7 +81,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     LlamaConfig(vocab_size=30, max_position_embeddings=2048).save_pretrained(tmp_path / "target")
     (tmp_path / "words.jsonl").write_text('{"prompt": "1 2"}\n{"prompt": "2 3"}\n')
     (tmp_path / "talk.jsonl").write_text('{"question_id": 7, "category": "c", "turns": ["4 5", "6"]}\n')
-    FakeFleet.started = []
+    FakeFleet.started, FakeFleet.works = [], []
     monkeypatch.setattr(run_module, "Fleet", FakeFleet)
     return tmp_path
 
@@ -123,6 +125,19 @@ def test_engines_get_the_cache_that_the_prompts_need(folder: Path):
     assert plain["kv_cache_memory_bytes"] == ngram["kv_cache_memory_bytes"] > 0
     # Which is no part of what was asked for.
     assert results["config"]["engine"] == {}
+
+
+def test_a_cells_sampling_reaches_the_engines(folder: Path):
+    text = CONFIG + "sampling: [{temperature: 0}, {temperature: 0.2, top_p: 0.9}]\n"
+    run = bench(folder, text.replace("[1, 2]", "[1]"))
+    assert [run.path(cell).name for cell in run.cells()[:2]] == [
+        "words-batch1-temperature0.json", "words-batch1-temperature0.2-top-p0.9.json",
+    ]  # fmt: skip
+    assert [cell["sampling"] for cell in run.run(quiet)["cells"][:2]] == [
+        {"temperature": 0.0, "top_p": 1.0}, {"temperature": 0.2, "top_p": 0.9},
+    ]  # fmt: skip
+    assert {(work.temperature, work.top_p) for work in FakeFleet.works} == {(0.0, 1.0), (0.2, 0.9)}
+    assert bench(folder, text.replace("[1, 2]", "[1]")).pending() == []
 
 
 def test_a_methods_own_memory_is_left_alone(folder: Path):

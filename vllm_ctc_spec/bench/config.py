@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_ctc_spec.bench.sampling import Sampling
 from vllm_ctc_spec.bench.yaml_file import override, read_yaml
 from vllm_ctc_spec.config import SpecOptions, check_node_budget, did_you_mean
 
 PLAIN = "plain"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-PRESETS: dict[str, dict[str, Any]] = {"paper": {"batch_sizes": [1], "temperatures": [0], "max_tokens": 1024}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"batch_sizes": [1], "sampling": [{"temperature": 0}], "max_tokens": 1024}
+}
 """As the evaluation scripts of arXiv 2412.00061: one request at a time, greedy, at most 1,024 tokens."""
 
 PAPER_PROMPTS = ("mt-bench", "gsm8k")
@@ -66,7 +69,7 @@ class BenchConfig:
     """Options of `vllm.LLM` for every method."""
     batch_sizes: tuple[int, ...] = (1,)
     """Requests in flight."""
-    temperatures: tuple[float, ...] = (0.0,)
+    sampling: tuple[Sampling, ...] = (Sampling(),)
     max_tokens: int = 256
     num_prompts: int | None = None
     """Prompts of a cell, taken evenly from the source; a batch takes at least as many as it holds. None: all."""
@@ -89,16 +92,17 @@ class BenchConfig:
 def load_config(
     path: Path, settings: Sequence[str] = (), only: Sequence[str] = (), preset: str | None = None
 ) -> BenchConfig:
-    """Read `path`; `settings` ("key.key=value") replace single values, `only` keeps these methods and plain.
+    """Read `path`; `settings` ("key.key=value") replace single values, `only` keeps these methods and plain,
+    a preset replaces what the YAML says.
 
     Paths are relative to the key `folder`, itself relative to the YAML's folder, which is its default.
     Raises ValueError that names the setting, what it is and the remedy.
     """
-    fields = read_yaml(path)
+    fields = read_yaml(path) | PRESETS.get(preset or "", {})
     for setting in settings:
         override(fields, setting)
     if preset is not None:
-        _add_preset(fields, preset)
+        _check_preset(fields, preset)
     known = ("folder", *(each.name for each in dataclasses.fields(BenchConfig)))
     _reject_unknown(fields, known, str(path))
     for key in ("target", "methods", "prompts"):
@@ -115,20 +119,20 @@ def load_config(
         "prompts": prompts,
         "engine": _engine("engine", fields.get("engine")),
     }
-    for key in ("batch_sizes", "temperatures"):
-        if key in fields:
-            fields[key] = tuple(fields[key]) if isinstance(fields[key], list) else (fields[key],)
+    if "batch_sizes" in fields:
+        sizes = fields["batch_sizes"]
+        fields["batch_sizes"] = tuple(sizes) if isinstance(sizes, list) else (sizes,)
+    if "sampling" in fields:
+        fields["sampling"] = _sampling(fields["sampling"])
     config = BenchConfig(**fields)
     _check_numbers(config)
     return config
 
 
-def _add_preset(fields: dict[str, Any], preset: str) -> None:
+def _check_preset(fields: dict[str, Any], preset: str) -> None:
     for key, value in PRESETS[preset].items():
-        if fields.setdefault(key, value) != value:
-            raise ValueError(
-                f"{key}={fields[key]!r}: preset {preset!r} sets it to {value!r}. Leave it out of the YAML."
-            )
+        if fields[key] != value:
+            raise ValueError(f"--set {key}={fields[key]!r}: --preset {preset} sets it to {value!r}. Leave one out.")
     prompts = fields.get("prompts")
     missing = [name for name in PAPER_PROMPTS if not isinstance(prompts, dict) or name not in prompts]
     if missing:
@@ -227,6 +231,30 @@ def _prompts(name: str, value: Any, folder: Path) -> PromptSource:
     return PromptSource(**{**value, "source": _model(f"{where}.source", value["source"], folder)})
 
 
+def _sampling(value: Any) -> tuple[Sampling, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(
+            f"sampling={value!r}: give a list, such as [{{temperature: 0}}, {{temperature: 1, top_p: 0.9}}]."
+        )
+    found = []
+    for number, each in enumerate(value):
+        where = f"sampling[{number}]"
+        if not isinstance(each, dict) or "temperature" not in each:
+            raise ValueError(f"{where}={each!r}: give a mapping with 'temperature' and, if wanted, 'top_p'.")
+        _reject_unknown(each, [field.name for field in dataclasses.fields(Sampling)], where)
+        for key, setting in each.items():
+            if isinstance(setting, bool) or not isinstance(setting, int | float):
+                raise ValueError(f"{where}.{key}={setting!r} must be a number.")
+        if not each["temperature"] >= 0:
+            raise ValueError(f"{where}.temperature={each['temperature']!r} must be at least 0, which is greedy.")
+        if not 0 < each.get("top_p", 1) <= 1:
+            raise ValueError(f"{where}.top_p={each['top_p']!r} must be above 0 and at most 1, which is all tokens.")
+        found.append(Sampling(**{key: float(setting) for key, setting in each.items()}))
+    if len(set(found)) < len(found):
+        raise ValueError(f"sampling={value!r}: give each value once.")
+    return tuple(found)
+
+
 def _model(where: str, value: Any, folder: Path) -> str:
     """An existing path, absolute, or a hub name."""
     path = folder / Path(str(value)).expanduser()
@@ -250,12 +278,11 @@ def _check_numbers(config: BenchConfig) -> None:
         value = getattr(config, key)
         if not (type(value) is int and value >= least) and not (key == "num_prompts" and value is None):
             raise ValueError(f"{key}={value!r}: use an integer of at least {least}.")
-    for key, kind, least in (("batch_sizes", int, 1), ("temperatures", (int, float), 0)):
-        values = getattr(config, key)
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{key}={list(values)}: give each value once, and at least one.")
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, kind) or value < least:
-                raise ValueError(f"{key}: {value!r} must be a number of at least {least}.")
+    sizes = config.batch_sizes
+    for size in sizes:
+        if type(size) is not int or size < 1:
+            raise ValueError(f"batch_sizes: {size!r} must be an integer of at least 1.")
+    if not sizes or len(set(sizes)) < len(sizes):
+        raise ValueError(f"batch_sizes={list(sizes)}: give each value once, and at least one.")
     if not isinstance(config.ignore_eos, bool):
         raise ValueError(f"ignore_eos={config.ignore_eos!r}: use true or false.")

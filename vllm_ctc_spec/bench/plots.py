@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_ctc_spec.bench.config import PLAIN
 from vllm_ctc_spec.bench.ratio import CONFIDENCE
+from vllm_ctc_spec.bench.sampling import Sampling
 from vllm_ctc_spec.training.atomic import save_png
 
 if TYPE_CHECKING:
@@ -16,13 +17,13 @@ Cells = list[dict[str, Any]]
 
 
 def draw(results: dict[str, Any], output: Path) -> list[str]:
-    """Write the figures into `output`; returns their names. One panel per prompts and temperature."""
+    """Write the figures into `output`; returns their names. One panel per prompts and sampling."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     panels: dict[str, Cells] = {}
     for cell in results["cells"]:
-        panels.setdefault(f"{cell['prompts']}, temperature {cell['temperature']:g}", []).append(cell)
+        panels.setdefault(f"{cell['prompts']}, {Sampling(**cell['sampling'])}", []).append(cell)
     drawings = {"ratio.png": _draw_ratios, "beta.png": _draw_betas, "depth.png": _draw_depths}
     for name, drawing in drawings.items():
         figure = Figure(figsize=(8 * len(panels), 4.8), layout="constrained")

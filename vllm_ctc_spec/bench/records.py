@@ -23,6 +23,7 @@ class Workload:
     batch_size: int
     """Requests in flight: the next one is added when one ends."""
     ignore_eos: bool = False
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from vllm_ctc_spec.bench.clock import STAGES
 from vllm_ctc_spec.bench.config import PLAIN
 from vllm_ctc_spec.bench.equality import NEAR_TIE_STEPS
 from vllm_ctc_spec.bench.ratio import CONFIDENCE
+from vllm_ctc_spec.bench.sampling import Sampling
 from vllm_ctc_spec.markdown import markdown_table
 
 MAX_LISTED = 20
@@ -72,7 +73,7 @@ def render(results: dict[str, Any], plots: Sequence[str]) -> str:
 
 
 def _cell(cell: dict[str, Any], config: dict[str, Any]) -> str:
-    title = f"## {cell['prompts']}, batch {cell['batch_size']}, temperature {cell['temperature']:g}"
+    title = f"## {cell['prompts']}, batch {cell['batch_size']}, {Sampling(**cell['sampling'])}"
     count = (
         f"{len(cell['prompt_names'])} prompts; the machine's load average at the start was {cell['load_average']:.1f}."
     )
@@ -175,7 +176,7 @@ def to_terminal(results: dict[str, Any]) -> Table:
     same = ("equal", "near-tie", "different")
     table = Table("cell", "method", "tokens/s", "× plain", "interval", "β", *same, "exact")
     for cell in results["cells"]:
-        title = f"{cell['prompts']}, batch {cell['batch_size']}, t {cell['temperature']:g}"
+        title = f"{cell['prompts']}, batch {cell['batch_size']}, {Sampling(**cell['sampling'])}"
         for name, method in cell["methods"].items():
             row = dict(zip(COLUMNS, _row(name, method)))
             exact = row["exact"].replace("**", "")

@@ -272,7 +272,7 @@ def flatten(fields: dict[str, Any], above: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; a list of named records counts as a mapping."""
     flat: dict[str, Any] = {}
     for key, value in fields.items():
-        if isinstance(value, list | tuple) and value and all(isinstance(each, dict) and "name" in each for each in value):
+        if isinstance(value, list | tuple) and value and isinstance(value[0], dict) and "name" in value[0]:
             value = {each["name"]: each for each in value}
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{above}{key}.")

@@ -207,6 +207,7 @@ def _sampling_params(workload: Workload) -> list[SamplingParams]:
     return [
         SamplingParams(
             temperature=workload.temperature,
+            top_p=workload.top_p,
             seed=workload.seed + index,
             max_tokens=max_tokens,
             ignore_eos=workload.ignore_eos,
