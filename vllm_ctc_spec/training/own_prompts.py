@@ -36,7 +36,7 @@ def write_own_prompts(target_path: str, count: int, output: Path, seed: int = 0,
     """
     before, after = around_user_turn(target_path)
     num_done = len(whole_lines(output))
-    claim_file(output, {"target": target_path, "seed": seed})
+    claim_file(output, {"target": str(target_path), "seed": seed})
     if num_done >= count:
         return
     options = complete(target_path, [len(before) + MAX_TOKENS] * LARGEST_CHUNK, engine_options)

@@ -111,7 +111,7 @@ def all_turns(
 def _resumable(target_path: str, settings: RegenerateSettings) -> dict[str, Any]:
     """What must not change between a killed run and the one that goes on; more samples only add rows."""
     fields = dataclasses.asdict(settings)
-    return {"target": target_path, **{name: fields[name] for name in ("temperatures", "max_tokens", "seed")}}
+    return {"target": str(target_path), **{name: fields[name] for name in ("temperatures", "max_tokens", "seed")}}
 
 
 def _temperature(row: int, num_prompts: int, settings: RegenerateSettings) -> float:

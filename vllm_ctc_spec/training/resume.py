@@ -45,7 +45,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
 
 def claim_file(path: Path, settings: dict[str, Any]) -> None:
     """The same for a file of lines, whose settings stand beside it; those of a file without lines are written anew."""
-    record = path.with_suffix(".settings.json")
+    record = path.with_name(f"{path.name}.settings.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or not path.stat().st_size:
         record.unlink(missing_ok=True)
