@@ -76,8 +76,9 @@ def _card(drafter: Path, target: str, record: Mapping[str, Any], evaluations: Ma
     config = CTCDrafterConfig.from_pretrained(drafter)
     parts = [
         f"# CTC drafter for {target}",
-        f"A draft module for speculative decoding of `{target}` in vLLM with token trees. The answers are those that "
-        "vLLM gives without it. It needs the plugin `vllm-ctc-spec`.",
+        f"A draft module for speculative decoding of `{target}` with token trees, for vLLM with the plugin "
+        "`vllm-ctc-spec`. In float32 the answers are those of vLLM without it; in 16 bits a near-tie of the best two "
+        "tokens may fall the other way.",
         "## Serve",
         _serve(drafter.name, target),
         "## Drafter",
@@ -88,7 +89,7 @@ def _card(drafter: Path, target: str, record: Mapping[str, Any], evaluations: Ma
         "Tokens per step of the target, the target's own token included, ± standard error. Trees for random anchors "
         "are walked along text that the target wrote and the drafter has not seen. A chain has one node per frame.",
         _acceptance(evaluations),
-        f"    {command_line(sys.argv)}",
+        f"Judged by:\n\n    {command_line(sys.argv)}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -109,7 +110,7 @@ def _drafter_rows(drafter: Path, config: CTCDrafterConfig) -> list[tuple[str, st
     num_parameters = sum(map(_num_parameters, files))
     drafted = config.draft_vocab_size or config.vocab_size
     return [
-        ("size", f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB, {num_parameters / 1e6:.1f} M numbers"),
+        ("size", f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB, {num_parameters / 1e6:.1f} M parameters"),
         ("layers", str(config.num_hidden_layers)),
         ("frames, labels per anchor", f"{config.num_frames}, {config.label_length}"),
         ("emissions", config.emission),

@@ -130,6 +130,10 @@ def _regenerate(options: argparse.Namespace) -> int:
 
 def _engine(options: argparse.Namespace) -> dict[str, Any]:
     engine = dict(options.engine)
+    if engine:
+        from vllm_ctc_spec.bench.vllm_keys import check_engine_keys
+
+        check_engine_keys("--engine", engine)
     if "seed" in engine:
         raise ValueError(f"--engine seed={engine['seed']}: use --seed {engine['seed']}.")
     return engine

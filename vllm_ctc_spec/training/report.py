@@ -44,16 +44,16 @@ def to_table(evaluation: Evaluation, name: str = "") -> Group:
     counts = f"{evaluation.num_anchors} anchors in {evaluation.num_rows} rows{left_out}"
     first, sibling = _shown(evaluation.after_first_choice), _shown(evaluation.after_sibling)
     return Group(
-        _acceptance_table(evaluation, f"{name}: {counts}" if name else counts),
+        _acceptance_table(evaluation, f"Acceptance length, {name}" if name else "Acceptance length", counts),
         _depth_table(evaluation),
         _reliability_table(evaluation),
         f"next token right after an accepted first choice {first}, after an accepted sibling {sibling}",
     )
 
 
-def _acceptance_table(evaluation: Evaluation, counts: str) -> Table:
+def _acceptance_table(evaluation: Evaluation, title: str, counts: str) -> Table:
     columns = ("tree", "nodes", "tokens per step", "± standard error", "believed", "believed / accepted drafts")
-    table = Table(*columns, title="Acceptance length", caption=counts)
+    table = Table(*columns, title=title, caption=counts)
     for tree in evaluation.trees:
         error, expected, belief = map(_number, (tree.standard_error, tree.expected, tree.belief))
         table.add_row(tree.tree, str(tree.num_nodes), f"{tree.length:.2f}", error, expected, belief)
