@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec`: demo, chat, train, bench, inspect. Each command imports what it needs when it runs."""
+"""`vllm-ctc-spec`: demo, chat, train, bench, verify, inspect. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 from vllm_ctc_spec import __version__
 from vllm_ctc_spec.bench.command import add_bench
 from vllm_ctc_spec.chat.command import add_chat
+from vllm_ctc_spec.demo.command import add_demo
 from vllm_ctc_spec.training.command import add_train
+from vllm_ctc_spec.verify.command import add_verify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,15 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="build a small target and drafter here, serve both, compare")
-    demo.add_argument("--json", type=Path, metavar="PATH", help="also write the comparison as JSON")
-    demo.add_argument("--print-paths", action="store_true", help="print only the two model folders")
-    demo.add_argument("--nodes", type=int, default=12, help="node budget, 1 to 63 (default %(default)s)")
-    demo.set_defaults(run=_demo)
-
+    add_demo(commands)
     add_chat(commands)
     add_train(commands)
     add_bench(commands)
+    add_verify(commands)
 
     inspect = commands.add_parser("inspect", help="draw the token tree of one prompt")
     inspect.add_argument("target", help="folder or hub name of the target")
@@ -51,15 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--png", type=Path, metavar="PATH", help="also draw it into this file")
     inspect.set_defaults(run=_inspect)
     return parser
-
-
-def _demo(options: argparse.Namespace) -> int:
-    from vllm_ctc_spec.config import check_node_budget
-    from vllm_ctc_spec.demo.run import print_paths, run_demo
-
-    if options.print_paths:
-        return print_paths()
-    return run_demo(check_node_budget(options.nodes), options.json)
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -37,10 +37,13 @@ class DrawnTree:
         return sum(self.probabilities)
 
 
-def draw(target: str, drafter: str, prompt: str, num_nodes: int, options: SpecOptions, skip: int = 0) -> DrawnTree:
+def draw(
+    target: str, drafter: str, prompt: str | list[int], num_nodes: int, options: SpecOptions, skip: int = 0
+) -> DrawnTree:
     """Run the reference loop on `prompt` (float32, greedy) and keep the tree of step `skip + 1`.
 
-    target, drafter: model folders. Raises ValueError where the drafter does not fit the target.
+    target, drafter: model folders. prompt: text or token ids. Raises ValueError where the drafter does not fit the
+    target.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,7 +56,7 @@ def draw(target: str, drafter: str, prompt: str, num_nodes: int, options: SpecOp
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     if (config.hidden_size, config.vocab_size) != (model.config.hidden_size, model.config.vocab_size):
         raise ValueError(f"drafter {drafter!r} was trained for another target than {target!r}.")
-    tokens = tokenizer(prompt)["input_ids"]
+    tokens = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
     if not tokens:
         raise ValueError("--prompt is empty: the drafter starts from the target's state after a prompt.")
     steps: Iterator[ReferenceStep] = decode(model, load_drafter(drafter, torch.float32), tokens, num_nodes, options)

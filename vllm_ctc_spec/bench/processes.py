@@ -7,14 +7,17 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 STOP_SECONDS = 30
 """An engine that takes longer to end is killed."""
+
+TERMINATION_SECONDS = 2
+"""What vLLM's processes get to give back shared memory when they are ended in their work."""
 
 _RAISED = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception|Interrupt): .+)")
 _TELLS_NOTHING = ("Engine core initialization failed", "EngineDeadError", "cancelled")
@@ -27,8 +30,11 @@ class MethodFailed(Exception):
 class MethodProcess:
     """A process group that holds one engine. It is stopped between calls: an idle engine polls for work."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, environment: dict[str, str] | None = None) -> None:
+        """environment: variables that this process has beside ours, or instead."""
         self._log = log
+        self._command: str | None = None
+        """What the process is doing."""
         self._connection, theirs = Pipe()
         lifeline, self._lifeline = os.pipe()
         with log.open("wb") as file:
@@ -40,7 +46,7 @@ class MethodProcess:
                 stderr=subprocess.STDOUT,
                 # A group of its own to be stopped, and Ctrl-C is for the benchmark, which ends its engines in order.
                 start_new_session=True,
-                env=os.environ | {"VLLM_LOGGING_LEVEL": "INFO"},
+                env=os.environ | {"VLLM_LOGGING_LEVEL": "INFO"} | (environment or {}),
             )
         # Only the child may hold the other end, or its death would go unnoticed.
         theirs.close()
@@ -48,17 +54,41 @@ class MethodProcess:
 
     def call(self, command: str, **arguments: Any) -> Any:
         """Raises MethodFailed with the cause, also when the process dies meanwhile."""
+        self.send(command, **arguments)
+        return self.receive()
+
+    def send(self, command: str, **arguments: Any) -> None:
+        """The first half of `call`, so that several processes can work at once."""
         self._signal(signal.SIGCONT)
+        self._command = command
+        # A process that is gone is noticed in `receive`.
+        with suppress(OSError):
+            self._connection.send((command, arguments))
+
+    def receive(self) -> Any:
+        """The second half of `call`."""
         try:
-            return _ask(self._connection, self._log, command, arguments)
+            verdict, answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            cause = self._root_cause() or "it left no message"
+            raise MethodFailed(f"the process died during {self._command!r}: {cause}") from error
         finally:
             self._signal(signal.SIGSTOP)
+        self._command = None
+        if verdict == "failed":
+            raise MethodFailed(self._root_cause() if _is_empty(answer) else answer)
+        return answer
 
     def close(self) -> None:
         """End the engine, or kill what does not end."""
         self._signal(signal.SIGCONT)
-        with suppress(MethodFailed):
-            _ask(self._connection, self._log, "stop", {})
+        if self._command is None:
+            self.send("stop")
+            self._connection.poll(STOP_SECONDS)
+        else:
+            # It would read "stop" only when it has done what it does, such as compiling a target.
+            self._signal(signal.SIGTERM)
+            time.sleep(TERMINATION_SECONDS)
         self._connection.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_SECONDS)
@@ -66,21 +96,12 @@ class MethodProcess:
         self._process.wait()
         os.close(self._lifeline)
 
+    def _root_cause(self) -> str:
+        return root_cause(self._log.read_text(errors="replace"))
+
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
-
-
-def _ask(connection: Connection, log: Path, command: str, arguments: dict[str, Any]) -> Any:
-    try:
-        connection.send((command, arguments))
-        verdict, answer = connection.recv()
-    except (EOFError, OSError) as error:
-        cause = root_cause(log.read_text(errors="replace")) or "it left no message"
-        raise MethodFailed(f"the process died during {command!r}: {cause}") from error
-    if verdict == "failed":
-        raise MethodFailed(root_cause(log.read_text(errors="replace")) if _is_empty(answer) else answer)
-    return answer
 
 
 def _is_empty(message: str) -> bool:

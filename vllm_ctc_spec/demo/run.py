@@ -1,136 +1,113 @@
-"""`vllm-ctc-spec demo`: build the pair, serve it with and without trees, show the difference."""
+"""The demo: a pair with and without trees, side by side, on a dozen questions."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from rich.console import Console
-from rich.table import Table
+from transformers import AutoConfig, AutoTokenizer
 
 from vllm_ctc_spec.config import SpecOptions
-from vllm_ctc_spec.demo.build import DemoPaths, build_demo
-from vllm_ctc_spec.inspection import draw, summary, to_terminal
+from vllm_ctc_spec.demo import show
+from vllm_ctc_spec.demo.compare import (
+    PROOF_QUESTIONS,
+    Answered,
+    Comparison,
+    ask_in_turns,
+    compare,
+    read_demo_questions,
+    same_in_float32,
+    workload,
+)
+from vllm_ctc_spec.demo.engines import CTC, NAMES, Engines, engine_options
+from vllm_ctc_spec.demo.pair import Pair, Report
+from vllm_ctc_spec.inspection import DrawnTree, draw
+from vllm_ctc_spec.training.target import target_dtype
+from vllm_ctc_spec.user_cache import user_cache
 
-if TYPE_CHECKING:
-    from vllm import LLM
+CONTEXT = 1024
+"""Tokens; the longest prompt with its answer takes half."""
 
-NUM_PROMPTS = 12
-NUM_NEW_TOKENS = 96
-NUM_ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Both engines on the same held-out prompts, one request at a time, greedy, float32, compiled mode."""
-
-    identical: bool
-    """Every answer has the same tokens."""
-    acceptance_length: float
-    tokens_per_second: dict[str, float]
-    """Keys `plain` and `ctc`; the median round."""
-    speedup: float
-    """Median over rounds of ctc / plain, the two engines taking turns."""
-
-
-def print_paths() -> int:
-    paths = build_demo()
-    print(paths.target)
-    print(paths.drafter)
-    return 0
+WARM_UP_TOKENS = 16
+SHOWN = 4
+"""Index of the question whose answer is printed, with the tree of a step in its middle."""
+TREE_NODES = 12
 
 
-def run_demo(num_nodes: int, json_path: Path | None) -> int:
-    console = Console()
-    paths = build_demo()
-    prompts = _read_prompts(paths)
-    console.print("[bold]Serving both[/]: plain vLLM, and vLLM with CTC trees (compiled mode; a minute to start)")
-    comparison = compare(paths, prompts, num_nodes)
-    _show(console, comparison, paths, prompts, num_nodes)
-    if json_path is not None:
-        json_path.write_text(json.dumps(dataclasses.asdict(comparison), indent=2) + "\n")
-    return 0 if comparison.identical else 1
+class Stages:
+    """Prints a line for each stage, with the seconds since the start."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._started = console, time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        passed = time.monotonic() - self._started
+        self._console.print(f"[{passed:3.0f} s] {line}", markup=False, highlight=False)
 
 
-def compare(paths: DemoPaths, prompts: list[str], num_nodes: int) -> Comparison:
-    """Start both engines and let them take turns, so that the machine's moods hit both."""
-    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-    from vllm_ctc_spec.engine.lifetime import TakingTurns
-    from vllm_ctc_spec.engine.metrics import read_tree_metrics
-
-    with TakingTurns() as engines:
-        plain = engines.start(str(paths.target), **_engine_options(paths, None))
-        ctc = engines.start(str(paths.target), **_engine_options(paths, num_nodes))
-        answers = [engines.turn(llm, lambda llm: _answers(llm, prompts)) for llm in (plain, ctc)]
-        rounds = [
-            [engines.turn(llm, lambda llm: _tokens_per_second(llm, prompts)) for llm in (plain, ctc)]
-            for _ in range(NUM_ROUNDS)
-        ]
-        metrics = read_tree_metrics(ctc)
-    assert metrics is not None
-    return Comparison(
-        identical=answers[0] == answers[1],
-        acceptance_length=metrics.acceptance_length,
-        tokens_per_second={name: _median(column) for name, column in zip(("plain", "ctc"), zip(*rounds))},
-        speedup=_median([with_trees / without for without, with_trees in rounds]),
+def run_demo(pair: Pair, num_nodes: int, console: Console, report: Report) -> dict[str, Any]:
+    """Print the comparison and return what `--json` writes. Raises ValueError where an engine fails."""
+    dtype = target_dtype()
+    tokenizer = AutoTokenizer.from_pretrained(str(pair.target))
+    logs = user_cache("demo-logs")
+    report(
+        "starting plain vLLM and vLLM with CTC trees, side by side; where the target is not compiled yet, this takes "
+        f"about two minutes (logs: {logs})"
     )
-
-
-def _engine_options(paths: DemoPaths, num_nodes: int | None) -> dict[str, Any]:
-    spec = None
-    if num_nodes is not None:
-        spec = {"method": "ctc", "model": str(paths.drafter), "num_speculative_tokens": num_nodes}
+    with started(pair, num_nodes, dtype, logs / "compiled") as engines:
+        answered, comparison = answer_questions(engines, tokenizer, dtype, report)
+    show.table(console, comparison, num_nodes)
+    show.answer(console, answered[SHOWN], tokenizer)
+    report("drawing the token tree of a step in the middle of this answer")
+    show.tree(console, middle_tree(pair, answered[SHOWN]))
+    if dtype == torch.float32:
+        proved, identical = len(answered), comparison.texts["equal"] == len(answered)
+    else:
+        report(f"answering {len(PROOF_QUESTIONS)} of the questions in float32, with both engines")
+        proof = [answered[index] for index in PROOF_QUESTIONS]
+        # Compiling takes longer than so few tokens.
+        with started(pair, num_nodes, torch.float32, logs / "float32", enforce_eager=True) as engines:
+            proved, identical = len(proof), same_in_float32(engines, proof)
+    show.verdict(console, comparison, identical, proved)
+    show.next_steps(console, pair, num_nodes)
     return {
-        "dtype": "float32",
-        "max_num_seqs": 16,
-        "kv_cache_memory_bytes": 1 << 28,
-        "enable_prefix_caching": False,
-        "disable_log_stats": False,
-        "speculative_config": spec,
+        "target": str(pair.target),
+        "drafter": str(pair.drafter),
+        "num_nodes": num_nodes,
+        "identical": identical,
+        **dataclasses.asdict(comparison),
     }
 
 
-def _answers(llm: LLM, prompts: list[str]) -> list[list[int]]:
-    """Token ids, one request at a time."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True)
-    return [list(llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids) for prompt in prompts]
-
-
-def _tokens_per_second(llm: LLM, prompts: list[str]) -> float:
-    started = time.perf_counter()
-    num_tokens = sum(map(len, _answers(llm, prompts)))
-    return num_tokens / (time.perf_counter() - started)
+@contextmanager
+def started(pair: Pair, num_nodes: int, dtype: torch.dtype, logs: Path, **options: Any) -> Iterator[Engines]:
+    """Plain vLLM and vLLM with CTC trees, ready. options: more of both, for `vllm.LLM`."""
+    text = AutoConfig.from_pretrained(str(pair.target)).get_text_config()
+    context = min(text.max_position_embeddings, CONTEXT)
+    with Engines(logs) as engines:
+        engines.start(str(pair.target), engine_options(pair, num_nodes, dtype, context, **options))
+        yield engines
 
 
-def _median(values: Any) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
+def answer_questions(
+    engines: Engines, tokenizer: Any, dtype: torch.dtype, report: Report
+) -> tuple[list[Answered], Comparison]:
+    questions = read_demo_questions(tokenizer)
+    # What is compiled or measured at the first request belongs to none of the questions.
+    warm_up = {"workload": workload([questions[0].first], WARM_UP_TOKENS)}
+    engines.both("run", dict.fromkeys(NAMES, warm_up))
+    report(f"asking {len(questions)} questions, one engine at a time")
+    answered = list(ask_in_turns(engines, questions, tokenizer))
+    return answered, compare(engines, answered, dtype)
 
 
-def _read_prompts(paths: DemoPaths) -> list[str]:
-    with paths.prompts.open(encoding="utf-8") as rows:
-        return [json.loads(row)["prompt"] for row in rows][:NUM_PROMPTS]
-
-
-def _show(console: Console, result: Comparison, paths: DemoPaths, prompts: list[str], num_nodes: int) -> None:
-    drawn = draw(str(paths.target), str(paths.drafter), prompts[0], num_nodes, SpecOptions(), skip=2)
-    console.print("\n[bold]One step's token tree[/] (prefix probabilities; green: what the target took)")
-    console.print(to_terminal(drawn))
-    console.print(summary(drawn))
-    table = Table("", "tokens/s", "tokens per target step", title=f"{len(prompts)} held-out prompts, batch 1, greedy")
-    speeds = result.tokens_per_second
-    table.add_row("plain vLLM", f"{speeds['plain']:.0f}", "1.00")
-    table.add_row(f"CTC trees, {num_nodes} nodes", f"{speeds['ctc']:.0f}", f"{result.acceptance_length:.2f}")
-    console.print()
-    console.print(table)
-    verdict = "[green]the same tokens[/]" if result.identical else "[red]DIFFERENT TOKENS[/]"
-    console.print(f"{verdict}, [bold]{result.speedup:.2f} x[/] as fast")
-    console.print("\nServe the pair yourself:")
-    console.print(f"  .venv/bin/vllm serve {paths.target} --spec-model {paths.drafter} --spec-tokens {num_nodes}")
+def middle_tree(pair: Pair, answered: Answered) -> DrawnTree:
+    tokens = answered.requests[CTC].token_ids
+    text = [*answered.prompt, *tokens[: len(tokens) // 2]]
+    return draw(str(pair.target), str(pair.drafter), text, TREE_NODES, SpecOptions())

@@ -1,0 +1,82 @@
+"""Plain vLLM and vLLM with our method, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_ctc_spec.bench.processes import MethodFailed, MethodProcess
+from vllm_ctc_spec.demo.pair import Pair
+from vllm_ctc_spec.kv_cache import kv_cache_options
+
+PLAIN, CTC = "plain", "ctc"
+NAMES = (PLAIN, CTC)
+
+
+class Engines:
+    """Both engines of a pair; both work at once (`both`) or one while the other is stopped (`one`).
+
+    Methods raise ValueError with vLLM's cause and the log where an engine fails.
+    """
+
+    def __init__(self, logs: Path) -> None:
+        """logs: a folder, which is made."""
+        logs.mkdir(parents=True, exist_ok=True)
+        self._logs = {name: logs / f"{name}.log" for name in NAMES}
+        self._processes: dict[str, MethodProcess] = {}
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for process in self._processes.values():
+            process.close()
+
+    def start(self, target: str, options: Mapping[str, dict[str, Any]]) -> None:
+        """Start both side by side. options: of each engine, for `vllm.LLM`."""
+        for name, environment in zip(NAMES, placements()):
+            self._processes[name] = MethodProcess(self._logs[name], environment)
+        self.both("start", {name: {"target": target, "options": options[name]} for name in NAMES})
+
+    def both(self, command: str, arguments: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        for name in NAMES:
+            self._processes[name].send(command, **arguments[name])
+        return {name: self._receive(name) for name in NAMES}
+
+    def one(self, name: str, command: str, **arguments: Any) -> Any:
+        self._processes[name].send(command, **arguments)
+        return self._receive(name)
+
+    def _receive(self, name: str) -> Any:
+        try:
+            return self._processes[name].receive()
+        except MethodFailed as error:
+            title = "plain vLLM" if name == PLAIN else "vLLM with CTC trees"
+            raise ValueError(f"{title} failed: {error} Its log is {self._logs[name]}.") from error
+
+
+def engine_options(
+    pair: Pair, num_nodes: int, dtype: torch.dtype, max_model_len: int, **both: Any
+) -> dict[str, dict[str, Any]]:
+    """For `Engines.start`, one request at a time. both: more options of both engines."""
+    name = str(dtype).removeprefix("torch.")
+    common = {**kv_cache_options(str(pair.target), 1, max_model_len, name), "dtype": name, **both}
+    ours = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": num_nodes}
+    return {PLAIN: common, CTC: {**common, "speculative_config": ours, "per_request_spec_decode_metrics": "summary"}}
+
+
+def placements() -> tuple[dict[str, str], dict[str, str]]:
+    """Environments in which two engines that start at once use two cores.
+
+    On a processor with two cores vLLM binds the computing threads of every engine to the same one of them. It is left
+    to itself where there are more, and where the user has bound them.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) != 2 or "VLLM_CPU_OMP_THREADS_BIND" in os.environ or torch.cuda.is_available():
+        return {}, {}
+    first, second = ({"VLLM_CPU_OMP_THREADS_BIND": str(core)} for core in cores)
+    return first, second
