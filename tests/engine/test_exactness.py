@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from vllm import LLM, SamplingParams
@@ -146,11 +147,17 @@ def test_every_kind_and_size_of_tree_is_exact(pair, plain: LLM, prompts: list[li
             assert complete(other, prompts, params) == complete(plain, prompts, params)
 
 
-def test_compiled_mode_is_exact(pair, prompts: list[list[int]]) -> None:
-    """vLLM's default, not enforce_eager; both engines compiled, so that they round alike."""
+def test_compiled_mode_is_exact_and_the_second_engine_loads_what_the_first_compiled(
+    pair, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's default, not enforce_eager."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     params = [SamplingParams(temperature=0, max_tokens=60), seeded(NUM_PROMPTS, temperature=0.8, max_tokens=60)]
-    answers = []
-    for spec in (None, {}):
+    answers, compiled = [], []
+    for spec in ({}, None):
         with engine(pair, spec, enforce_eager=False) as llm:
             answers.append([complete(llm, prompts, each) for each in params])
+        [target] = tmp_path.glob("torch_compile_cache/torch_aot_compile/*/*/model")
+        compiled.append((target, target.stat().st_mtime_ns))
     assert answers[0] == answers[1]
+    assert compiled[0] == compiled[1]

@@ -13,6 +13,8 @@ SUPPORTED_VLLM = "0.32"
 TOUCHED: dict[str, tuple[str, ...]] = {
     "vllm.engine.arg_utils:EngineArgs": ("create_speculative_config",),
     "vllm.sampling_params:SamplingParams": ("_validate_spec_decode",),
+    "vllm.compilation.caching": ("aot_compile_hash_factors",),
+    "vllm.compilation.decorators": ("_try_load_aot_compiled_fn",),
     "vllm.v1.worker.gpu_model_runner": ("build_logitsprocs",),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
         "_prepare_inputs",
@@ -37,7 +39,12 @@ TOUCHED: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.output:SchedulerOutput": ("has_structured_output_requests",),
     "vllm.config": ("CUDAGraphMode", "get_layers_from_vllm_config"),
     "vllm.model_executor.layers.utils": ("dispatch_cpu_unquantized_gemm",),
-    "vllm.envs": ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_ENABLE_V1_MULTIPROCESSING"),
+    "vllm.envs": (
+        "VLLM_USE_V2_MODEL_RUNNER",
+        "VLLM_ENABLE_V1_MULTIPROCESSING",
+        "VLLM_ZENTORCH_WEIGHT_PREPACK",
+        "compile_factors",
+    ),
     "vllm.utils.torch_utils": ("async_tensor_h2d", "is_quantized_kv_cache"),
     "vllm.v1.attention.backend:AttentionImpl": ("forward", "fused_output_quant_supported"),
     "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend": ("get_impl_cls",),
@@ -52,7 +59,7 @@ TOUCHED: dict[str, tuple[str, ...]] = {
     "vllm.v1.sample.sampler:Sampler": ("forward", "greedy_sample"),
     "vllm.v1.sample.logits_processor:LogitsProcessors": ("all",),
     "vllm.v1.spec_decode.metrics:SpecDecodingStats": ("observe_draft",),
-    "vllm.v1.engine.llm_engine:LLMEngine": ("add_request", "step"),
+    "vllm.v1.engine.llm_engine:LLMEngine": ("add_request", "step", "abort_request"),
     "vllm.v1.metrics.loggers:StatLoggerBase": ("record", "log"),
 }
 """Module or module:class -> attributes that we call, override or replace."""
@@ -67,12 +74,17 @@ def installed_vllm() -> str | None:
     return None
 
 
+def supports_installed_vllm() -> bool:
+    found = installed_vllm()
+    return found is not None and (found == SUPPORTED_VLLM or found.startswith(SUPPORTED_VLLM + "."))
+
+
 def require_supported_vllm() -> None:
     """Raises RuntimeError that names both versions and the remedy."""
-    found = installed_vllm()
-    if found is None or not (found == SUPPORTED_VLLM or found.startswith(SUPPORTED_VLLM + ".")):
+    if not supports_installed_vllm():
         raise RuntimeError(
-            f'speculative method "ctc" supports vLLM {SUPPORTED_VLLM}.x, but {found or "no vLLM"} is installed. '
+            f'speculative method "ctc" supports vLLM {SUPPORTED_VLLM}.x, but {installed_vllm() or "no vLLM"} is '
+            "installed. "
             f'Install it with: pip install "vllm-ctc-spec[cpu]".'
         )
 

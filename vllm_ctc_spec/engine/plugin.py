@@ -7,6 +7,9 @@ Ledger of what is replaced in vLLM, why, and when it can go:
 * `SamplingParams._validate_spec_decode`: vLLM refuses min_p and logit_bias with any speculation, because its
   rejection sampler ignores them; our walk runs vLLM's own sampler at every node and honours them.
   Goes when the check asks the method.
+* `caching.aot_compile_hash_factors` and `decorators._try_load_aot_compiled_fn`, on a CPU, with any method and none:
+  vLLM cannot load a target that it compiled at an earlier start (see compile_cache.py).
+  Goes when vLLM's CPU backend loads it and its key has the processor and the number of threads.
 * `gpu_model_runner.build_logitsprocs` (in the worker, see worker.py): for the same reason.
 
 Beside that it asks Linux for AMX's tiles, which vLLM uses and does not ask for.
@@ -20,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_ctc_spec.engine.compat import require_supported_vllm
+from vllm_ctc_spec.engine.compat import require_supported_vllm, supports_installed_vllm
 
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig
@@ -46,12 +49,25 @@ def register() -> None:
 
     _replace_once(EngineArgs, "create_speculative_config", _create_speculative_config)
     _replace_once(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
+    if supports_installed_vllm():
+        _keep_compiled_targets()
     # Linux kills a process that uses AMX's tiles unasked, as vLLM's attention does. oneDNN asks, but has no product of
     # a target as small as that of a test. Without AMX this does nothing.
     torch.cpu._init_amx()
 
 
-def _replace_once(owner: type, name: str, replacement: Any) -> None:
+def _keep_compiled_targets() -> None:
+    from vllm.compilation import caching, decorators
+    from vllm.platforms import current_platform
+
+    from vllm_ctc_spec.engine import compile_cache
+
+    if current_platform.is_cpu():
+        _replace_once(caching, "aot_compile_hash_factors", compile_cache.hash_factors)
+        _replace_once(decorators, "_try_load_aot_compiled_fn", compile_cache.load)
+
+
+def _replace_once(owner: Any, name: str, replacement: Any) -> None:
     original = getattr(owner, name, None)
     # A vLLM without the attribute is one that we do not support; it stays usable without our method.
     if original is None or getattr(original, "_ctc_spec", False):
