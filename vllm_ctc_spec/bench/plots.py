@@ -17,17 +17,19 @@ Cells = list[dict[str, Any]]
 
 
 def draw(results: dict[str, Any], output: Path) -> list[str]:
-    """Write the figures into `output`; returns their names. One panel per prompts and sampling."""
+    """Write the figures into `output`; returns their names. One row per prompts, one column per sampling."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     panels: dict[str, Cells] = {}
     for cell in results["cells"]:
         panels.setdefault(f"{cell['prompts']}, {Sampling(**cell['sampling'])}", []).append(cell)
+    num_rows = len({cell["prompts"] for cell in results["cells"]})
+    num_columns = len(panels) // num_rows
     drawings = {"ratio.png": _draw_ratios, "beta.png": _draw_betas, "depth.png": _draw_depths}
     for name, drawing in drawings.items():
-        figure = Figure(figsize=(8 * len(panels), 4.8), layout="constrained")
-        for axes, (title, cells) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        figure = Figure(figsize=(8 * num_columns, 4.8 * num_rows), layout="constrained")
+        for axes, (title, cells) in zip(figure.subplots(num_rows, num_columns, squeeze=False).flat, panels.items()):
             # A run may have more methods than matplotlib's own cycle has colors.
             axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
             drawing(axes, cells)
