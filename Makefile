@@ -9,12 +9,12 @@ ARGS ?=
 # The tests that start no engine.
 UNIT_TESTS ?= $(wildcard tests/algorithm tests/bench tests/demo tests/drafter tests/ops tests/training tests/test_*.py)
 
-# Neither the tests nor the demo need a network.
-export HF_HUB_OFFLINE := 1
+# No test needs the Hugging Face hub.
+test check: export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
 help:
-	@echo 'make demo    serve a small model with and without CTC trees and compare (ARGS="--json out.json")'
+	@echo 'make demo    serve a chat model with and without CTC trees and compare (ARGS="--json out.json")'
 	@echo 'make drafter train the demo drafter again, hours (OUTPUT=FOLDER PROMPTS=FILE ARGS="--minutes 30")'
 	@echo 'make test    run all tests (ARGS="-k walk")'
 	@echo 'make check   formatting, lint, types and unit tests: what every change must pass'

