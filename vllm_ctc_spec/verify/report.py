@@ -15,7 +15,7 @@ from vllm_ctc_spec.verify.run import Task, Verification
 MAX_LISTED = 10
 """Differences that the terminal shows; the JSON has all."""
 
-MAX_REFUSAL = 200
+MAX_SAID = 200
 """Characters of vLLM's message that the terminal shows."""
 
 
@@ -28,8 +28,8 @@ def to_table(verification: Verification) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for group in verification.groups:
-        if group.refusal is not None:
-            table.add_row(group.name, str(group.num_requests), "refused")
+        if not group.is_answered:
+            table.add_row(group.name, str(group.num_requests), "refused" if group.failure is None else "engine died")
             continue
         counts = [group.num_requests, group.equal, *([] if is_float32 else [group.near_tie]), group.different]
         counts += [group.not_promised] if has_unpromised else []
@@ -40,9 +40,10 @@ def to_table(verification: Verification) -> Table:
 def lines(verification: Verification) -> list[str]:
     """What is below the table: refusals, differences, and what all of it means."""
     below = [
-        f"{group.name}: refused by vLLM: {shorten(group.refusal, MAX_REFUSAL)}"
+        f"{group.name}: {what}: {shorten(said, MAX_SAID)}"
         for group in verification.groups
-        if group.refusal is not None
+        for what, said in (("refused by vLLM", group.refusal), ("the engine died", group.failure))
+        if said is not None
     ]
     found = [
         f"{group.name}, request {each.request}: {each.what}" + (f" (gap {gap})" if gap else "")
@@ -58,7 +59,7 @@ def lines(verification: Verification) -> list[str]:
 
 
 def conclusion(verification: Verification) -> list[str]:
-    facts, groups = verification.facts, [group for group in verification.groups if group.refusal is None]
+    facts, groups = verification.facts, [group for group in verification.groups if group.is_answered]
     total, equal, tied, different, unpromised = (
         sum(getattr(group, name) for group in groups)
         for name in ("num_requests", "equal", "near_tie", "different", "not_promised")
@@ -88,7 +89,7 @@ def conclusion(verification: Verification) -> list[str]:
     if different:
         said.append(f"NOT EXACT: {different} requests are answered differently where they must not be.")
     elif not verification.holds:
-        said.append("NOT SUPPORTED: requests were refused that plain vLLM answers.")
+        said.append("NOT SUPPORTED: requests were refused, or ended the engine, that plain vLLM answers.")
     else:
         said.append("Exact: nothing differs that must not.")
     return said

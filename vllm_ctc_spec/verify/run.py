@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ PLAIN = "plain"
 SPECULATIVE = "speculative"
 TITLES = {PLAIN: "plain vLLM", SPECULATIVE: "with speculation"}
 OUR_METHOD = "ctc"
+MAX_FAILURES = 3
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Verification:
     facts: EngineFacts
     """Of the engine with the speculative method."""
     acceptance_length: float | None
-    """Over all requests; None where nothing was drafted."""
+    """Since the engine's last start; None where nothing was drafted."""
     groups: tuple[GroupResult, ...]
 
     @property
@@ -50,68 +51,112 @@ class Verification:
 
     @property
     def holds(self) -> bool:
-        """Nothing differs that must not. Our method must take all parameters; vLLM documents that its own do not."""
+        """Nothing differs that must not, and no engine died. vLLM documents which parameters its own methods refuse."""
         is_refused = self.is_ours and any(group.refusal is not None for group in self.groups)
-        return not is_refused and not any(group.different for group in self.groups)
+        has_failed = any(group.failure is not None for group in self.groups)
+        return not is_refused and not has_failed and not any(group.different for group in self.groups)
 
 
 def verify(task: Task, logs: Path, report: Report) -> Verification:
-    """Raises ValueError with vLLM's cause where an engine fails, or plain vLLM refuses a request."""
-    with _engine(PLAIN, task, logs, report) as (plain, _):
+    """Raises ValueError with vLLM's cause where an engine does not start, or plain vLLM fails."""
+    with closing(_Engine(PLAIN, task, logs, report)) as plain:
         groups = [greedy_group(task.prompts, task.max_tokens)]
         expected = [_plain_answers(plain, groups[0])]
-        report(TITLES[PLAIN], groups[0].name, 1)
         groups += other_groups(task.prompts, task.max_tokens, expected[0])
-        for group in groups[1:]:
-            expected.append(_plain_answers(plain, group))
-            report(TITLES[PLAIN], group.name, 1)
-    with _engine(SPECULATIVE, task, logs, report) as (speculative, facts):
-        dtype: torch.dtype = getattr(torch, facts.dtype)
-        results = []
-        for group, answers in zip(groups, expected):
-            found = speculative.call("answer", asks=group.asks, are_alone=group.are_alone, logits_mode=None)
-            report(TITLES[SPECULATIVE], group.name, 1)
-            if isinstance(found, str):
-                results.append(GroupResult.refused(group, found))
-                continue
-            # vLLM's rejection sampler draws other random numbers than plain sampling; in 16 bits no rule can tell a
-            # draw that rounding has flipped from a wrong one.
-            promises_sampled = facts.method == OUR_METHOD and dtype == torch.float32
-            results.append(judge_group(group, answers, found, dtype, promises_sampled))
-        return Verification(facts, speculative.call("acceptance_length"), tuple(results))
+        expected += [_plain_answers(plain, group) for group in groups[1:]]
+    with closing(_Engine(SPECULATIVE, task, logs, report)) as speculative:
+        results = [_compare(speculative, group, answers) for group, answers in zip(groups, expected)]
+        return Verification(speculative.facts, speculative.acceptance_length, tuple(results))
 
 
-def _plain_answers(process: MethodProcess, group: Group) -> Sequence[Answer]:
-    def ask(logits_mode: str | None) -> list[Answer]:
-        answers = process.call("answer", asks=group.asks, are_alone=group.are_alone, logits_mode=logits_mode)
+def _plain_answers(engine: _Engine, group: Group) -> Sequence[Answer]:
+    try:
+        answers = engine.ask(group, group.logits_mode)
+        if group.asks_logprobs:
+            # vLLM returns log probabilities or logits, not both. In 16 bits the second text may be another one.
+            answers = [
+                dataclasses.replace(first, logprobs=second.logprobs) if first.token_ids == second.token_ids else first
+                for first, second in zip(answers, engine.ask(group, None))
+            ]
+    except (Refused, MethodFailed) as error:
+        raise ValueError(f"plain vLLM fails in the group {group.name!r}: {error} (log: {engine.log})") from error
+    engine.tell(group)
+    return answers
+
+
+def _compare(engine: _Engine, group: Group, expected: Sequence[Answer]) -> GroupResult:
+    try:
+        found = engine.ask(group, None)
+    except Refused as error:
+        return GroupResult.refused(group, str(error))
+    except MethodFailed as error:
+        return GroupResult.failed(group, str(error))
+    finally:
+        engine.tell(group)
+    dtype: torch.dtype = getattr(torch, engine.facts.dtype)
+    # vLLM's rejection sampler draws other random numbers than plain sampling; in 16 bits no rule can tell a draw that
+    # rounding has flipped from a wrong one.
+    promises_sampled = engine.facts.method == OUR_METHOD and dtype == torch.float32
+    return judge_group(group, expected, found, dtype, promises_sampled)
+
+
+class Refused(Exception):
+    """What vLLM says about parameters that it does not take."""
+
+
+class _Engine:
+    """One that dies is started again for the next group, MAX_FAILURES times at most."""
+
+    def __init__(self, name: str, task: Task, logs: Path, report: Report) -> None:
+        self._name, self._task, self._logs, self._report = name, task, logs, report
+        self._process: MethodProcess | None = None
+        self._failures: list[str] = []
+        self.acceptance_length: float | None = None
+        """Since the last start; None where nothing was drafted."""
+        self._start()
+
+    @property
+    def log(self) -> Path:
+        return self._logs / f"{self._name}-{len(self._failures) + 1}.log"
+
+    def ask(self, group: Group, logits_mode: str | None) -> list[Answer]:
+        """Raises Refused, or MethodFailed where the engine has died, now or too often before."""
+        if len(self._failures) == MAX_FAILURES:
+            raise MethodFailed(f"not asked, because the engine has died {MAX_FAILURES} times")
+        if self._process is None:
+            self._start()
+        assert self._process is not None
+        try:
+            arguments = {"asks": group.asks, "are_alone": group.are_alone, "logits_mode": logits_mode}
+            answers = self._process.call("answer", **arguments)
+            if self._name == SPECULATIVE:
+                self.acceptance_length = self._process.call("acceptance_length")
+        except MethodFailed as error:
+            self.close()
+            self._failures.append(str(error))
+            raise
         if isinstance(answers, str):
-            raise ValueError(f"plain vLLM refuses the requests of the group {group.name!r}: {answers}")
+            raise Refused(answers)
         return list(answers)
 
-    answers = ask(group.logits_mode)
-    if not group.asks_logprobs or group.logits_mode is None:
-        return answers
-    # vLLM returns log probabilities or logits, not both. In 16 bits the second text may be another one.
-    return [
-        dataclasses.replace(first, logprobs=second.logprobs) if first.token_ids == second.token_ids else first
-        for first, second in zip(answers, ask(None))
-    ]
+    def tell(self, group: Group) -> None:
+        self._report(TITLES[self._name], group.name, 1)
 
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+            self._process = None
 
-@contextmanager
-def _engine(name: str, task: Task, logs: Path, report: Report) -> Iterator[tuple[MethodProcess, EngineFacts]]:
-    options = dict(task.engine)
-    if name == SPECULATIVE:
-        options["speculative_config"] = task.speculative_config
-    log = logs / f"{name}.log"
-    report(TITLES[name], "starting", 0)
-    process = MethodProcess(log)
-    try:
-        # As it would be served: what `bench` mends in vLLM's samplers stays here as it is.
-        facts = process.call("start", target=task.target, options=options, mends_sampling=False)
-        yield process, facts
-    except MethodFailed as error:
-        raise ValueError(f"vLLM failed {'without' if name == PLAIN else 'with'} speculation: {error} Its log is "
-                         f"{log}.") from error  # fmt: skip
-    finally:
-        process.close()
+    def _start(self) -> None:
+        self._report(TITLES[self._name], "starting", 0)
+        options = dict(self._task.engine)
+        if self._name == SPECULATIVE:
+            options["speculative_config"] = self._task.speculative_config
+        self._process = MethodProcess(self.log)
+        try:
+            # As it would be served: what `bench` mends in vLLM's samplers stays here as it is.
+            arguments = {"target": self._task.target, "options": options, "mends_sampling": False}
+            self.facts: EngineFacts = self._process.call("start", **arguments)
+        except MethodFailed as error:
+            self.close()
+            raise ValueError(f"{TITLES[self._name]}: vLLM does not start: {error} (log: {self.log})") from error
