@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from io import StringIO
 from typing import Any
 
@@ -148,3 +150,12 @@ def test_two_engines_that_start_at_once_use_both_of_two_cores(monkeypatch: pytes
     assert [environment["VLLM_CPU_OMP_THREADS_BIND"] for environment in placements()] == ["2", "5"]
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
     assert placements() == ({}, {})
+
+
+def test_it_needs_no_package_of_other_extras():
+    code = (
+        "import sys\n"
+        "for name in ('accelerate', 'datasets', 'scipy', 'matplotlib'): sys.modules[name] = None\n"
+        "import vllm_ctc_spec.cli, vllm_ctc_spec.demo.run, vllm_ctc_spec.bench.worker\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

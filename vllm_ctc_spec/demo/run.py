@@ -28,7 +28,7 @@ from vllm_ctc_spec.demo.compare import (
 from vllm_ctc_spec.demo.engines import CTC, NAMES, Engines, engine_options
 from vllm_ctc_spec.demo.pair import Pair, Report
 from vllm_ctc_spec.inspection import DrawnTree, draw
-from vllm_ctc_spec.training.target import target_dtype
+from vllm_ctc_spec.precision import bf16_is_fast
 from vllm_ctc_spec.user_cache import user_cache
 
 CONTEXT = 1024
@@ -53,7 +53,7 @@ class Stages:
 
 def run_demo(pair: Pair, num_nodes: int, console: Console, report: Report) -> dict[str, Any]:
     """Print the comparison and return what `--json` writes. Raises ValueError where an engine fails."""
-    dtype = target_dtype()
+    dtype = torch.bfloat16 if bf16_is_fast() else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(str(pair.target))
     logs = user_cache("demo-logs")
     report(
