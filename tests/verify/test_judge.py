@@ -122,7 +122,7 @@ def test_what_vllms_own_methods_do_not_promise_is_told_and_not_held_against_them
     assert not verification(refused, method="ctc").holds
     died = GroupResult.failed(Group("top-k", (Ask((9,), {"temperature": 0.0}),)), "RuntimeError: empty")
     assert not verification(died, method="ngram").holds
-    assert "top-k: the engine died: RuntimeError: empty" in printed(verification(died, method="ngram"))
+    assert "top-k: failed: RuntimeError: empty" in printed(verification(died, method="ngram"))
 
 
 def test_a_run_without_accepted_drafts_says_so():

@@ -53,7 +53,7 @@ class GroupResult:
     refusal: str | None = None
     """What vLLM said where the method does not take these parameters; nothing is compared then."""
     failure: str | None = None
-    """Why the engine died over them; nothing is compared then."""
+    """Why the engine did not answer; nothing is compared then."""
 
     @classmethod
     def refused(cls, group: Group, refusal: str) -> GroupResult:

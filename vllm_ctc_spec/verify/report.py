@@ -29,7 +29,7 @@ def to_table(verification: Verification) -> Table:
         column.justify = "right"
     for group in verification.groups:
         if not group.is_answered:
-            table.add_row(group.name, str(group.num_requests), "refused" if group.failure is None else "engine died")
+            table.add_row(group.name, str(group.num_requests), "refused" if group.failure is None else "failed")
             continue
         counts = [group.num_requests, group.equal, *([] if is_float32 else [group.near_tie]), group.different]
         counts += [group.not_promised] if has_unpromised else []
@@ -42,7 +42,7 @@ def lines(verification: Verification) -> list[str]:
     below = [
         f"{group.name}: {what}: {shorten(said, MAX_SAID)}"
         for group in verification.groups
-        for what, said in (("refused by vLLM", group.refusal), ("the engine died", group.failure))
+        for what, said in (("refused by vLLM", group.refusal), ("failed", group.failure))
         if said is not None
     ]
     found = [

@@ -51,7 +51,7 @@ class Verification:
 
     @property
     def holds(self) -> bool:
-        """Nothing differs that must not, and no engine died. vLLM documents which parameters its own methods refuse."""
+        """Nothing differs that must not, and nothing failed. vLLM documents which parameters its own methods refuse."""
         is_refused = self.is_ours and any(group.refusal is not None for group in self.groups)
         has_failed = any(group.failure is not None for group in self.groups)
         return not is_refused and not has_failed and not any(group.different for group in self.groups)
@@ -105,7 +105,7 @@ class Refused(Exception):
 
 
 class _Engine:
-    """One that dies is started again for the next group, MAX_FAILURES times at most."""
+    """One that fails is started again for the next group, MAX_FAILURES times at most."""
 
     def __init__(self, name: str, task: Task, logs: Path, report: Report) -> None:
         self._name, self._task, self._logs, self._report = name, task, logs, report
@@ -120,9 +120,9 @@ class _Engine:
         return self._logs / f"{self._name}-{len(self._failures) + 1}.log"
 
     def ask(self, group: Group, logits_mode: str | None) -> list[Answer]:
-        """Raises Refused, or MethodFailed where the engine has died, now or too often before."""
+        """Raises Refused, or MethodFailed where the engine fails, or has failed too often before."""
         if len(self._failures) == MAX_FAILURES:
-            raise MethodFailed(f"not asked, because the engine has died {MAX_FAILURES} times")
+            raise MethodFailed(f"not asked, because the engine has failed {MAX_FAILURES} times")
         if self._process is None:
             self._start()
         assert self._process is not None
