@@ -27,6 +27,8 @@ def add_chat(commands: Any) -> None:
     )  # fmt: skip
     chat.add_argument("target", nargs="?", help="folder or hub name of a chat model (default: the demo's)")
     chat.add_argument("drafter", nargs="?", help="folder of its CTC drafter (default: the demo's)")
+    chat.add_argument("--target", dest="named_target", metavar="TARGET", help="the same, as demo has it")
+    chat.add_argument("--drafter", dest="named_drafter", metavar="DRAFTER", help="the same, as demo has it")
     chat.add_argument("--nodes", type=int, default=32, help="node budget, 1 to 63 (default %(default)s)")
     chat.add_argument(
         "--no-adaptive-budget", action="store_true",
@@ -58,7 +60,7 @@ def _chat(options: argparse.Namespace) -> int:
     check_node_budget(options.nodes)
     sampling = Sampling(options.temperature, options.top_p, options.seed, options.max_tokens)
     screen = Screen(is_interactive())
-    pair = choose_pair(options.target, options.drafter, screen.note)
+    pair = choose_pair(options.named_target or options.target, options.named_drafter or options.drafter, screen.note)
     target, drafter = str(pair.target), str(pair.drafter)
     conversation = Conversation(load_tokenizer(target), options.system)
     settings = _engine_settings(options, target, drafter)
