@@ -189,8 +189,8 @@ def test_a_dry_run_checks_and_writes_a_drafter_without_training(target_path, row
 
 @pytest.mark.parametrize("run", [fit, dry_run])
 def test_data_without_a_usable_anchor_is_refused(target_path, tmp_path, run):
-    (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2 w3"}\n')
-    with pytest.raises(ValueError, match=r"no row with 5 trained tokens .* label_length=4"):
+    (tmp_path / "rows.jsonl").write_text('{"text": "w1"}\n')
+    with pytest.raises(ValueError, match=r"no row with 2 trained tokens .* label_length=4"):
         run(target_path, tmp_path / "rows.jsonl", tmp_path / "drafter", settings(1))
 
 

@@ -20,6 +20,7 @@ from vllm_ctc_spec.training.atomic import atomic_folder, write_atomically
 from vllm_ctc_spec.training.budget import Budget, BudgetCallback
 from vllm_ctc_spec.training.cache import HiddenCache, write_cache
 from vllm_ctc_spec.training.calibrate import calibrate, split_rows
+from vllm_ctc_spec.training.card import training_facts
 from vllm_ctc_spec.training.data import (
     AnchorDataset,
     TrainingRow,
@@ -109,6 +110,7 @@ def fit(
         ) from error
     if processes().is_main_process:
         training["calibration_factor"] = calibrate(objective, calibration_rows, settings.seed)
+        training |= training_facts(rows)
         with atomic_folder(output_dir) as partial:
             drafter.to("cpu", target.dtype).save_pretrained(partial)
             write_atomically(partial / "training.json", json.dumps(training, indent=2).encode())
