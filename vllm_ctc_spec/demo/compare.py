@@ -18,7 +18,7 @@ from vllm_ctc_spec.training.sources import read_lines
 
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 MAX_TOKENS = 96
-PROOF_TOKENS = 96
+PROOF_TOKENS = 64
 PROOF_QUESTIONS = (0, 4, 6)
 """Rows of the main run, of different kinds, that are answered in float32 as well."""
 

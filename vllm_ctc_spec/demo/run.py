@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ def run_demo(pair: Pair, num_nodes: int, console: Console, report: Report) -> di
     tokenizer = AutoTokenizer.from_pretrained(str(pair.target))
     logs = user_cache("demo-logs")
     report(
-        "starting plain vLLM and vLLM with CTC trees, side by side; where the target is not compiled yet, this takes "
-        f"about two minutes (logs: {logs})"
+        "starting plain vLLM and vLLM with CTC trees, about two minutes where the target is not compiled yet "
+        f"(logs: {logs})"
     )
     with started(pair, num_nodes, dtype, logs / "compiled") as engines:
         answered, comparison = answer_questions(engines, tokenizer, dtype, report)
@@ -110,4 +111,6 @@ def answer_questions(
 def middle_tree(pair: Pair, answered: Answered) -> DrawnTree:
     tokens = answered.requests[CTC].token_ids
     text = [*answered.prompt, *tokens[: len(tokens) // 2]]
-    return draw(str(pair.target), str(pair.drafter), text, TREE_NODES, SpecOptions())
+    # Without the progress bars of transformers.
+    with redirect_stderr(io.StringIO()):
+        return draw(str(pair.target), str(pair.drafter), text, TREE_NODES, SpecOptions())
