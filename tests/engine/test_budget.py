@@ -70,6 +70,20 @@ def test_a_larger_size_that_is_faster_is_measured_as_it_is(monkeypatch: pytest.M
     np.testing.assert_allclose(measure(run, [1, 2, 4, 8]).seconds, [0.2, 0.3, 0.1, 0.15])
 
 
+def test_the_fastest_run_counts_and_no_size_is_run_again_after_two_that_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every start of a server would take the time of all runs."""
+    now = 0.0
+    seconds = {1: iter([0.4, 0.1, 0.2, 0.104]), 2: iter([0.9, 0.2, 0.2]), 4: iter([0.5, 0.4, 0.3, 0.2, 0.1])}
+
+    def run(size: int) -> None:
+        nonlocal now
+        now += next(seconds[size])
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    np.testing.assert_allclose(measure(run, [1, 2, 4]).seconds, [0.1, 0.2, 0.1])
+    assert [len(list(left)) for left in seconds.values()] == [0, 0, 0]
+
+
 def test_larger_sizes_than_one_that_takes_long_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))

@@ -37,7 +37,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 from vllm_ctc_spec.engine.row_counts import doublings, row_counts
 
 NUM_SWEEPS = 5
-"""Through all sizes; the fastest run of each counts, because the first makes kernels and the machine has its moods."""
+"""Through all sizes at most; the fastest run of each counts, because the first makes kernels and others may be slow."""
+
+AGREEMENT = 1.05
+"""A size whose second fastest run took at most so many times its fastest is not run again."""
 
 MOST_ROWS, MOST_DRAFTING = 512, 64
 LONGEST_RUN = 0.5
@@ -119,16 +122,22 @@ def measure(run: Callable[[int], object], sizes: list[int]) -> Cost:
 
     A larger size may be faster: with AMX some products of 8 rows are faster than those of 4.
     """
-    fastest: dict[int, float] = {}
+    times: dict[int, list[float]] = {}
     for size in sizes:
         run(size)
-        fastest[size] = _timed(run, size)
-        if fastest[size] > LONGEST_RUN:
+        times[size] = [_timed(run, size)]
+        if times[size][0] > LONGEST_RUN:
             break
     for _ in range(NUM_SWEEPS - 2):
-        for size, seconds in fastest.items():
-            fastest[size] = min(seconds, _timed(run, size))
-    return Cost(np.array(list(fastest)), np.array(list(fastest.values())))
+        for size, seen in times.items():
+            if not _agree(seen):
+                seen.append(_timed(run, size))
+    return Cost(np.array(list(times)), np.array(list(map(min, times.values()))))
+
+
+def _agree(seconds: list[float]) -> bool:
+    fastest = sorted(seconds)[:2]
+    return len(fastest) == 2 and fastest[1] <= AGREEMENT * fastest[0]
 
 
 def _timed(run: Callable[[int], object], size: int) -> float:
