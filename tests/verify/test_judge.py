@@ -106,7 +106,7 @@ def test_a_verification_holds_unless_something_differs_that_must_not():
     assert verification(good).holds and "Exact: nothing differs" in printed(verification(good))
     text = printed(verification(good, bad))
     assert not verification(good, bad).holds
-    assert "NOT EXACT: 1 requests" in text and "group, request 1: token 1 is 6, not 5 (gap 0.125" in text
+    assert "NOT EXACT: 1 requests" in text and "group, request 1: token 1 is 6, not 5 (gap 0.125)" in text
     assert "near-tie" not in text
     tied = judged(other(token_ids=(1, 6, 2)), dtype=BFLOAT16)
     assert verification(tied, dtype="bfloat16").holds and "near-tie" in printed(verification(tied, dtype="bfloat16"))

@@ -103,6 +103,7 @@ class Engine:
         are_alone: one request at a time. logits_mode: vLLM's `logprobs_mode` in which answers have logits, None: none.
         """
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
 
         from vllm_ctc_spec.engine.lifetime import wake
 
@@ -117,7 +118,7 @@ class Engine:
                 for start in range(0, len(asks), size):
                     batch = slice(start, start + size)
                     outputs += self.llm.generate(prompts[batch], params[batch], use_tqdm=False)
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             return str(error)
         return [_answer(output.outputs[0], has_logits=logits_mode is not None) for output in outputs]
 
@@ -154,7 +155,8 @@ class Engine:
         return on_gpu or sum(_peak_resident(process) for process in _own_processes())
 
     def stop(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
+        # Its processes take longer to end by themselves than the five seconds that vLLM would give them.
+        self.llm.llm_engine.engine_core.shutdown(timeout=0)
 
 
 def scores(answer: CompletionOutput) -> tuple[dict[int, float], ...]:

@@ -23,8 +23,9 @@ def to_table(verification: Verification) -> Table:
     is_float32 = verification.facts.dtype == "float32"
     has_unpromised = any(group.not_promised for group in verification.groups)
     columns = ["requests", "equal", *([] if is_float32 else ["near-tie"]), "different"]
-    columns += ["differ, not promised"] if has_unpromised else []
+    columns += ["not promised"] if has_unpromised else []
     table = Table("group", *columns, "largest gap")
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for group in verification.groups:
@@ -33,7 +34,9 @@ def to_table(verification: Verification) -> Table:
             continue
         counts = [group.num_requests, group.equal, *([] if is_float32 else [group.near_tie]), group.different]
         counts += [group.not_promised] if has_unpromised else []
-        table.add_row(group.name, *map(str, counts), _gap(group.largest_gap, group.largest_steps))
+        table.add_row(
+            group.name, *map(str, counts), _gap(group.largest_gap, None if is_float32 else group.largest_steps)
+        )
     return table
 
 
@@ -50,7 +53,7 @@ def lines(verification: Verification) -> list[str]:
         for group in verification.groups
         for each in group.findings
         if each.kind is Kind.DIFFERENT
-        for gap in [_gap(each.gap, each.steps)]
+        for gap in [_gap(each.gap, None if verification.facts.dtype == "float32" else each.steps)]
     ]
     below += found[:MAX_LISTED]
     if len(found) > MAX_LISTED:
@@ -108,4 +111,6 @@ def as_json(task: Task, verification: Verification) -> dict[str, Any]:
 
 
 def _gap(gap: float | None, steps: float | None) -> str:
-    return "" if gap is None else f"{gap:.3g} ({steps:.0f} steps)"
+    if gap is None:
+        return ""
+    return f"{gap:.3g}" if steps is None else f"{gap:.3g} ({steps:.0f} steps)"
