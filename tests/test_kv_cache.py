@@ -116,3 +116,10 @@ def test_vllms_own_variable_counts_as_a_setting(target, free, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
     free(0)
     assert "kv_cache_memory_bytes" not in engine_options(target, [100], {})
+
+
+@pytest.mark.parametrize("given", [{"max_model_len": "8k"}, {"max_model_len": -1}, {"max_num_seqs": 2.5}])
+def test_a_number_that_is_none_is_named(target, free, given):
+    [(key, value)] = given.items()
+    with pytest.raises(ValueError, match=f"{key}={value!r}: use a positive integer"):
+        engine_options(target, [100], given)

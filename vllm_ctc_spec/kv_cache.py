@@ -48,6 +48,10 @@ def engine_options(
     lengths: prompt and answer of each request together. At most `num_requests` of them are in flight, fewer where
     memory is short and the user has not named `max_num_seqs`. Raises ValueError where not even that fits.
     """
+    for key in ("max_model_len", "max_num_seqs"):
+        number = given.get(key)
+        if number is not None and (type(number) is not int or number < 1):
+            raise ValueError(f"{key}={number!r}: use a positive integer.")
     max_model_len = given.get("max_model_len") or fitting_model_len(target, max(lengths))
     num_requests = given.get("max_num_seqs", min(num_requests, len(lengths)))
     if {"kv_cache_memory_bytes", "gpu_memory_utilization"} & given.keys() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):

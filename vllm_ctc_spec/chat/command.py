@@ -71,8 +71,8 @@ def _chat(options: argparse.Namespace) -> int:
         with _progress(screen, f"starting vLLM; its log is {log}"):
             started = engine.start(target, settings)
         screen.note(
-            f"{target}, {started.dtype}, context of {started.max_model_len} tokens, node budget {options.nodes}. "
-            "/help lists the commands, Ctrl-D ends."
+            f"{Path(target).name}, {started.dtype}, context of {started.max_model_len} tokens, "
+            f"node budget {options.nodes}. /help lists the commands, Ctrl-D ends."
         )
         session = Session(engine, conversation, screen, sampling, started.max_model_len)
         session.run(line_reader(screen.is_interactive))

@@ -50,6 +50,9 @@ def _serve(connection: Connection) -> None:
     start: Start = connection.recv()
     from vllm import LLM
 
+    from vllm_ctc_spec.bench.vllm_keys import check_engine_keys
+
+    check_engine_keys("--engine", start.options)
     llm = LLM(start.target, worker_extension_cls=EXTENSION, **start.options)
     try:
         llm.collective_rpc("chat_record_trees")
