@@ -60,12 +60,15 @@ class Engines:
 
 
 def engine_options(
-    pair: Pair, num_nodes: int, dtype: torch.dtype, max_model_len: int, **both: Any
+    pair: Pair, method: dict[str, Any], dtype: torch.dtype, max_model_len: int, **both: Any
 ) -> dict[str, dict[str, Any]]:
-    """For `Engines.start`, one request at a time. both: more options of both engines."""
+    """For `Engines.start`, one request at a time.
+
+    method: keys of `speculative_config` beside method and model. both: more options of both engines.
+    """
     name = str(dtype).removeprefix("torch.")
     common = {**kv_cache_options(str(pair.target), 1, max_model_len, name), "dtype": name, **both}
-    ours = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": num_nodes}
+    ours = {"method": "ctc", "model": str(pair.drafter), **method}
     return {PLAIN: common, CTC: {**common, "speculative_config": ours, "per_request_spec_decode_metrics": "summary"}}
 
 

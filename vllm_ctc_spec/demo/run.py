@@ -61,7 +61,8 @@ def run_demo(pair: Pair, num_nodes: int, console: Console, report: Report) -> di
         "starting plain vLLM and vLLM with CTC trees, about two minutes where the target is not compiled yet "
         f"(logs: {logs})"
     )
-    with started(pair, num_nodes, dtype, logs / "compiled") as engines:
+    method: dict[str, Any] = {"num_speculative_tokens": num_nodes}
+    with started(pair, method, dtype, logs / "compiled") as engines:
         answered, comparison = answer_questions(engines, tokenizer, dtype, report)
     show.table(console, comparison, num_nodes)
     show.answer(console, answered[SHOWN], tokenizer)
@@ -72,8 +73,9 @@ def run_demo(pair: Pair, num_nodes: int, console: Console, report: Report) -> di
     else:
         report(f"answering {len(PROOF_QUESTIONS)} of the questions in float32, with both engines")
         proof = [answered[index] for index in PROOF_QUESTIONS]
-        # Compiling takes longer than so few tokens.
-        with started(pair, num_nodes, torch.float32, logs / "float32", enforce_eager=True) as engines:
+        # A tree in every step, also where none would be faster. Compiling takes longer than so few tokens.
+        method["adaptive_budget"] = False
+        with started(pair, method, torch.float32, logs / "float32", enforce_eager=True) as engines:
             proved, identical = len(proof), same_in_float32(engines, proof)
     show.verdict(console, comparison, identical, proved)
     show.next_steps(console, pair, num_nodes)
@@ -87,12 +89,12 @@ def run_demo(pair: Pair, num_nodes: int, console: Console, report: Report) -> di
 
 
 @contextmanager
-def started(pair: Pair, num_nodes: int, dtype: torch.dtype, logs: Path, **options: Any) -> Iterator[Engines]:
-    """Plain vLLM and vLLM with CTC trees, ready. options: more of both, for `vllm.LLM`."""
+def started(pair: Pair, method: dict[str, Any], dtype: torch.dtype, logs: Path, **options: Any) -> Iterator[Engines]:
+    """Plain vLLM and vLLM with CTC trees, ready; see `engine_options`."""
     text = AutoConfig.from_pretrained(str(pair.target)).get_text_config()
     context = min(text.max_position_embeddings, CONTEXT)
     with Engines(logs) as engines:
-        engines.start(str(pair.target), engine_options(pair, num_nodes, dtype, context, **options))
+        engines.start(str(pair.target), engine_options(pair, method, dtype, context, **options))
         yield engines
 
 
