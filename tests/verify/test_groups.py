@@ -15,9 +15,9 @@ def test_every_group_has_its_parameters():
         assert all(ask.is_greedy != ("seed" in ask.params) for ask in group.asks)
     named = {group.name: group for group in groups}
     assert named["greedy"].logits_mode == "processed_logits"
-    assert named["temperature 1, top-k"].logits_mode is None
+    assert named["t=1, top-k"].logits_mode is None
     assert [group.name for group in groups if group.asks_logprobs] == ["log probabilities"]
-    mixed = named["greedy and sampled in one batch"]
+    mixed = named["greedy and sampled"]
     assert mixed.logits_mode == "raw_logits"
     # Raw logits say which of two tokens wins only where nothing changes them.
     assert all(set(ask.params) == {"temperature", "max_tokens"} for ask in mixed.asks if ask.is_greedy)

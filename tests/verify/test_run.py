@@ -95,7 +95,7 @@ def test_seeded_answers_bind_our_method_and_not_vllms_own(verified: Callable[...
 
     assert not verified(act).holds
     found = verified(act, "ngram")
-    assert found.holds and named(found)["temperature 1, top-k"].not_promised == 6
+    assert found.holds and named(found)["t=1, top-k"].not_promised == 6
 
 
 def test_refused_parameters_are_told(verified: Callable[..., Verification]):
@@ -105,7 +105,7 @@ def test_refused_parameters_are_told(verified: Callable[..., Verification]):
         return answer
 
     found = verified(act, "ngram")
-    assert found.holds and named(found)["temperature 1, min-p"].refusal == "min_p is not supported"
+    assert found.holds and named(found)["t=1, min-p"].refusal == "min_p is not supported"
     assert not verified(act, "ctc").holds
 
 

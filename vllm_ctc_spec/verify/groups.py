@@ -71,19 +71,19 @@ def other_groups(prompts: Sequence[tuple[int, ...]], max_tokens: int, greedy: Se
     ]
     # Greedy ones first: vLLM's own methods may fail on sampled ones.
     return [
-        alone("greedy, one at a time"),
+        alone("greedy, alone"),
         same("penalties", **penalties),
         each("logit bias", [_bias(answer) for answer in greedy]),
         each("stop strings", [_stop_string(answer) for answer in greedy]),
         each("min_tokens", [_min_tokens(answer) for answer in greedy]),
         each("max_tokens 1 to 13", [{"max_tokens": 1 + index % 13} for index in range(len(prompts))]),
         same("log probabilities", logprobs=3),
-        each("greedy and sampled in one batch", [kinds[index % len(kinds)] for index in range(len(prompts))]),
-        same("temperature 0.7, top-p", temperature=0.7, top_p=0.9),
-        same("temperature 0.7, penalties", temperature=0.7, **penalties),
-        alone("temperature 1, one at a time", temperature=1.0),
-        same("temperature 1, min-p", temperature=1.0, min_p=0.05),
-        same("temperature 1, top-k", temperature=1.0, top_k=50),
+        each("greedy and sampled", [kinds[index % len(kinds)] for index in range(len(prompts))]),
+        same("t=0.7, top-p", temperature=0.7, top_p=0.9),
+        same("t=0.7, penalties", temperature=0.7, **penalties),
+        alone("t=1, alone", temperature=1.0),
+        same("t=1, min-p", temperature=1.0, min_p=0.05),
+        same("t=1, top-k", temperature=1.0, top_k=50),
     ]
 
 

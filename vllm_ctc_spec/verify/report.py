@@ -93,8 +93,10 @@ def conclusion(verification: Verification) -> list[str]:
         said.append(f"NOT EXACT: {different} requests are answered differently where they must not be.")
     elif not verification.holds:
         said.append("NOT SUPPORTED: requests were refused, or ended the engine, that plain vLLM answers.")
-    else:
+    elif facts.dtype == "float32":
         said.append("Exact: nothing differs that must not.")
+    else:
+        said.append(f"As exact as {facts.dtype} allows: nothing differs beyond near-ties that must not.")
     return said
 
 
@@ -113,4 +115,4 @@ def as_json(task: Task, verification: Verification) -> dict[str, Any]:
 def _gap(gap: float | None, steps: float | None) -> str:
     if gap is None:
         return ""
-    return f"{gap:.3g}" if steps is None else f"{gap:.3g} ({steps:.0f} steps)"
+    return f"{gap:.3g}" if steps is None else f"{steps:.0f} steps"
