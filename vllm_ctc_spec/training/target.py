@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from vllm_ctc_spec.drafter import CTCDrafterConfig
+from vllm_ctc_spec.precision import bf16_is_fast
 from vllm_ctc_spec.training.data import num_frequent
-from vllm_ctc_spec.training.loop import bf16_is_fast
 
 
 def target_dtype() -> torch.dtype:
