@@ -259,7 +259,7 @@ def main() -> None:
     while True:
         try:
             command, arguments = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             os._exit(0)
         try:
             answer: tuple[str, Any] = ("done", getattr(engine, command)(**arguments))

@@ -1,4 +1,4 @@
-"""A verification for people: one table, the differences, and a sentence on what they mean."""
+"""A verification for people: a table with the largest gap of each group, the differences, and what they mean."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from textwrap import shorten
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from vllm_ctc_spec.bench.equality import NEAR_TIE_STEPS
@@ -23,11 +24,11 @@ def to_table(verification: Verification) -> Table:
     is_float32 = verification.facts.dtype == "float32"
     has_unpromised = any(group.not_promised for group in verification.groups)
     columns = ["requests", "equal", *([] if is_float32 else ["near-tie"]), "different"]
-    columns += ["not promised"] if has_unpromised else []
-    table = Table("group", *columns, "largest gap")
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
+    columns += ["may\ndiffer"] if has_unpromised else []
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("group", no_wrap=True)
+    for column in (*columns, "gap"):
+        table.add_column(column, justify="right", no_wrap=True)
     for group in verification.groups:
         if not group.is_answered:
             table.add_row(group.name, str(group.num_requests), "refused" if group.failure is None else "failed")
@@ -115,4 +116,4 @@ def as_json(task: Task, verification: Verification) -> dict[str, Any]:
 def _gap(gap: float | None, steps: float | None) -> str:
     if gap is None:
         return ""
-    return f"{gap:.3g}" if steps is None else f"{steps:.0f} steps"
+    return f"{gap:.3g}" if steps is None else f"{steps:.0f} step{'s' if steps != 1 else ''}"
