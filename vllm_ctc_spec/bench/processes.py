@@ -16,8 +16,8 @@ from typing import Any
 STOP_SECONDS = 30
 """An engine that takes longer to end is killed."""
 
-TERMINATION_SECONDS = 2
-"""What vLLM's processes get to give back shared memory when they are ended in their work."""
+TERMINATION_SECONDS = 10
+"""What processes that are ended in their work get to give back shared memory."""
 
 _RAISED = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception|Interrupt): .+)")
 _TELLS_NOTHING = ("Engine core initialization failed", "EngineDeadError", "cancelled")
@@ -87,8 +87,7 @@ class MethodProcess:
             self._connection.poll(STOP_SECONDS)
         else:
             # It would read "stop" only when it has done what it does, such as compiling a target.
-            self._signal(signal.SIGTERM)
-            time.sleep(TERMINATION_SECONDS)
+            terminate_group(self._process)
         self._connection.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_SECONDS)
@@ -102,6 +101,21 @@ class MethodProcess:
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
+
+
+def terminate_group(leader: subprocess.Popen[bytes]) -> None:
+    """Ask the process group of `leader` to end, and wait until it has, for TERMINATION_SECONDS at most.
+
+    Its last process is Python's resource tracker, which frees the shared memory of the others.
+    """
+    deadline = time.monotonic() + TERMINATION_SECONDS
+    with suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            # A leader that nobody has waited for would stay in the group.
+            leader.poll()
+            os.killpg(leader.pid, 0)
+            time.sleep(0.1)
 
 
 def _is_empty(message: str) -> bool:

@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from vllm_ctc_spec.bench.processes import TERMINATION_SECONDS, root_cause
+from vllm_ctc_spec.bench.processes import root_cause, terminate_group
 from vllm_ctc_spec.chat.protocol import (
     Chunk,
     Ended,
@@ -78,16 +77,12 @@ class ChatEngine:
         self._connection.close()
         if not self._is_ready:
             # It would see the end of the pipe only when it has started.
-            self._signal(signal.SIGTERM)
-            time.sleep(TERMINATION_SECONDS)
+            terminate_group(self._process)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_SECONDS if self._is_ready else 0)
-        self._signal(signal.SIGKILL)
-        self._process.wait()
-
-    def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _ask(self, message: Any) -> Any:
         self._send(message)

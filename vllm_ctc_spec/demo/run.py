@@ -36,7 +36,7 @@ CONTEXT = 1024
 """Tokens; the longest prompt with its answer takes half."""
 
 WARM_UP_TOKENS = 16
-SHOWN = 4
+SHOWN = 5
 """Index of the question whose answer is printed, with the tree of a step in its middle."""
 TREE_NODES = 12
 
