@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vllm_ctc_spec.bench.processes import MethodFailed, MethodProcess, root_cause
+from vllm_ctc_spec.bench.processes import TERMINATION_SECONDS, MethodFailed, MethodProcess, root_cause, terminate_group
 
 
 @pytest.fixture
@@ -44,6 +44,25 @@ def test_a_process_that_dies_is_told_by_its_log(process: MethodProcess):
     os.killpg(process._process.pid, signal.SIGKILL)
     with pytest.raises(MethodFailed, match="died during 'run': ValueError: no such head"):
         process.call("run", workload=None)
+
+
+def test_a_process_that_is_ended_in_its_work_frees_its_shared_memory(tmp_path: Path):
+    code = (
+        "from multiprocessing.shared_memory import SharedMemory\n"
+        "memory = SharedMemory(create=True, size=64)\n"
+        "print(memory.name, flush=True)\n"
+        "import time; time.sleep(600)\n"
+    )
+    leader = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    assert leader.stdout is not None
+    memory = Path("/dev/shm") / leader.stdout.readline().decode().strip()
+    assert memory.exists()
+    started = time.monotonic()
+    terminate_group(leader)
+    assert time.monotonic() - started < TERMINATION_SECONDS
+    assert not memory.exists()
+    assert leader.wait() == -signal.SIGTERM
+    leader.stdout.close()
 
 
 def test_stopped_processes_do_not_outlive_a_killed_benchmark(tmp_path: Path):

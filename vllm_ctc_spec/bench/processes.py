@@ -13,6 +13,8 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 STOP_SECONDS = 30
 """An engine that takes longer to end is killed."""
 
@@ -108,14 +110,19 @@ def terminate_group(leader: subprocess.Popen[bytes]) -> None:
 
     Its last process is Python's resource tracker, which frees the shared memory of the others.
     """
-    deadline = time.monotonic() + TERMINATION_SECONDS
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, psutil.NoSuchProcess):
+        group = [psutil.Process(leader.pid), *psutil.Process(leader.pid).children(recursive=True)]
         os.killpg(leader.pid, signal.SIGTERM)
-        while time.monotonic() < deadline:
-            # A leader that nobody has waited for would stay in the group.
-            leader.poll()
-            os.killpg(leader.pid, 0)
+        deadline = time.monotonic() + TERMINATION_SECONDS
+        while time.monotonic() < deadline and any(map(_is_alive, group)):
             time.sleep(0.1)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; a container may have no process that waits for orphans, so that they stay as zombies."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _is_empty(message: str) -> bool:
