@@ -185,9 +185,14 @@ def test_ctrl_c_ends_the_answer_and_what_was_said_stays(tokenizer: Any, capsys: 
 
 
 def test_without_a_terminal_ctrl_c_ends_the_command(tokenizer: Any) -> None:
+    # Python leaves the signal alone where its parent ignores it, as shells do for commands in the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     engine = ScriptedEngine(("b", 1), at_step=lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        talk(engine, tokenizer, "a", "b")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            talk(engine, tokenizer, "a", "b")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_target_that_cannot_chat_is_refused_by_name(tokenizer: Any) -> None:

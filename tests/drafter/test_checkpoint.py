@@ -33,14 +33,13 @@ def drafter(emission: str = "conditioned") -> CTCDrafter:
 def run(model: CTCDrafter) -> list[Tensor]:
     """Every output of the module, with attention reduced to the mean of its own values."""
     generator = torch.Generator().manual_seed(1)
-    hidden, embedding = (torch.randn(3, 32, generator=generator) for _ in range(2))
+    hidden, embeddings = torch.randn(3, 32, generator=generator), torch.randn(3, 2, 32, generator=generator)
     positions = torch.tensor([4, 9, 70])
 
     def attend(layer: int, query: Tensor, own: KeyValue) -> Tensor:
         return query + own.value.mean(-3, keepdim=True).repeat_interleave(2, dim=-2)
 
-    last_tokens = torch.tensor([[4, 5], [6, 7], [5, 5]])
-    frames, start, gate = model(last_tokens, embedding, hidden, positions, attend)
+    frames, start, gate = model(embeddings, hidden, positions, attend)
     context = [x for pair in model.context(hidden, positions) for x in pair]
     return [frames, start, gate, model.blank_logits(frames), *context]
 
