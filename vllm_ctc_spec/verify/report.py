@@ -76,7 +76,7 @@ def conclusion(verification: Verification) -> list[str]:
     elif tied or different:
         said.append(
             f"{tied} part where the two tokens' logits are at most {NEAR_TIE_STEPS} steps of {facts.dtype} apart: "
-            "batches of different sizes round differently there, with speculation and without. "
+            "sums of several rows can round differently there, with speculation and without. "
             "Run this in float32 (the default) for a proof without rounding."
         )
     if unpromised:
