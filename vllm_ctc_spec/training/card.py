@@ -101,7 +101,10 @@ def _serve(folder: str, target: str) -> str:
 ```python
 from vllm import LLM
 
-llm = LLM("{target}", speculative_config={{"method": "ctc", "model": "{folder}", "num_speculative_tokens": 32}})
+llm = LLM(
+    "{target}",
+    speculative_config={{"method": "ctc", "model": "{folder}", "num_speculative_tokens": 32}},
+)
 ```"""
 
 
