@@ -87,13 +87,13 @@ def _chat(options: argparse.Namespace) -> int:
 def _engine_settings(options: argparse.Namespace, target: str, drafter: str) -> dict[str, Any]:
     """For `vllm.LLM`."""
     from vllm_ctc_spec.kv_cache import engine_options
-    from vllm_ctc_spec.precision import bf16_is_fast
+    from vllm_ctc_spec.precision import target_dtype
 
     given = dict(options.engine)
     for key in ("speculative_config", "worker_extension_cls"):
         if key in given:
             raise ValueError(f"--engine {key}: chat sets it itself. See DRAFTER, --nodes and --no-adaptive-budget.")
-    dtype = "bfloat16" if bf16_is_fast() else "float32"
+    dtype = str(target_dtype()).removeprefix("torch.")
     return {
         **engine_options(target, [MAX_CONTEXT], {"dtype": dtype, **given}, num_requests=1),
         "speculative_config": {

@@ -29,7 +29,7 @@ from vllm_ctc_spec.demo.compare import (
 from vllm_ctc_spec.demo.engines import CTC, NAMES, Engines, engine_options
 from vllm_ctc_spec.demo.pair import Pair, Report
 from vllm_ctc_spec.inspection import DrawnTree, draw
-from vllm_ctc_spec.precision import bf16_is_fast
+from vllm_ctc_spec.precision import target_dtype
 from vllm_ctc_spec.user_cache import user_cache
 
 CONTEXT = 1024
@@ -54,7 +54,7 @@ class Stages:
 
 def run_demo(pair: Pair, num_nodes: int, console: Console, report: Report) -> dict[str, Any]:
     """Print the comparison and return what `--json` writes. Raises ValueError where an engine fails."""
-    dtype = torch.bfloat16 if bf16_is_fast() else torch.float32
+    dtype = target_dtype()
     tokenizer = AutoTokenizer.from_pretrained(str(pair.target))
     logs = user_cache("demo-logs")
     report(

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from vllm_ctc_spec.drafter import CTCDrafterConfig
-from vllm_ctc_spec.precision import bf16_is_fast
+from vllm_ctc_spec.precision import target_dtype
 from vllm_ctc_spec.training.data import num_frequent
-
-
-def target_dtype() -> torch.dtype:
-    return torch.bfloat16 if bf16_is_fast() else torch.float32
 
 
 def load_target(path: str) -> PreTrainedModel:

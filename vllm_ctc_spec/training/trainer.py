@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
+from vllm_ctc_spec.precision import target_dtype
 from vllm_ctc_spec.training.atomic import atomic_folder, write_atomically
 from vllm_ctc_spec.training.budget import Budget, BudgetCallback
 from vllm_ctc_spec.training.cache import HiddenCache, write_cache
@@ -34,7 +35,7 @@ from vllm_ctc_spec.training.loop import drop_checkpoints, loop_arguments, proces
 from vllm_ctc_spec.training.objective import DraftObjective
 from vllm_ctc_spec.training.optimizer import MuonAdamW
 from vllm_ctc_spec.training.resume import claim
-from vllm_ctc_spec.training.target import drafter_config, load_target, target_dtype
+from vllm_ctc_spec.training.target import drafter_config, load_target
 from vllm_ctc_spec.training.timing import StepTimes
 
 DRY_RUN_LINES = 1000
