@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ class CTCDrafterConfig(PretrainedConfig):
     `emission` names the family (see algorithm/ctc.py): "independent" (CTC, repeats merge) or "conditioned"
     (one label per frame, each emission conditioned on the emitted tokens through tables of rank `condition_rank`).
     `draft_vocab_size` tokens, which stand beside the weights, are all that is ever drafted; None for every token.
+    `target_layers` are the layers of the target whose outputs the drafter reads beside the last hidden state, counted
+    as vLLM counts auxiliary hidden states: 0 stands for the embeddings, i for the output of the i-th layer.
     """
 
     model_type = "ctc_drafter"
@@ -46,6 +48,7 @@ class CTCDrafterConfig(PretrainedConfig):
         emission: Literal["independent", "conditioned"] = "conditioned",
         condition_rank: int = 256,
         draft_vocab_size: int | None = None,
+        target_layers: Sequence[int] = (),
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 10000.0,
         max_position_embeddings: int = 2048,
@@ -64,6 +67,7 @@ class CTCDrafterConfig(PretrainedConfig):
         self.emission = emission
         self.condition_rank = condition_rank
         self.draft_vocab_size = draft_vocab_size
+        self.target_layers = list(target_layers)
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
         self.max_position_embeddings = max_position_embeddings
@@ -81,6 +85,12 @@ class CTCDrafterConfig(PretrainedConfig):
             raise ValueError(
                 f"draft_vocab_size={draft_vocab_size} in the drafter's config.json: use a number from 1 to "
                 f"vocab_size={vocab_size}, or null to draft every token."
+            )
+        are_layers = all(type(layer) is int and layer >= 0 for layer in self.target_layers)
+        if not are_layers or self.target_layers != sorted(set(self.target_layers)):
+            raise ValueError(
+                f"target_layers={self.target_layers} in the drafter's config.json: use increasing layer numbers, "
+                "or an empty list for the last hidden state alone."
             )
 
     @property

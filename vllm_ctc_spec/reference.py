@@ -8,7 +8,7 @@ Letters: P positions of the text with the anchor, N nodes, H hidden size, V voca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +37,15 @@ def decode(
 ) -> Iterator[ReferenceStep]:
     """Greedy decoding without end; the first step has no tree yet. target: a transformers causal LM."""
     set_tables_from(drafter, target)
-    hidden = run_target(target, torch.tensor([prompt]))
-    text = [*prompt, int(target.lm_head(hidden[:, -1]).argmax())]
+    size, layers = drafter.config.hidden_size, drafter.config.target_layers
+    hidden = run_target(target, layers, torch.tensor([prompt]))
+    text = [*prompt, int(target.lm_head(hidden[:, -1, :size]).argmax())]
     yield ReferenceStep(_empty_tree(), [], text[-1:])
     while True:
         tree = draft(target, drafter, hidden, text[-2:], num_nodes, options)
         count = int(tree.num_nodes)
-        hidden_with_tree = run_target(target, *tree_inputs(text, tree))
-        rows = hidden_with_tree[:, len(text) - 1 :]
+        hidden_with_tree = run_target(target, layers, *tree_inputs(text, tree))
+        rows = hidden_with_tree[:, len(text) - 1 :, :size]
         choices = F.pad(target.lm_head(rows).argmax(-1), (0, tree.tokens.shape[1] - count))
         path = accept_greedy(tree, choices)
         nodes = path.nodes[0, : int(path.num_accepted)].tolist()
@@ -55,9 +56,13 @@ def decode(
         yield ReferenceStep(tree, nodes, emitted)
 
 
-def run_target(target: Any, tokens: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-    """Last hidden states [1, P, H], after the final norm, of tokens [1, P]."""
-    return target.model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+def run_target(
+    target: Any, layers: Sequence[int], tokens: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+) -> Tensor:
+    """[1, P, (1 + k) H] of tokens [1, P]: last hidden states, after the final norm, and those of k `layers`."""
+    options = {"attention_mask": mask, "position_ids": positions, "output_hidden_states": True, "use_cache": False}
+    outputs = target.model(tokens, **options)
+    return torch.cat((outputs.last_hidden_state, *(outputs.hidden_states[layer] for layer in layers)), dim=-1)
 
 
 def tree_inputs(text: list[int], tree: TokenTrees) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,8 +81,8 @@ def tree_inputs(text: list[int], tree: TokenTrees) -> tuple[Tensor, Tensor, Tens
 def draft(
     target: Any, drafter: CTCDrafter, hidden: Tensor, last_tokens: list[int], num_nodes: int, options: SpecOptions
 ) -> TokenTrees:
-    """The tree after verified positions with hidden states [1, n + 1, H]; last_tokens: at n, and the anchor."""
-    length = hidden.shape[1]
+    """The tree after verified positions with hidden states [1, n + 1, (1 + k) H]; last_tokens: at n, and the anchor."""
+    hidden, length = drafter.fuse(hidden), hidden.shape[1]
     context = drafter.context(hidden, torch.arange(length)[None])
     last = torch.tensor([last_tokens])
 

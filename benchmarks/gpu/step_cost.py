@@ -46,6 +46,9 @@ from vllm_ctc_spec.ops.tree_batch import TreeBatch
 from vllm_ctc_spec.training.data import num_frequent
 
 NUM_FRAMES = 10
+NUM_LAYERS = 3
+"""Of the target, that the drafter reads beside the last hidden state."""
+
 NUM_ACCEPTED = 4
 """Nodes of each request, and with the anchor one more row, which the drafter's context gets."""
 
@@ -85,7 +88,7 @@ class Setting:
             hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, num_attention_heads=shape.num_heads,
             num_key_value_heads=shape.num_kv_heads, head_dim=shape.head_size,
             intermediate_size=shape.intermediate_size, num_frames=NUM_FRAMES, label_length=NUM_FRAMES,
-            draft_vocab_size=num_frequent(shape.vocab_size),
+            draft_vocab_size=num_frequent(shape.vocab_size), target_layers=range(NUM_LAYERS),
         )  # fmt: skip
         with device:
             self.drafter = CTCDrafter(config).bfloat16().eval().requires_grad_(False)
@@ -123,7 +126,8 @@ class Setting:
 
     def drafting(self) -> Callable[[], tuple[Draft, Tensor]]:
         accepted = self.batch * (1 + NUM_ACCEPTED)
-        hidden = torch.randn(accepted, self.shape.hidden_size, dtype=torch.bfloat16, device=self.device)
+        width = self.shape.hidden_size * (1 + NUM_LAYERS)
+        hidden = torch.randn(accepted, width, dtype=torch.bfloat16, device=self.device)
         slots = self.slots(torch.arange(1 + NUM_ACCEPTED)).flatten()
         last_tokens = torch.randint(self.shape.vocab_size, (self.batch, 2), device=self.device)
         frames = self.rows(NUM_FRAMES + 1, torch.full((NUM_FRAMES + 1,), -1))
@@ -135,10 +139,11 @@ class Setting:
             return out.view_as(query)
 
         def draft() -> tuple[Draft, Tensor]:
-            for own in self.drafter.context(hidden, self.positions(1 + NUM_ACCEPTED)):
+            fused = self.drafter.fuse(hidden)
+            for own in self.drafter.context(fused, self.positions(1 + NUM_ACCEPTED)):
                 store(self.drafter_cache, slots, own.key, own.value)
             embeddings = self.target.embedding[last_tokens]
-            drafted = self.drafter(embeddings, hidden[: self.batch], frames.context_lens.long(), attend)
+            drafted = self.drafter(embeddings, fused[: self.batch], frames.context_lens.long(), attend)
             return drafted, emission_logits(self.drafter, drafted.frames, self.head)
 
         return draft

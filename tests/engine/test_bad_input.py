@@ -133,6 +133,20 @@ def test_a_drafter_of_another_target_is_refused(pair: TinyPair, tmp_path: Path, 
         configure(pair, {}, target)
 
 
+def test_a_drafter_that_reads_a_layer_which_the_target_lacks_is_refused(pair: TinyPair, tmp_path: Path) -> None:
+    folder = edited(pair.drafter, tmp_path / "drafter", target_layers=[5])
+    with pytest.raises(ValueError, match=r"reads layer 5 of the target, but .* has 2 layers"):
+        configure(pair, {"model": str(folder)})
+
+
+def test_a_target_that_does_not_hand_out_its_layers_is_refused_by_name(pair: TinyPair, tmp_path: Path) -> None:
+    target = edited(pair.target, tmp_path / "target", model_type="gemma", architectures=["GemmaForCausalLM"])
+    with pytest.raises(
+        ValueError, match=r"reads layers \[1\] .* GemmaForCausalLM gives the last only.*--target-layers none"
+    ):
+        configure(pair, {}, target)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

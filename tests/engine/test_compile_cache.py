@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from vllm.compilation import caching
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_ctc_spec.config import CTCDrafterConfig
+from vllm_ctc_spec.drafter import CTCDrafter
 from vllm_ctc_spec.engine.plugin import register
 
 
@@ -20,8 +23,15 @@ def key(pair, spec: dict[str, Any] | None = None, **options: Any) -> list[Any]:
     return caching.aot_compile_hash_factors(arguments.create_engine_config())
 
 
-def test_plain_vllm_and_our_method_share_one_compiled_target(pair) -> None:
-    assert key(pair) == key(pair, {}) == key(pair, {"num_speculative_tokens": 5, "tree": "chain"})
+def test_our_method_has_a_compiled_target_for_each_choice_of_layers(pair, tmp_path: Path) -> None:
+    """Plain vLLM's, where the drafter reads the last hidden state alone."""
+    assert key(pair, {}) == key(pair, {"num_speculative_tokens": 5, "tree": "chain"}) != key(pair)
+    config = CTCDrafterConfig.from_pretrained(pair.drafter)
+    for layers in ([], [0]):
+        config.target_layers = layers
+        CTCDrafter(config).save_pretrained(tmp_path)
+        assert (key(pair, {"model": str(tmp_path)}) == key(pair)) == (layers == [])
+        assert key(pair, {"model": str(tmp_path)}) != key(pair, {})
 
 
 def test_what_changes_the_graph_makes_another_key(pair) -> None:

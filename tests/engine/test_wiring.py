@@ -8,12 +8,16 @@ from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm import _custom_ops as ops
 
-from tests.engine.conftest import engine, generate
-from tests.engine.probe import record_trees, recorded_trees
+from tests.engine.conftest import NUM_NODES, engine, generate
+from tests.engine.probe import RecordedTree, record_trees, recorded_trees
+from vllm_ctc_spec.config import SpecOptions
+from vllm_ctc_spec.drafter.checkpoint import load_drafter
+from vllm_ctc_spec.drafter.drafting import set_tables_from
 from vllm_ctc_spec.engine.attention.cpu import ISA, write_cache
 from vllm_ctc_spec.engine.sampler import HostTree
 from vllm_ctc_spec.ops.cpu_kernels import tree_attention
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
+from vllm_ctc_spec.reference import draft, run_target
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK = 4, 2, 64, 32
 CONTEXT = 45
@@ -115,21 +119,42 @@ def test_hiding_one_ancestor_changes_that_node_and_no_other() -> None:
         assert (hidden[6] - full[6]).abs().max() > 1e-3
 
 
-def test_logits_of_every_node_equal_a_plain_run_over_its_ancestors(
-    pair, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the real engine, for every node of every tree, accepted or not, after several accepted steps."""
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    with engine(pair, {}) as llm:
-        llm.collective_rpc(record_trees)
-        generate(llm, prompts[:6], SamplingParams(temperature=0, max_tokens=12))
-        [recorded] = llm.collective_rpc(recorded_trees)
-    target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32).eval()
-    branching = [each for each in recorded if not each.tree.is_chain]
+@pytest.fixture(scope="module")
+def recorded(pair, prompts: list[list[int]]) -> list[RecordedTree]:
+    """Every branching tree of several steps of the real engine."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+        with engine(pair, {}) as llm:
+            llm.collective_rpc(record_trees)
+            generate(llm, prompts[:6], SamplingParams(temperature=0, max_tokens=12))
+            [every] = llm.collective_rpc(recorded_trees)
+    branching = [each for each in every if not each.tree.is_chain]
     assert len(branching) > 10
-    for each in branching[::4]:
+    return branching
+
+
+def test_logits_of_every_node_equal_a_plain_run_over_its_ancestors(pair, recorded: list[RecordedTree]) -> None:
+    """For every node of every tree, accepted or not, after several accepted steps."""
+    target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32).eval()
+    for each in recorded[::4]:
         for node, mask in enumerate(each.tree.ancestor_masks()):
             path = [each.tree.tokens[other - 1] for other in range(1, node + 1) if mask >> other & 1]
             with torch.inference_mode():
                 expected = target(torch.tensor([[*each.text, *path]])).logits[0, -1]
             torch.testing.assert_close(each.logits[node], expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_trees_are_those_of_the_reference_loop(pair, recorded: list[RecordedTree]) -> None:
+    """So the engine's drafter reads the layers that training read, and has stored all of the context."""
+    target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32).eval()
+    drafter = load_drafter(str(pair.drafter), torch.float32)
+    layers = drafter.config.target_layers
+    assert layers
+    set_tables_from(drafter, target)
+    for each in recorded[::4]:
+        hidden = run_target(target, layers, torch.tensor([each.text[:-1]]))
+        tree = draft(target, drafter, hidden, each.text[-2:], NUM_NODES, SpecOptions())
+        psi = torch.tensor(each.tree.probabilities, dtype=torch.float32)
+        torch.testing.assert_close(psi, tree.prefix_logp.exp()[0, : len(psi)], rtol=1e-3, atol=1e-4)
+        assert each.tree.tokens[0] == int(tree.tokens[0, 0])

@@ -70,16 +70,16 @@ def shards(folder):
     return sorted(folder.glob("hidden-*.safetensors"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cached_row_is_what_the_target_gives_for_that_row_alone(folder, target_path, rows, dtype):
+@pytest.mark.parametrize(("dtype", "layers"), [(torch.float32, ()), (torch.bfloat16, ()), (torch.float32, (0, 1))])
+def test_a_cached_row_is_what_the_target_gives_for_that_row_alone(folder, target_path, rows, dtype, layers):
     target = tiny_target().to(dtype)
-    write_cache(folder, target, target_path, rows, SHARD_BYTES, batch_size=3)
-    cache = load(folder, target_path, rows, dtype)
+    write_cache(folder, target, target_path, rows, layers, SHARD_BYTES, batch_size=3)
+    cache = HiddenCache(folder, target_path, rows, dtype, layers)
     assert len(shards(folder)) > 2
     assert len(cache) == len(rows)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
     for number, row in enumerate(rows):
-        alone = target_hidden(target, row.token_ids[None])[0]
+        alone = target_hidden(target, row.token_ids[None], layers)[0]
         torch.testing.assert_close(cache[number], alone, atol=tolerance, rtol=tolerance)
 
 
@@ -201,12 +201,12 @@ def test_a_resumed_run_keeps_the_plan_it_began_with(folder, target_path, rows):
     assert contents(folder) == whole
 
 
-def refused_as(other, folder, target_path, rows, dtype=torch.float32):
+def refused_as(other, folder, target_path, rows, dtype=torch.float32, layers=()):
     message = f"another {other}. Delete the folder"
     before = contents(folder)
     for act in (
-        lambda: load(folder, target_path, rows, dtype),
-        lambda: write_cache(folder, tiny_target().to(dtype), target_path, rows),
+        lambda: HiddenCache(folder, target_path, rows, dtype, layers),
+        lambda: write_cache(folder, tiny_target().to(dtype), target_path, rows, layers),
     ):
         with pytest.raises(ValueError) as error:
             act()
@@ -254,6 +254,7 @@ def test_one_changed_weight_or_setting_of_the_target_is_noticed(folder, target_p
 def test_every_difference_is_named(folder, target_path, rows):
     write(folder, target_path, rows)
     refused_as("rows, another dtype", folder, target_path, rows[1:], torch.bfloat16)
+    refused_as("layers", folder, target_path, rows, torch.float32, [1])
 
 
 def test_a_target_without_weights_is_refused(folder, target_path, rows):

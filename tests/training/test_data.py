@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from vllm_ctc_spec.training.data import (
     MISSING,
     AnchorDataset,
+    SimilarRows,
     TrainingRow,
     collate_anchors,
     read_rows,
@@ -244,6 +245,21 @@ def test_each_epoch_draws_other_anchors_and_the_same_epoch_the_same():
     assert drawn(0)[0] != drawn(0)[1]
     assert drawn(0) != drawn(1)
     assert drawn(0) != drawn(0, seed=1)
+
+
+def test_rows_of_a_batch_are_alike_and_each_row_comes_once_an_epoch():
+    lengths = torch.randperm(50, generator=torch.Generator().manual_seed(3)).add(5).tolist()
+    dataset = AnchorDataset(counting_rows(*lengths), label_length=3, anchors_per_row=8)
+    rows = SimilarRows(dataset, batch_size=4)
+    orders = []
+    for dataset.epoch in (0, 0, 1):
+        orders.append(list(rows))
+        assert sorted(orders[-1]) == list(range(50))
+        batches = [[lengths[row] for row in orders[-1][at : at + 4]] for at in range(0, 48, 4)]
+        assert all(max(batch) - min(batch) < 6 for batch in batches)
+        longest = [max(batch) for batch in batches]
+        assert longest not in (sorted(longest), sorted(longest)[::-1])
+    assert orders[0] == orders[1] != orders[2]
 
 
 def test_cached_hidden_states_reach_the_batch():

@@ -14,7 +14,8 @@ ANCHORS = torch.tensor([[1, 5, 19], [7, 2, 8]])
 
 def one_anchor(objective: DraftObjective, input_ids: Tensor, anchor: int) -> Draft:
     """As a serving step computes it: the text up to the anchor is all there is."""
-    hidden = target_hidden(objective.target, input_ids[None, :anchor])[0]
+    layers = objective.drafter.config.target_layers
+    hidden = objective.drafter.fuse(target_hidden(objective.target, input_ids[None, :anchor], layers)[0])
     context = objective.drafter.context(hidden, torch.arange(anchor))
 
     def attend(layer: int, query: Tensor, own: KeyValue) -> Tensor:
@@ -26,13 +27,14 @@ def one_anchor(objective: DraftObjective, input_ids: Tensor, anchor: int) -> Dra
     return objective.drafter(embeddings, hidden[-1], torch.tensor(anchor), attend)
 
 
-@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize(("num_layers", "target_layers"), [(1, []), (2, []), (1, [0, 1])])
 @torch.no_grad()
-def test_many_anchors_in_one_pass_equal_one_step_each(num_layers):
+def test_many_anchors_in_one_pass_equal_one_step_each(num_layers, target_layers):
     target = tiny_target()
-    objective = DraftObjective(tiny_drafter(target, num_hidden_layers=num_layers), target)
+    drafter = tiny_drafter(target, num_hidden_layers=num_layers, target_layers=target_layers)
+    objective = DraftObjective(drafter, target)
     input_ids = torch.randint(VOCAB, (2, 20))
-    draft = objective.draft(input_ids, target_hidden(target, input_ids), ANCHORS)
+    draft = objective.draft(input_ids, ANCHORS)
     for row, anchors in enumerate(ANCHORS.tolist()):
         for column, anchor in enumerate(anchors):
             alone = one_anchor(objective, input_ids[row], anchor)
@@ -43,14 +45,14 @@ def test_many_anchors_in_one_pass_equal_one_step_each(num_layers):
 @torch.no_grad()
 def test_nothing_at_or_after_the_anchor_but_the_anchor_reaches_its_draft():
     target = tiny_target()
-    objective = DraftObjective(tiny_drafter(target), target)
+    objective = DraftObjective(tiny_drafter(target, target_layers=[1]), target)
     input_ids = torch.randint(VOCAB, (1, 20))
     anchors = torch.tensor([[9]])
-    draft = objective.draft(input_ids, target_hidden(target, input_ids), anchors)
+    draft = objective.draft(input_ids, anchors)
     for position, same in ((8, False), (9, False), (10, True), (19, True)):
         changed = input_ids.clone()
         changed[0, position] = (changed[0, position] + 1) % VOCAB
-        others = objective.draft(changed, target_hidden(target, changed), anchors)
+        others = objective.draft(changed, anchors)
         assert all(torch.allclose(own, other, atol=1e-6) == same for own, other in zip(draft, others, strict=True))
 
 
@@ -58,7 +60,7 @@ def test_nothing_at_or_after_the_anchor_but_the_anchor_reaches_its_draft():
 @pytest.mark.parametrize("emission", ["conditioned", "independent"])
 def test_the_loss_reaches_every_drafter_weight_and_no_target_weight(tied, emission):
     target = tiny_target(tied)
-    drafter = tiny_drafter(target, emission=emission)
+    drafter = tiny_drafter(target, emission=emission, target_layers=[1])
     objective = DraftObjective(drafter, target).train()
     input_ids = torch.randint(VOCAB, (2, 20))
     valid = torch.tensor([[True, True, False], [True, True, True]])

@@ -20,6 +20,34 @@ def test_of_a_large_vocabulary_the_frequent_tokens_are_drafted(vocab_size, draft
     assert drafter_config(target, draft_vocab_size=None).draft_vocab_size is None
 
 
+@pytest.mark.parametrize(
+    ("architecture", "num_layers", "layers"),
+    [
+        ("LlamaForCausalLM", 30, [2, 15, 27]),
+        ("LlamaForCausalLM", 2, [1]),
+        ("LlamaForCausalLM", 1, []),
+        ("GPT2LMHeadModel", 30, []),
+        ("OfAnotherLibrary", 30, []),
+    ],
+)
+def test_three_layers_are_read_where_vllm_hands_them_out(architecture, num_layers, layers):
+    target = tiny_target(num_hidden_layers=2).config
+    target.architectures, target.num_hidden_layers = [architecture], num_layers
+    assert drafter_config(target).target_layers == layers
+    assert drafter_config(target, target_layers=[]).target_layers == []
+
+
+def test_a_layer_that_the_target_lacks_is_refused():
+    with pytest.raises(ValueError, match=r"target_layers=\[1, 2\]: the target has 2 layers and no 2"):
+        drafter_config(tiny_target().config, target_layers=[1, 2])
+
+
+@pytest.mark.parametrize("layers", [[2, 1], [1, 1], [-1], [True], ["1"]])
+def test_layers_that_are_no_increasing_numbers_are_refused(layers):
+    with pytest.raises(ValueError, match="use increasing layer numbers"):
+        drafter_config(tiny_target().config, target_layers=layers)
+
+
 def test_an_unknown_drafter_setting_is_refused_by_name():
     with pytest.raises(ValueError, match="unknown drafter setting 'frames'"):
         drafter_config(tiny_target().config, frames=5)

@@ -7,11 +7,12 @@ The two tables of the conditioning, A and B [V, r], are no weights: row c of A i
 embedding of c, row c of B one of the target's LM head row of c. So a drafter is small whatever the vocabulary, and
 tokens that training never saw have rows too. A server works the tables out once, with `set_tables`.
 
-From every verified position i the target's last hidden state h_i gives keys and values; they depend on
-nothing later, so a prefix cache may share them. At a step the drafter runs 1 + T queries per request, at
-positions n + 1 ... n + 1 + T: the anchor, then T frames, all conditioned on h_n. Queries see the context
-[0, n] and each other. How keys are stored and attended is the caller's business: it passes `attend`.
-What comes out at the anchor opens and closes the directions of the conditioning (the gate).
+From every verified position i the target's hidden state h_i gives keys and values; they depend on nothing later, so a
+prefix cache may share them. h_i is the target's last hidden state plus a learnt product of those of a few earlier
+layers (`fuse`; several layers are EAGLE-3's idea, Li et al. 2025, arXiv 2503.01840). At a step the drafter runs 1 + T
+queries per request, at positions n + 1 ... n + 1 + T: the anchor, then T frames, all conditioned on h_n. Queries see
+the context [0, n] and each other. How keys are stored and attended is the caller's business: it passes `attend`. What
+comes out at the anchor opens and closes the directions of the conditioning (the gate).
 """
 
 from __future__ import annotations
@@ -164,6 +165,9 @@ class CTCDrafter(PreTrainedModel):
     def __init__(self, config: CTCDrafterConfig) -> None:
         super().__init__(config)
         size = config.hidden_size
+        self.layer_norms = nn.ModuleList(RMSNorm(size, config.rms_norm_eps) for _ in config.target_layers)
+        if config.target_layers:
+            self.layers_proj = nn.Linear(len(config.target_layers) * size, size, bias=False)
         self.anchor_norm = RMSNorm(size, config.rms_norm_eps)
         self.hidden_norm = RMSNorm(size, config.rms_norm_eps)
         self.fuse_proj = nn.Linear(2 * size, size, bias=False)
@@ -203,10 +207,20 @@ class CTCDrafter(PreTrainedModel):
             # A module comes after its children, whose weights this changes.
             module.reset()
 
+    def fuse(self, hidden: Tensor) -> Tensor:
+        """[..., H] from [..., (1 + k) H]: the target's last hidden states (after its final norm), then those of the k
+        `target_layers`.
+        """
+        last, *earlier = hidden.split(self.config.hidden_size, dim=-1)
+        if not earlier:
+            return last
+        normed = [norm(states) for norm, states in zip(self.layer_norms, earlier, strict=True)]
+        return last + cast(Tensor, self.layers_proj(torch.cat(normed, dim=-1)))
+
     def context(self, hidden: Tensor, positions: Tensor) -> list[KeyValue]:
         """Keys and values, one per layer, of verified positions.
 
-        hidden: [..., H], the target's last hidden states (after its final norm); positions: [...] int64.
+        hidden: [..., H], see `fuse`; positions: [...] int64.
         """
         return [cast(DrafterLayer, layer).context(hidden, positions) for layer in self.layers]
 
@@ -235,7 +249,7 @@ class CTCDrafter(PreTrainedModel):
 
     def forward(self, last_embeddings: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Draft:
         """last_embeddings: [..., 2, H], the target's embeddings of the token at position n and of the anchor;
-        hidden: [..., H], h_n; positions: [...] int64, the anchor's position n + 1.
+        hidden: [..., H], h_n, see `fuse`; positions: [...] int64, the anchor's position n + 1.
         """
         anchor_embedding = last_embeddings[..., 1, :]
         fused = self.fuse_proj(torch.cat((self.anchor_norm(anchor_embedding), self.hidden_norm(hidden)), dim=-1))

@@ -44,7 +44,9 @@ def hash_factors(original: Any, vllm_config: VllmConfig) -> list[Any]:
 
 
 def _of_target(vllm_config: VllmConfig) -> VllmConfig:
-    """Our method leaves the target's graph as it is, so plain vLLM and all drafters share one compiled target."""
+    """Our method changes nothing in the target's graph but that it returns the layers which the drafter reads: drafters
+    of the same layers share a compiled target, and those of the last alone share plain vLLM's.
+    """
     target = copy.copy(vllm_config)
     # Follows the method, and there is no NCCL.
     target.parallel_config = copy.copy(vllm_config.parallel_config)
@@ -52,7 +54,9 @@ def _of_target(vllm_config: VllmConfig) -> VllmConfig:
     additional = vllm_config.additional_config
     if isinstance(additional, dict) and "ctc_spec" in additional:
         target.speculative_config = None
-        target.additional_config = {name: value for name, value in additional.items() if name != "ctc_spec"}
+        layers = additional["ctc_spec"]["target_layers"]
+        others = {name: value for name, value in additional.items() if name != "ctc_spec"}
+        target.additional_config = others | ({"target_layers": list(layers)} if layers else {})
     return target
 
 

@@ -41,7 +41,7 @@ class VerifiedRows:
     """Rows of a step that are now certain: prompt tokens, anchors and accepted nodes."""
 
     hidden: Tensor
-    """[n, H], the target's last hidden states."""
+    """[n, H], of `CTCDrafter.fuse`."""
     positions: Tensor
     """[n] int64"""
     slots: Tensor

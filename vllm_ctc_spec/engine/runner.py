@@ -50,6 +50,7 @@ class TreeModelRunner(GPUModelRunner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.use_aux_hidden_state_outputs = bool(self.drafter.settings.target_layers)
         self.walker = TreeWalker(self.sampler, at_once=self.device.type != "cpu")
         self.trees: dict[str, HostTree] = {}
         """The last tree drafted for each request; the scheduler holds its tokens, perhaps cut short."""
@@ -57,6 +58,11 @@ class TreeModelRunner(GPUModelRunner):
         self.budget: NodeBudget | None = None
         self.last_step: tuple[set[str], float] = set(), 0.0
         """Requests and end of the step before."""
+
+    def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
+        layers = self.drafter.settings.target_layers
+        if layers:
+            self.model.set_aux_hidden_state_layers(layers)
 
     def warm_up_attention(self) -> None:
         """For trees and for the drafter's frames, before the first request; needs the caches."""
@@ -229,7 +235,7 @@ class TreeModelRunner(GPUModelRunner):
     ) -> list[list[int]]:
         step, self.step = self.step, None
         assert step is not None
-        verified = self._verified_rows(step, hidden_states)
+        verified = self._verified_rows(step, [hidden_states, *(aux_hidden_states or ())])
         drafts: list[list[int]] = [[] for _ in step.trees]
         if self.budget is not None and not self.budget.wants_drafts(len(step.trees), sum(step.num_computed)):
             self.drafter.remember(verified)
@@ -268,11 +274,14 @@ class TreeModelRunner(GPUModelRunner):
             budget.observe_step(len(step.trees), len(step.trees) + num_accepted, now - ended, step.total_rows)
         self.last_step = set(self.input_batch.req_ids), now
 
-    def _verified_rows(self, step: Step, hidden_states: Tensor) -> VerifiedRows:
+    def _verified_rows(self, step: Step, hidden_states: list[Tensor]) -> VerifiedRows:
+        """hidden_states: [rows of the step, H] each, the last and those of the drafter's `target_layers`."""
+        fuse = self.drafter.drafter.fuse
         slots = self.input_batch.block_table[0].slot_mapping.gpu
         if not step.num_nodes:
             total = step.total_rows
-            return VerifiedRows(hidden_states[:total], self.positions[:total], slots[:total])
+            hidden = torch.cat([states[:total] for states in hidden_states], dim=-1)
+            return VerifiedRows(fuse(hidden), self.positions[:total], slots[:total])
         rows: list[int] = []
         slot_rows: list[int] = []
         positions: list[int] = []
@@ -281,7 +290,8 @@ class TreeModelRunner(GPUModelRunner):
             slot_rows.extend(range(start, start + len(verified)))
             positions.extend(range(computed, computed + len(verified)))
         at, at_slots, at_positions = async_tensor_h2d([rows, slot_rows, positions], self.device)
-        return VerifiedRows(hidden_states[at], at_positions, slots[at_slots])
+        hidden = torch.cat([states[at] for states in hidden_states], dim=-1)
+        return VerifiedRows(fuse(hidden), at_positions, slots[at_slots])
 
     def _draft_requests(
         self, step: Step, drafting: list[int], sampled: list[list[int]], common: Any

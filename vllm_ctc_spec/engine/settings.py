@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_ctc_spec.config import CTCDrafterConfig, SpecOptions, check_node_budget
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
 from vllm_ctc_spec.engine.devices import check_device
+from vllm_ctc_spec.engine.target_layers import hands_out_layers
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -24,13 +25,16 @@ class EngineSettings:
     drafter: str
     num_nodes: int
     options: SpecOptions
+    target_layers: tuple[int, ...] = ()
+    """Whose outputs the drafter reads; the target's compiled graph depends on them."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> EngineSettings:
-        return cls(fields["drafter"], fields["num_nodes"], SpecOptions(**fields["options"]))
+        layers = tuple(fields["target_layers"])
+        return cls(fields["drafter"], fields["num_nodes"], SpecOptions(**fields["options"]), layers)
 
 
 def resolve_settings(
@@ -51,7 +55,7 @@ def resolve_settings(
     _check_target(target)
     check_device(engine_args, target, parallel, options.attention_kernel)
     _check_fit(config, drafter, target)
-    return EngineSettings(os.path.abspath(drafter), num_nodes, options)
+    return EngineSettings(os.path.abspath(drafter), num_nodes, options, tuple(config.target_layers))
 
 
 def _check_engine(engine_args: Any, parallel: ParallelConfig) -> None:
@@ -108,3 +112,14 @@ def _check_fit(config: CTCDrafterConfig, drafter: str, target: ModelConfig) -> N
                 f"drafter {drafter!r} has {name} {ours}, but the target {target.model!r} has {theirs}: "
                 f"it was trained for another target. Train a drafter for this one."
             )
+    num_layers = target.hf_text_config.num_hidden_layers
+    if beyond := [layer for layer in config.target_layers if layer >= num_layers]:
+        raise ValueError(
+            f"drafter {drafter!r} reads layer {beyond[0]} of the target, but the target {target.model!r} has "
+            f"{num_layers} layers: it was trained for another target. Train a drafter for this one."
+        )
+    if config.target_layers and not hands_out_layers([target.architecture]):
+        raise ValueError(
+            f"drafter {drafter!r} reads layers {config.target_layers} of the target, but vLLM's {target.architecture} "
+            "gives the last only. Train a drafter with `vllm-ctc-spec train fit --target-layers none`."
+        )

@@ -1,9 +1,9 @@
-"""The frozen target's last hidden states on disk, so that a fit of many epochs runs the target over one.
+"""The frozen target's hidden states on disk, so that a fit of many epochs runs the target over one.
 
     manifest.json                      what the cache was made of, and the rows of each shard; written first
-    hidden-00001.safetensors, ...      [N, H] each, the shard's rows one after the other without padding
+    hidden-00001.safetensors, ...      [N, W] each, the shard's rows one after the other without padding
 
-Letters: B rows of a batch, L tokens of a row, N tokens of a shard, H hidden size.
+Letters: B rows of a batch, L tokens of a row, N tokens of a shard, W width of the hidden states of all layers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DISK_MARGIN = 256 << 20
 @dataclass(frozen=True)
 class Manifest:
     made_of: Fingerprint
-    hidden_size: int
+    width: int
     shards: list[list[int]]
     """The rows of each shard, in the order in which it holds them."""
 
@@ -52,10 +52,17 @@ class Manifest:
 
 
 class HiddenCache:
-    """Row number -> [L, H], as `target_hidden` gives them; refuses a cache that is not whole or of something else."""
+    """Row number -> [L, W], as `target_hidden` gives them; refuses a cache that is not whole or of something else."""
 
-    def __init__(self, folder: Path, target_path: str, rows: Sequence[TrainingRow], dtype: torch.dtype) -> None:
-        manifest = _read_manifest(folder, fingerprint(target_path, rows, dtype))
+    def __init__(
+        self,
+        folder: Path,
+        target_path: str,
+        rows: Sequence[TrainingRow],
+        dtype: torch.dtype,
+        layers: Sequence[int] = (),
+    ) -> None:
+        manifest = _read_manifest(folder, fingerprint(target_path, rows, dtype, layers))
         self._places: dict[int, tuple[Path, int, int]] = {}
         self._open: dict[Path, Any] = {}
         for shard, members in enumerate(manifest.shards):
@@ -72,7 +79,7 @@ class HiddenCache:
         return len(self._places)
 
     def __getitem__(self, row: int) -> Tensor:
-        """[L, H], a view of the memory-mapped file."""
+        """[L, W], a view of the memory-mapped file."""
         path, start, stop = self._places[row]
         if path not in self._open:
             self._open[path] = safe_open(path, "pt")
@@ -88,33 +95,32 @@ def write_cache(
     target: PreTrainedModel,
     target_path: str,
     rows: Sequence[TrainingRow],
+    layers: Sequence[int] = (),
     shard_bytes: int = 1 << 30,
     batch_size: int = 8,
 ) -> None:
     """Write the shards that `folder` lacks or holds in part, so that a run that was killed goes on.
 
-    `target` is what `target_path` loads; its dtype is the cache's. A cache that exists keeps its own shard plan.
+    `target` is what `target_path` loads; its dtype is the cache's. `layers`: see `target_hidden`. A cache that exists
+    keeps its own shard plan.
     """
-    made_of = fingerprint(target_path, rows, target.dtype)
+    made_of = fingerprint(target_path, rows, target.dtype, layers)
     lengths = [len(row.token_ids) for row in rows]
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).exists():
         manifest = _read_manifest(folder, made_of)
     else:
-        hidden_size = target.config.get_text_config().hidden_size
-        manifest = Manifest(
-            made_of, hidden_size, plan_shards(lengths, hidden_size * target.dtype.itemsize, shard_bytes)
-        )
+        width = target.config.get_text_config().hidden_size * (1 + len(layers))
+        manifest = Manifest(made_of, width, plan_shards(lengths, width * target.dtype.itemsize, shard_bytes))
     sizes = [sum(lengths[row] for row in members) for members in manifest.shards]
     missing = [shard for shard, size in enumerate(sizes) if _flaw(_shard_path(folder, shard), size, manifest)]
     num_tokens = sum(sizes[shard] for shard in missing)
-    _check_disk(folder, num_tokens * manifest.hidden_size * target.dtype.itemsize)
+    _check_disk(folder, num_tokens * manifest.width * target.dtype.itemsize)
     _write_whole(folder / MANIFEST, manifest.to_json())
     with logging.tqdm(total=num_tokens, unit="token", unit_scale=True, desc="hidden states") as progress:
         for shard in missing:
-            hidden = _shard_hidden(
-                target, [rows[row].token_ids for row in manifest.shards[shard]], batch_size, progress
-            )
+            token_ids = [rows[row].token_ids for row in manifest.shards[shard]]
+            hidden = _shard_hidden(target, manifest, token_ids, batch_size, progress)
             contents = save({"hidden": hidden.cpu()}, metadata={"manifest": manifest.digest})
             _write_whole(_shard_path(folder, shard), contents)
 
@@ -135,15 +141,17 @@ def plan_shards(lengths: Sequence[int], token_bytes: int, shard_bytes: int) -> l
     return shards
 
 
-def _shard_hidden(target: PreTrainedModel, token_ids: list[Tensor], batch_size: int, progress: Any) -> Tensor:
-    """[N, H], gathered on the target's device so that it is not kept waiting between batches; token_ids: [L] each."""
+def _shard_hidden(
+    target: PreTrainedModel, manifest: Manifest, token_ids: list[Tensor], batch_size: int, progress: Any
+) -> Tensor:
+    """[N, W], gathered on the target's device so that it is not kept waiting between batches; token_ids: [L] each."""
     lengths = [len(ids) for ids in token_ids]
-    hidden_size = target.config.get_text_config().hidden_size
-    shard = torch.empty(sum(lengths), hidden_size, dtype=target.dtype, device=target.device)
+    shard = torch.empty(sum(lengths), manifest.width, dtype=target.dtype, device=target.device)
     places = shard.split(lengths)
     for start in range(0, len(token_ids), batch_size):
         batch = pad_sequence(token_ids[start : start + batch_size], batch_first=True)
-        for place, hidden in zip(places[start:], target_hidden(target, batch.to(target.device))):
+        batch_hidden = target_hidden(target, batch.to(target.device), manifest.made_of.layers)
+        for place, hidden in zip(places[start:], batch_hidden):
             place.copy_(hidden[: len(place)])
         progress.update(sum(lengths[start : start + batch_size]))
     return shard
@@ -179,7 +187,7 @@ def _flaw(path: Path, num_tokens: int, manifest: Manifest) -> str | None:
             found = (file.metadata(), hidden.get_shape(), str(hidden[:0].dtype))
     except (OSError, SafetensorError) as error:
         return str(error)
-    expected = ({"manifest": manifest.digest}, [num_tokens, manifest.hidden_size], manifest.made_of.dtype)
+    expected = ({"manifest": manifest.digest}, [num_tokens, manifest.width], manifest.made_of.dtype)
     return None if found == expected else f"holds {found}, expected {expected}"
 
 

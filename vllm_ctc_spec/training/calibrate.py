@@ -22,7 +22,7 @@ from vllm_ctc_spec.drafter import CTCDrafter, Draft
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of, set_tables_from
 from vllm_ctc_spec.training.data import AnchorDataset, TrainingRow, collate_anchors, with_anchors
 from vllm_ctc_spec.training.evaluate import walk_text
-from vllm_ctc_spec.training.objective import DraftObjective, target_hidden
+from vllm_ctc_spec.training.objective import DraftObjective
 
 NUM_NODES = 32
 LARGEST_FACTOR = 2.0
@@ -97,8 +97,7 @@ def _draft(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int) ->
         input_ids, anchors, valid, labels = (
             batch[name].to(device) for name in ("input_ids", "anchors", "valid", "labels")
         )
-        draft = objective.draft(input_ids, target_hidden(objective.target, input_ids), anchors)
-        drafts.append((draft.of(valid), labels[valid]))
+        drafts.append((objective.draft(input_ids, anchors).of(valid), labels[valid]))
     return drafts
 
 

@@ -110,6 +110,10 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         "--draft-vocab-size", type=int, metavar="NUMBER",
         help="draft the most frequent tokens of the rows alone (default: a quarter of all, at least 2048; 0: all)",
     )  # fmt: skip
+    parser.add_argument(
+        "--target-layers", nargs="+", metavar="LAYER",
+        help="layers of the target that the drafter reads beside the last, or none (default: three if vLLM gives them)",
+    )  # fmt: skip
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep the target's hidden states on disk")
     parser.add_argument("--save-steps", type=int, default=500, help="between checkpoints (default %(default)s)")
     parser.add_argument(
@@ -224,6 +228,7 @@ def _fit_settings(options: argparse.Namespace) -> FitSettings:
     from vllm_ctc_spec.training.trainer import FitSettings
 
     vocab = {} if options.draft_vocab_size is None else {"draft_vocab_size": options.draft_vocab_size or None}
+    layers = {} if options.target_layers is None else {"target_layers": _target_layers(options.target_layers)}
     limit = {} if options.minutes is None else {"max_seconds": options.minutes * 60}
     return FitSettings(
         budget=Budget(options.steps, **limit),
@@ -242,9 +247,18 @@ def _fit_settings(options: argparse.Namespace) -> FitSettings:
             "condition_rank": options.rank,
             "emission": options.emission,
             **vocab,
+            **layers,
         },
         trainer=dict(options.trainer),
     )
+
+
+def _target_layers(words: list[str]) -> list[int]:
+    if words == ["none"]:
+        return []
+    if not all(word.isdecimal() for word in words):
+        raise ValueError(f"--target-layers {' '.join(words)}: write layer numbers, or none.")
+    return sorted(set(map(int, words)))
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ from vllm_ctc_spec.drafter import CTCDrafter, Draft
 from vllm_ctc_spec.drafter.checkpoint import check_drafter, load_drafter
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of, over_all_tokens, set_tables_from
 from vllm_ctc_spec.training.data import AnchorDataset, collate_anchors, read_rows, with_anchors
-from vllm_ctc_spec.training.objective import DraftObjective, target_hidden
+from vllm_ctc_spec.training.objective import DraftObjective
 from vllm_ctc_spec.training.target import load_target
 
 TreeChoice = tuple[SpecOptions, int]
@@ -171,7 +171,7 @@ def _observe_batch(
 ) -> Observations:
     """Of the valid anchors; rows are counted within the batch."""
     input_ids, anchors, valid = batch["input_ids"], batch["anchors"], batch["valid"]
-    draft = objective.draft(input_ids, target_hidden(objective.target, input_ids), anchors).of(valid)
+    draft = objective.draft(input_ids, anchors).of(valid)
     rows = valid.nonzero()[:, 0]
     logits = emission_logits(objective.drafter, draft.frames, head)
     return observe(objective.drafter, draft, logits, batch["labels"][valid], rows, trees)

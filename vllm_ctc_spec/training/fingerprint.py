@@ -20,11 +20,15 @@ class Fingerprint:
     rows: str
     """sha256 over their token ids"""
     dtype: str
+    layers: list[int]
+    """Those that are kept beside the last hidden states."""
 
 
-def fingerprint(target_path: str, rows: Sequence[TrainingRow], dtype: torch.dtype) -> Fingerprint:
+def fingerprint(
+    target_path: str, rows: Sequence[TrainingRow], dtype: torch.dtype, layers: Sequence[int] = ()
+) -> Fingerprint:
     """`target_path`: a folder, or a hub name whose files have been downloaded."""
-    return Fingerprint(_hash_target(target_path), _hash_rows(rows), str(dtype))
+    return Fingerprint(_hash_target(target_path), _hash_rows(rows), str(dtype), list(layers))
 
 
 def _hash_target(target_path: str) -> str:

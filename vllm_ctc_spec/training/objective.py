@@ -6,6 +6,8 @@ kv head, D head size, H hidden size, U labels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -42,19 +44,20 @@ class DraftObjective(nn.Module):
     def forward(
         self, input_ids: Tensor, anchors: Tensor, valid: Tensor, labels: Tensor, hidden: Tensor | None = None
     ) -> AlignmentLoss:
-        """input_ids: [B, L]; anchors: [B, M] positions; valid: [B, M] bool; labels: [B, M, U]; hidden: [B, L, H] of
-        `target_hidden`, computed if not given."""
-        if hidden is None:
-            hidden = target_hidden(self.target, input_ids)
-        draft = self.draft(input_ids, hidden, anchors).of(valid)
+        """input_ids: [B, L]; anchors: [B, M] positions; valid: [B, M] bool; labels: [B, M, U]; hidden:
+        [B, L, (1 + k) H] of `target_hidden`, computed where they are not given."""
+        draft = self.draft(input_ids, anchors, hidden).of(valid)
         conditioned = torch.rand(len(draft.gate), 1, device=draft.gate.device) >= ALONE
         draft = draft._replace(gate=draft.gate * conditioned)
         lm_head, labels = self.target.get_output_embeddings().weight, labels[valid]
         label_embeddings = self.target.get_input_embeddings()(labels.clamp(min=0))
         return alignment_loss(self.drafter, draft, lm_head, labels, label_embeddings, self.frequent, self.label_decay)
 
-    def draft(self, input_ids: Tensor, hidden: Tensor, anchors: Tensor) -> Draft:
-        """[B, M, ...], of every anchor in one pass; hidden: [B, L, H] from `target_hidden`."""
+    def draft(self, input_ids: Tensor, anchors: Tensor, hidden: Tensor | None = None) -> Draft:
+        """[B, M, ...], of every anchor in one pass; see `forward`."""
+        if hidden is None:
+            hidden = target_hidden(self.target, input_ids, self.drafter.config.target_layers)
+        hidden = self.drafter.fuse(hidden)
         context = self.drafter.context(hidden, torch.arange(input_ids.shape[1], device=input_ids.device))
         last_tokens = torch.stack((input_ids.gather(1, anchors - 1), input_ids.gather(1, anchors)), dim=-1)
         last_embeddings = self.target.get_input_embeddings()(last_tokens)
@@ -67,12 +70,14 @@ class DraftObjective(nn.Module):
 
 
 @torch.no_grad()
-def target_hidden(target: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """[B, L, H], what the target feeds to its LM head.
+def target_hidden(target: PreTrainedModel, input_ids: Tensor, layers: Sequence[int] = ()) -> Tensor:
+    """[B, L, (1 + k) H], what the target feeds to its LM head, then the outputs of k `layers` (see `target_layers` of
+    CTCDrafterConfig).
 
     Rows are padded on the right: behind a causal mask padding changes no other position, so it needs no mask.
     """
-    return target.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    outputs = target.get_decoder()(input_ids=input_ids, use_cache=False, output_hidden_states=bool(layers))
+    return torch.cat((outputs.last_hidden_state, *(outputs.hidden_states[layer] for layer in layers)), dim=-1)
 
 
 def attend_before_anchor(query: Tensor, own: KeyValue, context: KeyValue, anchors: Tensor) -> Tensor:

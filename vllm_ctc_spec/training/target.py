@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from vllm_ctc_spec.drafter import CTCDrafterConfig
+from vllm_ctc_spec.engine.target_layers import hands_out_layers
 from vllm_ctc_spec.precision import target_dtype
 from vllm_ctc_spec.training.data import num_frequent
 
@@ -26,7 +27,8 @@ def load_target(path: str) -> PreTrainedModel:
 
 
 def drafter_config(target: PretrainedConfig, **overrides: Any) -> CTCDrafterConfig:
-    """The drafter that shares the target's embedding, LM head, K/V shape and rotary base, and drafts frequent tokens.
+    """The drafter that shares the target's embedding, LM head, K/V shape and rotary base, drafts frequent tokens, and
+    reads three of the target's layers beside the last hidden state, where vLLM hands them out.
 
     `overrides` are fields of CTCDrafterConfig; an unknown one is refused by name.
     """
@@ -43,11 +45,27 @@ def drafter_config(target: PretrainedConfig, **overrides: Any) -> CTCDrafterConf
         "max_position_embeddings": text.max_position_embeddings,
         "draft_vocab_size": num_frequent(text.vocab_size),
     }
+    if "target_layers" not in overrides and hands_out_layers(target.architectures or ()):
+        fields["target_layers"] = three_layers(text.num_hidden_layers)
     known = CTCDrafterConfig().to_dict()
     for name in overrides:
         if name not in known:
             raise ValueError(f"unknown drafter setting {name!r}. Settings: {', '.join(sorted(known))}.")
-    return CTCDrafterConfig(**fields | overrides)
+    config = CTCDrafterConfig(**fields | overrides)
+    if beyond := [layer for layer in config.target_layers if layer >= text.num_hidden_layers]:
+        raise ValueError(
+            f"target_layers={config.target_layers}: the target has {text.num_hidden_layers} layers and no {beyond[0]}. "
+            f"Use numbers from 0 to {text.num_hidden_layers - 1}."
+        )
+    return config
+
+
+def three_layers(num_layers: int) -> list[int]:
+    """A low, a middle and a high one of the target's layers, those that EAGLE-3 reads in vLLM; fewer of a small target.
+
+    As `target_layers` of CTCDrafterConfig.
+    """
+    return sorted({layer for layer in (2, num_layers // 2, num_layers - 3) if 0 < layer < num_layers})
 
 
 def _rope_theta(text: PretrainedConfig) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
@@ -24,6 +25,7 @@ from vllm_ctc_spec.training.calibrate import calibrate, split_rows
 from vllm_ctc_spec.training.card import training_facts
 from vllm_ctc_spec.training.data import (
     AnchorDataset,
+    SimilarRows,
     TrainingRow,
     collate_anchors,
     most_frequent,
@@ -94,7 +96,7 @@ def fit(
     _check_disk(output_dir, drafter)
     target = load_target(target_path)
     rows, calibration_rows = split_rows(rows)
-    hidden = _cached_hidden(settings.cache, target, target_path, rows)
+    hidden = _cached_hidden(settings.cache, target, target_path, rows, config.target_layers)
     dataset = AnchorDataset(
         rows, config.label_length, settings.anchors_per_row, settings.seed, hidden, _least_labels(config)
     )
@@ -213,15 +215,15 @@ def _check_disk(output_dir: Path, drafter: CTCDrafter) -> None:
 
 
 def _cached_hidden(
-    cache: Path | None, target: PreTrainedModel, target_path: str, rows: Sequence[TrainingRow]
+    cache: Path | None, target: PreTrainedModel, target_path: str, rows: Sequence[TrainingRow], layers: Sequence[int]
 ) -> Callable[[int], Tensor] | None:
     if cache is None:
         return None
     if processes().is_main_process:
         target.to(processes().device)
-        write_cache(cache, target, target_path, rows)
+        write_cache(cache, target, target_path, rows, layers)
     processes().wait_for_everyone()
-    return HiddenCache(cache, target_path, rows, target.dtype).__getitem__
+    return HiddenCache(cache, target_path, rows, target.dtype, layers).__getitem__
 
 
 class _DrafterTrainer(Trainer):
@@ -230,6 +232,10 @@ class _DrafterTrainer(Trainer):
     model: DraftObjective
     num_impossible = 0
     """Anchors whose labels no alignment fits, since the last log."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return SimilarRows(dataset, self.args.train_batch_size)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
