@@ -88,24 +88,8 @@ def alignment_loss(
     else:
         frames, states = draft.frames.flatten(0, 1), states[:, :-1].flatten(0, 1)
         weights = is_label * label_decay ** torch.arange(labels.shape[1], device=labels.device)
-        import os
-
-        if os.environ.get("DRAWN"):
-            drawn = (torch.rand_like(weights) < weights).flatten().nonzero()[:, 0]
-            total = ConditionedCrossEntropy.apply(
-                frames[drawn],
-                lm_head,
-                states[drawn],
-                following,
-                offsets,
-                columns.flatten()[drawn],
-                torch.full((len(drawn),), labels.numel() / len(drawn)),
-            )
-        else:
-            weights = (weights * (labels.numel() / weights.sum())).flatten()
-            total = ConditionedCrossEntropy.apply(
-                frames, lm_head, states, following, offsets, columns.flatten(), weights
-            )
+        weights = (weights * (labels.numel() / weights.sum())).flatten()
+        total = ConditionedCrossEntropy.apply(frames, lm_head, states, following, offsets, columns.flatten(), weights)
     return AlignmentLoss(total / max(len(labels), 1), torch.zeros((), dtype=torch.int64, device=labels.device))
 
 
