@@ -114,6 +114,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         "--target-layers", nargs="+", metavar="LAYER",
         help="layers of the target that the drafter reads beside the last, or none (default: three if vLLM gives them)",
     )  # fmt: skip
+    parser.add_argument("--init", metavar="DRAFTER", help="folder of a drafter whose weights are the first")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep the target's hidden states on disk")
     parser.add_argument("--save-steps", type=int, default=500, help="between checkpoints (default %(default)s)")
     parser.add_argument(
@@ -240,6 +241,7 @@ def _fit_settings(options: argparse.Namespace) -> FitSettings:
         save_steps=options.save_steps,
         seed=options.seed,
         cache=options.cache,
+        init=options.init,
         drafter={
             "num_frames": options.frames,
             "label_length": options.label_length or options.frames,

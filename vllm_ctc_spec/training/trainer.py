@@ -39,6 +39,7 @@ from vllm_ctc_spec.training.optimizer import MuonAdamW
 from vllm_ctc_spec.training.resume import claim
 from vllm_ctc_spec.training.target import drafter_config, load_target
 from vllm_ctc_spec.training.timing import StepTimes
+from vllm_ctc_spec.training.warm_start import start_from
 
 DRY_RUN_LINES = 1000
 LABEL_DECAY = 0.8
@@ -66,6 +67,8 @@ class FitSettings:
     seed: int = 0
     cache: Path | None = None
     """Folder for the target's hidden states: worth its disk where rows are seen more than once."""
+    init: str | None = None
+    """Folder of a drafter whose weights are the first."""
     drafter: dict[str, Any] = field(default_factory=dict)
     """Fields of CTCDrafterConfig that differ from `drafter_config`'s choice."""
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -92,7 +95,7 @@ def fit(
     with processes().main_process_first():
         claim(checkpoints, _resumable(target_path, data, settings))
     torch.manual_seed(settings.seed)
-    drafter = CTCDrafter(config)
+    drafter = _first_drafter(config, settings)
     _check_disk(output_dir, drafter)
     target = load_target(target_path)
     rows, calibration_rows = split_rows(rows)
@@ -138,13 +141,20 @@ def dry_run(
     _label_decay(settings, config)
     if data is not None:
         _usable_rows(target_path, data, config, settings, skipped, DRY_RUN_LINES)
-    drafter = CTCDrafter(config)
+    drafter = _first_drafter(config, settings)
     _check_disk(output_dir, drafter)
     loop_arguments(output_dir, settings.budget, settings.batch_size, **settings.trainer)
     untrained = output_dir.with_name(f"{output_dir.name}.dry-run")
     with atomic_folder(untrained) as partial:
         drafter.to(target_dtype()).save_pretrained(partial)
     return untrained
+
+
+def _first_drafter(config: CTCDrafterConfig, settings: FitSettings) -> CTCDrafter:
+    drafter = CTCDrafter(config)
+    if settings.init is not None:
+        start_from(drafter, settings.init)
+    return drafter
 
 
 def _usable_rows(
