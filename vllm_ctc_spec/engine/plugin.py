@@ -10,7 +10,14 @@ Ledger of what is replaced in vLLM, why, and when it can go:
 * `caching.aot_compile_hash_factors` and `decorators._try_load_aot_compiled_fn`, on a CPU, with any method and none:
   vLLM cannot load a target that it compiled at an earlier start (see compile_cache.py).
   Goes when vLLM's CPU backend loads it and its key has the processor and the number of threads.
-* `gpu_model_runner.build_logitsprocs` (in the worker, see worker.py): for the same reason.
+* `gpu_model_runner.build_logitsprocs` (in the worker, see logits_processors.py): with any speculation vLLM loads no
+  logits processors but min_tokens. Goes with the check of `_validate_spec_decode`.
+* `gpu_input_batch.maybe_create_thinking_budget_state_holder` (in the worker, see thinking_budgets.py): with any
+  speculation vLLM counts for its rejection sampler. Goes when the sampler is told in which rows it is asked.
+* `cpu_worker.CPUModelRunner` (in the worker, see cpu_worker.py): our model runner, which the CPU's worker has no method
+  to choose. Goes when it has `_make_model_runner`, as the GPU's has.
+* The attention backends CPU_ATTN, FLASH_ATTN and TRITON_ATTN (in the worker, by vLLM's `register_backend`): rows of
+  trees go to our kernels. Goes when vLLM's backends take an ancestor mask.
 
 Beside that it asks Linux for AMX's tiles, which vLLM uses and does not ask for.
 """

@@ -235,7 +235,7 @@ class TreeModelRunner(GPUModelRunner):
             self.drafter.remember(verified)
             self._observe(self.budget, step)
             return drafts
-        drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens and self._may_draft(index)]
+        drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
         requests = self._draft_requests(step, drafting, sampled_token_ids, common_attn_metadata)
         if self.budget is None or requests is None:
             trees = self.drafter.propose(verified, requests)
@@ -311,10 +311,6 @@ class TreeModelRunner(GPUModelRunner):
 
     def _sampling_params(self, index: int) -> Any:
         return self.requests[self.input_batch.req_ids[index]].sampling_params
-
-    def _may_draft(self, index: int) -> bool:
-        # vLLM counts thinking tokens per emitted chunk, so such a request decodes one token a step.
-        return self._sampling_params(index).thinking_token_budget is None
 
 
 class TreeGPUModelRunner(TreeModelRunner):
