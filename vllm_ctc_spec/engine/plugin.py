@@ -25,11 +25,13 @@ Beside that it asks Linux for AMX's tiles, which vLLM uses and does not ask for.
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.engine.compat import require_supported_vllm, supports_installed_vllm
 
 if TYPE_CHECKING:
@@ -136,8 +138,17 @@ def _has_process_per_worker(parallel: Any) -> bool:
 
 
 def _merged_settings(engine_args: Any) -> dict[str, Any] | None:
-    """`--speculative-config` and --spec-method, --spec-model, --spec-tokens; None if both have the same key."""
-    settings = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
+    """`--speculative-config` and --spec-method, --spec-model, --spec-tokens; None if both have the same key.
+
+    Raises ValueError where the former is no object with names for keys.
+    """
+    given = engine_args.speculative_config or {}
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise ValueError(
+            f"speculative_config={given!r}: give an object whose keys are strings, such as "
+            '{"method": "ctc", "model": "path/to/drafter"}.'
+        )
+    settings = {key.replace("-", "_"): value for key, value in given.items()}
     shorthands = {
         "method": engine_args.spec_method,
         "model": engine_args.spec_model,
@@ -152,11 +163,26 @@ def _merged_settings(engine_args: Any) -> dict[str, Any] | None:
 
 
 def _asks_for_ctc(settings: dict[str, Any]) -> bool:
-    if settings.get("method") is not None:
-        return settings["method"] == METHOD
-    model = settings.get("model")
-    if not isinstance(model, str) or not (Path(model) / "config.json").is_file():
+    """Raises ValueError where the method is misspelt, or another one's and has our options."""
+    method = settings.get("method")
+    if method == METHOD or (method is None and _is_drafter(settings.get("model"))):
+        return True
+    if isinstance(method, str) and method.lower() == METHOD:
+        raise ValueError(f"speculative_config method={method!r}: write {METHOD!r}.")
+    if ours := sorted(settings.keys() & set(SpecOptions.names())):
+        raise ValueError(
+            f"speculative_config {ours[0]}={settings[ours[0]]!r} is an option of method {METHOD!r}, and the method is "
+            f"{method!r}. Set 'method' to {METHOD!r}, or leave {ours[0]!r} out."
+        )
+    return False
+
+
+def _is_drafter(model: Any) -> bool:
+    if not isinstance(model, str | os.PathLike):
+        return False
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").is_file():
         return False
     from vllm_ctc_spec.drafter.checkpoint import read_config_dict
 
-    return read_config_dict(Path(model)).get("model_type") == "ctc_drafter"
+    return read_config_dict(folder).get("model_type") == "ctc_drafter"

@@ -42,10 +42,11 @@ def resolve_settings(
     drafter = settings.pop("model", None)
     num_nodes = check_node_budget(settings.pop("num_speculative_tokens", DEFAULT_NUM_NODES))
     options = SpecOptions.from_dict(settings)
-    if not isinstance(drafter, str):
+    if not isinstance(drafter, str | os.PathLike) or not os.fspath(drafter):
         raise ValueError(
-            "speculative_config has no 'model': set it (or --spec-model) to the folder of a trained CTC drafter."
+            f"speculative_config 'model'={drafter!r}: set it (or --spec-model) to the folder of a trained CTC drafter."
         )
+    drafter = os.path.expanduser(drafter)
     config = check_drafter(drafter)
     _check_engine(engine_args, parallel)
     _check_target(target)
@@ -69,6 +70,8 @@ def _check_engine(engine_args: Any, parallel: ParallelConfig) -> None:
         size = getattr(parallel, setting)
         if size > 1:
             raise ValueError(f'{setting}={size}: speculative method "ctc" needs 1. Use data_parallel_size to scale.')
+    if parallel.enable_dbo:
+        raise ValueError('enable_dbo: speculative method "ctc" verifies a step in one piece. Remove --enable-dbo.')
     if engine_args.kv_transfer_config is not None:
         raise ValueError(
             'kv_transfer_config: speculative method "ctc" moves keys and values after verification, which a KV '
