@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.tiny_pair import TinyPair
@@ -80,6 +81,7 @@ TARGET = r"target '[^']*/target' has"
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
 GEMMA = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 50.0}
 MAMBA = {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
 UNEVEN = {"num_attention_heads": 3, "num_key_value_heads": 2}
 
 
@@ -149,6 +151,8 @@ CASES = {
     "cache of 8 bits": Case("kv_cache_dtype='fp8'", options={"kv_cache_dtype": "fp8"}),
     "block size": Case("block_size=16.*multiple of 32", options={"block_size": 16}),
     "worker": Case("worker-cls 'some.Worker'", options={"worker_cls": "some.Worker"}),
+    "KV connector": Case("kv_transfer_config: .* KV connector", options={"kv_transfer_config": CONNECTOR}),
+    "KV offloading": Case("kv_offloading_size: .* KV connector", options={"kv_offloading_size": 1.0}),
     "micro-batches": Case("enable_dbo.*Remove --enable-dbo", options={"enable_dbo": True}),
     "pooling": Case(f"{TARGET} a pooling task", options={"runner": "pooling"}),
 }  # fmt: skip

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.tiny_pair import TinyPair
 from vllm_ctc_spec.engine import compat
 from vllm_ctc_spec.engine.plugin import EXECUTOR
+from vllm_ctc_spec.engine.settings import check_final
+from vllm_ctc_spec.engine.worker import CTCWorker
 
 
 def configure(pair: TinyPair, spec: dict[str, Any], **options: Any) -> Any:
@@ -69,3 +73,11 @@ def test_an_unsupported_vllm_is_refused_only_when_the_method_is_used(
     assert EngineArgs(model=str(pair.target)).create_engine_config().speculative_config is None
     with pytest.raises(RuntimeError, match=r"supports vLLM 0\.32\.x, but 0\.33\.0"):
         configure(pair, {})
+
+
+def test_a_connector_that_vllm_adds_later_is_refused_in_the_worker(pair: TinyPair) -> None:
+    config = configure(pair, {})
+    check_final(config)
+    config.kv_transfer_config = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    with pytest.raises(ValueError, match=r"KV connector OffloadingConnector: .*Remove one of the two"):
+        CTCWorker.init_device(SimpleNamespace(vllm_config=config))

@@ -19,7 +19,7 @@ Ledger of what is replaced in vLLM, why, and when it can go:
 * The attention backends CPU_ATTN, FLASH_ATTN and TRITON_ATTN (in the worker, by vLLM's `register_backend`): rows of
   trees go to our kernels. Goes when vLLM's backends take an ancestor mask.
 
-Beside that it asks Linux for AMX's tiles, which vLLM uses and does not ask for.
+Beside that the CPU's worker asks Linux for AMX's tiles, which vLLM uses and does not ask for.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.engine.compat import require_supported_vllm, supports_installed_vllm
@@ -60,9 +58,6 @@ def register() -> None:
     _replace_once(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
     if supports_installed_vllm():
         _keep_compiled_targets()
-    # Linux kills a process that uses AMX's tiles unasked, as vLLM's attention does. oneDNN asks, but has no product of
-    # a target as small as that of a test. Without AMX this does nothing.
-    torch.cpu._init_amx()
 
 
 def _keep_compiled_targets() -> None:

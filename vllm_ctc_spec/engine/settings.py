@@ -12,7 +12,7 @@ from vllm_ctc_spec.drafter.checkpoint import check_drafter
 from vllm_ctc_spec.engine.devices import check_device
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, ParallelConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
 DEFAULT_NUM_NODES = 32
 
@@ -72,11 +72,22 @@ def _check_engine(engine_args: Any, parallel: ParallelConfig) -> None:
             raise ValueError(f'{setting}={size}: speculative method "ctc" needs 1. Use data_parallel_size to scale.')
     if parallel.enable_dbo:
         raise ValueError('enable_dbo: speculative method "ctc" verifies a step in one piece. Remove --enable-dbo.')
-    if engine_args.kv_transfer_config is not None:
-        raise ValueError(
-            'kv_transfer_config: speculative method "ctc" moves keys and values after verification, which a KV '
-            "connector does not see. Remove one of the two."
-        )
+    for setting in ("kv_transfer_config", "kv_offloading_size"):
+        if getattr(engine_args, setting) is not None:
+            _refuse_connector(setting)
+
+
+def check_final(config: VllmConfig) -> None:
+    """What is known of vLLM's config in the worker only: vLLM and plugins change it after our settings were checked."""
+    if config.kv_transfer_config is not None:
+        _refuse_connector(f"KV connector {config.kv_transfer_config.kv_connector}")
+
+
+def _refuse_connector(setting: str) -> None:
+    raise ValueError(
+        f'{setting}: speculative method "ctc" moves keys and values after verification, which a KV connector does not '
+        "see. Remove one of the two."
+    )
 
 
 def _check_target(target: ModelConfig) -> None:
