@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import PretrainedConfig
 
@@ -18,6 +19,20 @@ MAX_FRAMES = 16
 TREES = ("prefix", "template", "chain")
 EMISSIONS = ("independent", "conditioned")
 ATTENTION_KERNELS = ("own", "xformers")
+
+_COUNTS = (
+    "hidden_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_frames",
+    "label_length",
+    "max_position_embeddings",
+)
+"""Fields of a drafter's config that are counts."""
 
 
 class CTCDrafterConfig(PretrainedConfig):
@@ -67,13 +82,14 @@ class CTCDrafterConfig(PretrainedConfig):
         self.emission = emission
         self.condition_rank = condition_rank
         self.draft_vocab_size = draft_vocab_size
-        self.target_layers = list(target_layers)
+        self.target_layers = target_layers
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
+        self._check_numbers()
         if emission not in EMISSIONS:
             raise ValueError(f"emission={emission!r} in the drafter's config.json: use one of {EMISSIONS}.")
         if not 1 <= label_length <= num_frames <= MAX_FRAMES:
@@ -86,11 +102,30 @@ class CTCDrafterConfig(PretrainedConfig):
                 f"draft_vocab_size={draft_vocab_size} in the drafter's config.json: use a number from 1 to "
                 f"vocab_size={vocab_size}, or null to draft every token."
             )
-        are_layers = all(type(layer) is int and layer >= 0 for layer in self.target_layers)
-        if not are_layers or self.target_layers != sorted(set(self.target_layers)):
+        layers = list(target_layers) if isinstance(target_layers, Sequence) else [None]
+        if not all(is_integer(layer, 0) for layer in layers) or layers != sorted(set(layers)):
             raise ValueError(
-                f"target_layers={self.target_layers} in the drafter's config.json: use increasing layer numbers, "
-                "or an empty list for the last hidden state alone."
+                f"target_layers={target_layers!r} in the drafter's config.json: use a list of increasing layer "
+                "numbers, or an empty one for the last hidden state alone."
+            )
+        self.target_layers = layers
+
+    def _check_numbers(self) -> None:
+        """Raises ValueError. A sentence of one form for each field, so that the checks after it meet numbers only."""
+        needs = {name: (is_integer(getattr(self, name), 1), "an integer of at least 1") for name in _COUNTS}
+        needs["condition_rank"] = is_integer(self.condition_rank, 0), "an integer of at least 0"
+        optional = self.draft_vocab_size is None or is_integer(self.draft_vocab_size)
+        needs["draft_vocab_size"] = optional, "an integer, or null to draft every token"
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            needs[name] = is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf, "a number above 0"
+        for name, (is_good, need) in needs.items():
+            if not is_good:
+                raise ValueError(f"{name}={getattr(self, name)!r} in the drafter's config.json: use {need}.")
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads}, num_key_value_heads={self.num_key_value_heads}, "
+                f"head_dim={self.head_dim} in the drafter's config.json: use a multiple of num_key_value_heads and an "
+                "even head_dim."
             )
 
     @property
@@ -124,9 +159,9 @@ class SpecOptions:
     def __post_init__(self) -> None:
         if self.tree not in TREES:
             raise ValueError(f"speculative_config tree={self.tree!r}: use one of {', '.join(TREES)}.")
-        if not isinstance(self.candidates, int) or not 1 <= self.candidates <= 64:
+        if not is_integer(self.candidates, 1) or self.candidates > 64:
             raise ValueError(f"speculative_config candidates={self.candidates!r}: use an integer from 1 to 64.")
-        if not isinstance(self.min_prefix_probability, (int, float)) or not 0 <= self.min_prefix_probability < 1:
+        if not is_number(self.min_prefix_probability) or not 0 <= self.min_prefix_probability < 1:
             raise ValueError(
                 f"speculative_config min_prefix_probability={self.min_prefix_probability!r}: use a number in [0, 1)."
             )
@@ -160,9 +195,18 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
 
 def check_node_budget(num_nodes: Any) -> int:
     """`num_speculative_tokens` is the node budget N."""
-    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or not 1 <= num_nodes <= MAX_NODES:
+    if not is_integer(num_nodes, 1) or num_nodes > MAX_NODES:
         raise ValueError(
             f"num_speculative_tokens={num_nodes!r}: the node budget of a token tree is an integer "
             f"from 1 to {MAX_NODES}."
         )
-    return num_nodes
+    return cast(int, num_nodes)
+
+
+def is_integer(value: Any, least: int | None = None) -> bool:
+    """Not true and false, which are integers to Python."""
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def is_number(value: Any) -> bool:
+    return is_integer(value) or isinstance(value, float)

@@ -88,7 +88,7 @@ class Setting:
             hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, num_attention_heads=shape.num_heads,
             num_key_value_heads=shape.num_kv_heads, head_dim=shape.head_size,
             intermediate_size=shape.intermediate_size, num_frames=NUM_FRAMES, label_length=NUM_FRAMES,
-            draft_vocab_size=num_frequent(shape.vocab_size), target_layers=range(NUM_LAYERS),
+            draft_vocab_size=num_frequent(shape.vocab_size), target_layers=list(range(NUM_LAYERS)),
         )  # fmt: skip
         with device:
             self.drafter = CTCDrafter(config).bfloat16().eval().requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +45,21 @@ def record_trees(worker: Any) -> None:
 
 def recorded_trees(worker: Any) -> list[RecordedTree]:
     return worker.model_runner.recorded_trees
+
+
+def forget_trees(worker: Any) -> None:
+    """After every other step; the scheduler goes on with their tokens."""
+    runner = worker.model_runner
+    propose = runner.propose_draft_token_ids
+    steps = count()
+
+    def forgetting(*args: Any, **kwargs: Any) -> Any:
+        drafts = propose(*args, **kwargs)
+        if next(steps) % 2:
+            runner.trees.clear()
+        return drafts
+
+    runner.propose_draft_token_ids = forgetting
 
 
 def draft_heads(worker: Any) -> dict[str, torch.Tensor]:

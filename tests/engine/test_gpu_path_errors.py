@@ -37,7 +37,6 @@ def check(
     options: dict[str, Any],
     target: dict[str, Any] | None = None,
     platform: Platform | None = None,
-    enable_dbo: bool = False,
     attention_kernel: str = "own",
 ) -> None:
     sizes = {"head_size": 128, "num_heads": 32, "num_kv_heads": 8, "dtype": torch.bfloat16, **(target or {})}
@@ -49,7 +48,7 @@ def check(
     )
     engine_args = EngineArgs(model=".", **options)
     with patch("vllm.platforms.current_platform", platform or Platform()):
-        check_device(engine_args, model, SimpleNamespace(enable_dbo=enable_dbo), attention_kernel)
+        check_device(engine_args, model, SimpleNamespace(), attention_kernel)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +92,6 @@ def test_xformers_is_refused_for_what_it_lacks_and_passes_otherwise() -> None:
     for options, target in (({"kv_cache_dtype": "fp8"}, {}), ({}, {"dtype": torch.float32}), ({}, {"head_size": 80})):
         with pytest.raises(ValueError, match="attention_kernel='xformers'"):
             check(options, target, attention_kernel="xformers")
-
-
-def test_microbatches_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"enable_dbo.*Remove --enable-dbo"):
-        check({}, enable_dbo=True)
 
 
 @pytest.mark.parametrize(("capability", "options"), [((7, 5), {}), ((8, 6), {"kv_cache_dtype": "fp8"})])

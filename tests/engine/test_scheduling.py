@@ -9,6 +9,7 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine.conftest import NUM_NODES, NUM_PROMPTS, complete, engine, generate, seeded
+from tests.engine.probe import forget_trees
 from vllm_ctc_spec.engine.metrics import read_tree_metrics
 
 
@@ -109,3 +110,16 @@ def test_improbable_nodes_are_not_verified(
         assert complete(llm, prompts, params) == complete(plain, prompts, params)
         metrics = read_tree_metrics(llm)
         assert metrics is not None and metrics.nodes_per_step < share * NUM_NODES
+
+
+def test_drafts_that_are_not_ours_are_verified_as_a_chain_and_reported_once(
+    pair, plain: LLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    params = SamplingParams(temperature=0, max_tokens=30)
+    with engine(pair, {}) as llm:
+        llm.collective_rpc(forget_trees)
+        assert complete(llm, prompts, params) == complete(plain, prompts, params)
+        metrics = read_tree_metrics(llm)
+    assert metrics is not None and metrics.acceptance_length > 1.1
+    assert capfd.readouterr().err.count("draft tokens are not those of the tree") == 1

@@ -96,7 +96,7 @@ def test_tokens_and_draws_are_those_of_the_walk_by_levels(
 ) -> None:
     draw = random.Random(seed)
     count = draw.randint(1, 5)
-    trees = [HostTree.padding([0]), *(random_tree(draw, 20) for _ in range(count - 1))]
+    trees = [HostTree.chain([0]), *(random_tree(draw, 20) for _ in range(count - 1))]
     is_discarded = [draw.random() < 0.2 for _ in trees]
     temperatures = [draw.choice([0.0, 0.7, 1.3]) for _ in range(count - 1)] + [1.0]
     top_k = [draw.choice([3, VOCAB]) for _ in trees] if draw.random() < 0.5 else None
@@ -198,7 +198,7 @@ def test_what_depends_on_the_path_or_the_batch_goes_by_levels(asked: str) -> Non
 def test_a_deeper_tree_takes_no_more_launches() -> None:
     counts = []
     for depth in (2, 10):
-        chain = HostTree.padding(list(range(depth)))
+        chain = HostTree.chain(list(range(depth)))
         logits = logits_of([chain], 0)
         metadata = metadata_of([1.0], [None], top_k=[5])
         with Launches() as launches:
@@ -210,7 +210,7 @@ def test_a_deeper_tree_takes_no_more_launches() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_a_gpu_is_waited_for_once() -> None:
-    trees = [HostTree.padding(list(range(depth))) for depth in (3, 8)]
+    trees = [HostTree.chain(list(range(depth))) for depth in (3, 8)]
     logits = logits_of(trees, 0, "cuda")
     metadata = metadata_of([1.0, 0.7], [1, None], top_k=[5, VOCAB], device="cuda")
     walk = walker(True)

@@ -95,7 +95,7 @@ class Rows:
 
 def test_a_causal_mask_is_vllms_own_kernel() -> None:
     rows = Rows()
-    chain = HostTree.padding(TREE.tokens)
+    chain = HostTree.chain(TREE.tokens)
     torch.testing.assert_close(
         rows.attend(chain.ancestor_masks()), rows.attend_causally(list(range(7))), rtol=1e-5, atol=1e-5
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_ctc_spec.bench.cpu_sampling import mend
+from vllm_ctc_spec.engine.cpu_sampling import mend
 
 STAGES = ("draft", "build", "verify", "walk", "K/V move")
 

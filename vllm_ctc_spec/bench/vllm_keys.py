@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 from vllm_ctc_spec.bench.config import check_ctc
 from vllm_ctc_spec.config import did_you_mean
+from vllm_ctc_spec.engine.vllm_api import engine_options, speculative_options
 
 
 def check_engine_keys(where: str, options: Iterable[str]) -> None:
     """Raises ValueError that names an option that `vllm.LLM` does not have."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    known = [each.name for each in dataclasses.fields(EngineArgs)]
+    known = engine_options()
     for key in options:
         if key not in known:
             raise ValueError(f"unknown key {key!r} in {where}: vllm.LLM has no such option.{did_you_mean(key, known)}")
@@ -22,12 +20,10 @@ def check_engine_keys(where: str, options: Iterable[str]) -> None:
 
 def check_speculative_keys(where: str, config: dict[str, Any]) -> None:
     """Raises ValueError that names what is wrong in a `speculative_config`."""
-    from vllm.config import SpeculativeConfig
-
     if config.get("method") == "ctc":
         check_ctc(where, config)
         return
-    known = [each.name for each in dataclasses.fields(SpeculativeConfig)]
+    known = speculative_options()
     for key in config:
         if key not in known:
             raise ValueError(

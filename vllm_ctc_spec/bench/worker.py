@@ -103,9 +103,9 @@ class Engine:
         are_alone: one request at a time. logits_mode: vLLM's `logprobs_mode` in which answers have logits, None: none.
         """
         from vllm import SamplingParams
-        from vllm.exceptions import VLLMClientError
 
         from vllm_ctc_spec.engine.lifetime import wake
+        from vllm_ctc_spec.engine.vllm_api import refusals
 
         wake(self.llm)
         logits = {"logprobs": NUM_LOGPROBS} if logits_mode else {}
@@ -118,7 +118,7 @@ class Engine:
                 for start in range(0, len(asks), size):
                     batch = slice(start, start + size)
                     outputs += self.llm.generate(prompts[batch], params[batch], use_tqdm=False)
-        except (ValueError, VLLMClientError) as error:
+        except refusals() as error:
             return str(error)
         return [_answer(output.outputs[0], has_logits=logits_mode is not None) for output in outputs]
 
@@ -204,7 +204,8 @@ class _Running:
 
 def _sampling_params(workload: Workload) -> list[SamplingParams]:
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+
+    from vllm_ctc_spec.engine.vllm_api import one_output_per_step
 
     return [
         SamplingParams(
@@ -214,7 +215,7 @@ def _sampling_params(workload: Workload) -> list[SamplingParams]:
             max_tokens=max_tokens,
             ignore_eos=workload.ignore_eos,
             # One output per step, so that steps can be counted from outside, alike for every method.
-            output_kind=RequestOutputKind.DELTA,
+            output_kind=one_output_per_step(),
         )
         for index, max_tokens in enumerate(workload.max_tokens)
     ]

@@ -92,7 +92,8 @@ def _answer(llm: LLM, connection: Connection, prompt: list[int], params: Samplin
 
 def _sampling_params(sampling: Sampling) -> SamplingParams:
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+
+    from vllm_ctc_spec.engine.vllm_api import one_output_per_step
 
     return SamplingParams(
         temperature=sampling.temperature,
@@ -100,7 +101,7 @@ def _sampling_params(sampling: Sampling) -> SamplingParams:
         seed=sampling.seed,
         max_tokens=sampling.max_tokens,
         # One output per step.
-        output_kind=RequestOutputKind.DELTA,
+        output_kind=one_output_per_step(),
     )
 
 

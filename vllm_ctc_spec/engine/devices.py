@@ -64,8 +64,6 @@ def _check_cuda(
 ) -> None:
     _check_attention_backend(engine_args)
     _check_graphs(engine_args.compilation_config)
-    if parallel.enable_dbo:
-        raise ValueError('enable_dbo: speculative method "ctc" verifies a step in one piece. Remove --enable-dbo.')
     if engine_args.kv_cache_dtype in FLOAT8_CACHES:
         cache_dtype = torch.float8_e4m3fn
     elif engine_args.kv_cache_dtype in ("auto", "bfloat16", "float16"):

@@ -10,19 +10,26 @@ Ledger of what is replaced in vLLM, why, and when it can go:
 * `caching.aot_compile_hash_factors` and `decorators._try_load_aot_compiled_fn`, on a CPU, with any method and none:
   vLLM cannot load a target that it compiled at an earlier start (see compile_cache.py).
   Goes when vLLM's CPU backend loads it and its key has the processor and the number of threads.
-* `gpu_model_runner.build_logitsprocs` (in the worker, see worker.py): for the same reason.
+* `gpu_model_runner.build_logitsprocs` (in the worker, see logits_processors.py): with any speculation vLLM loads no
+  logits processors but min_tokens. Goes with the check of `_validate_spec_decode`.
+* `gpu_input_batch.maybe_create_thinking_budget_state_holder` (in the worker, see thinking_budgets.py): with any
+  speculation vLLM counts for its rejection sampler. Goes when the sampler is told in which rows it is asked.
+* `cpu_worker.CPUModelRunner` (in the worker, see cpu_worker.py): our model runner, which the CPU's worker has no method
+  to choose. Goes when it has `_make_model_runner`, as the GPU's has.
+* The attention backends CPU_ATTN, FLASH_ATTN and TRITON_ATTN (in the worker, by vLLM's `register_backend`): rows of
+  trees go to our kernels. Goes when vLLM's backends take an ancestor mask.
 
-Beside that it asks Linux for AMX's tiles, which vLLM uses and does not ask for.
+Beside that the CPU's worker asks Linux for AMX's tiles, which vLLM uses and does not ask for.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.engine.compat import require_supported_vllm, supports_installed_vllm
 
 if TYPE_CHECKING:
@@ -51,9 +58,6 @@ def register() -> None:
     _replace_once(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
     if supports_installed_vllm():
         _keep_compiled_targets()
-    # Linux kills a process that uses AMX's tiles unasked, as vLLM's attention does. oneDNN asks, but has no product of
-    # a target as small as that of a test. Without AMX this does nothing.
-    torch.cpu._init_amx()
 
 
 def _keep_compiled_targets() -> None:
@@ -129,8 +133,17 @@ def _has_process_per_worker(parallel: Any) -> bool:
 
 
 def _merged_settings(engine_args: Any) -> dict[str, Any] | None:
-    """`--speculative-config` and --spec-method, --spec-model, --spec-tokens; None if both have the same key."""
-    settings = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
+    """`--speculative-config` and --spec-method, --spec-model, --spec-tokens; None if both have the same key.
+
+    Raises ValueError where the former is no object with names for keys.
+    """
+    given = engine_args.speculative_config or {}
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise ValueError(
+            f"speculative_config={given!r}: give an object whose keys are strings, such as "
+            '{"method": "ctc", "model": "path/to/drafter"}.'
+        )
+    settings = {key.replace("-", "_"): value for key, value in given.items()}
     shorthands = {
         "method": engine_args.spec_method,
         "model": engine_args.spec_model,
@@ -145,11 +158,26 @@ def _merged_settings(engine_args: Any) -> dict[str, Any] | None:
 
 
 def _asks_for_ctc(settings: dict[str, Any]) -> bool:
-    if settings.get("method") is not None:
-        return settings["method"] == METHOD
-    model = settings.get("model")
-    if not isinstance(model, str) or not (Path(model) / "config.json").is_file():
+    """Raises ValueError where the method is misspelt, or another one's and has our options."""
+    method = settings.get("method")
+    if method == METHOD or (method is None and _is_drafter(settings.get("model"))):
+        return True
+    if isinstance(method, str) and method.lower() == METHOD:
+        raise ValueError(f"speculative_config method={method!r}: write {METHOD!r}.")
+    if ours := sorted(settings.keys() & set(SpecOptions.names())):
+        raise ValueError(
+            f"speculative_config {ours[0]}={settings[ours[0]]!r} is an option of method {METHOD!r}, and the method is "
+            f"{method!r}. Set 'method' to {METHOD!r}, or leave {ours[0]!r} out."
+        )
+    return False
+
+
+def _is_drafter(model: Any) -> bool:
+    if not isinstance(model, str | os.PathLike):
+        return False
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").is_file():
         return False
     from vllm_ctc_spec.drafter.checkpoint import read_config_dict
 
-    return read_config_dict(Path(model)).get("model_type") == "ctc_drafter"
+    return read_config_dict(folder).get("model_type") == "ctc_drafter"

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import DraftTokenIds, SamplerOutput
+
+logger = init_logger("vllm.ctc_spec")
 
 
 class TreeModelRunner(GPUModelRunner):
@@ -166,12 +169,16 @@ class TreeModelRunner(GPUModelRunner):
         tokens = scheduler_output.scheduled_spec_decode_tokens.get(request)
         if not tokens:
             return EMPTY_TREE
-        if tokens[0] == PLACEHOLDER_TOKEN_ID:
-            # A request that joins a running batch is padded to the node budget (vllm/v1/core/sched/scheduler.py).
-            return HostTree.padding(tokens)
-        drafted = self.trees[request].cut(len(tokens))
-        assert drafted.tokens == tokens, (request, drafted.tokens, tokens)
-        return drafted
+        drafted = self.trees.get(request, EMPTY_TREE).cut(len(tokens))
+        if drafted.tokens == tokens:
+            return drafted
+        # A request that joins a running batch is padded to the node budget (vllm/v1/core/sched/scheduler.py).
+        if tokens[0] != PLACEHOLDER_TOKEN_ID:
+            logger.warning_once(
+                "The scheduler's draft tokens are not those of the tree that was drafted. They are verified as a "
+                "chain: answers stay exact, and fewer tokens are accepted. Please report this to vllm_ctc_spec."
+            )
+        return HostTree.chain(tokens)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         attn_metadata, common = super()._build_attention_metadata(*args, **kwargs)
@@ -241,7 +248,7 @@ class TreeModelRunner(GPUModelRunner):
             self.drafter.remember(verified)
             self._observe(self.budget, step)
             return drafts
-        drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens and self._may_draft(index)]
+        drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
         requests = self._draft_requests(step, drafting, sampled_token_ids, common_attn_metadata)
         if self.budget is None or requests is None:
             trees = self.drafter.propose(verified, requests)
@@ -321,10 +328,6 @@ class TreeModelRunner(GPUModelRunner):
 
     def _sampling_params(self, index: int) -> Any:
         return self.requests[self.input_batch.req_ids[index]].sampling_params
-
-    def _may_draft(self, index: int) -> bool:
-        # vLLM counts thinking tokens per emitted chunk, so such a request decodes one token a step.
-        return self._sampling_params(index).thinking_token_budget is None
 
 
 class TreeGPUModelRunner(TreeModelRunner):

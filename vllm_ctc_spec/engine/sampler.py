@@ -43,8 +43,8 @@ class HostTree:
     """psi of each node, what the drafter believes that the target accepts it with; for a prefix tree descending."""
 
     @classmethod
-    def padding(cls, tokens: list[int]) -> HostTree:
-        """A chain that nothing can accept."""
+    def chain(cls, tokens: list[int]) -> HostTree:
+        """Tokens that we have not drafted, each after the one before."""
         count = len(tokens)
         return cls(tokens, list(range(count)), list(range(1, count + 1)), [0.0] * count)
 

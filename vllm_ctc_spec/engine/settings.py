@@ -13,7 +13,7 @@ from vllm_ctc_spec.engine.devices import check_device
 from vllm_ctc_spec.engine.target_layers import hands_out_layers
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, ParallelConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
 DEFAULT_NUM_NODES = 32
 
@@ -46,10 +46,11 @@ def resolve_settings(
     drafter = settings.pop("model", None)
     num_nodes = check_node_budget(settings.pop("num_speculative_tokens", DEFAULT_NUM_NODES))
     options = SpecOptions.from_dict(settings)
-    if not isinstance(drafter, str):
+    if not isinstance(drafter, str | os.PathLike) or not os.fspath(drafter):
         raise ValueError(
-            "speculative_config has no 'model': set it (or --spec-model) to the folder of a trained CTC drafter."
+            f"speculative_config 'model'={drafter!r}: set it (or --spec-model) to the folder of a trained CTC drafter."
         )
+    drafter = os.path.expanduser(drafter)
     config = check_drafter(drafter)
     _check_engine(engine_args, parallel)
     _check_target(target)
@@ -73,11 +74,24 @@ def _check_engine(engine_args: Any, parallel: ParallelConfig) -> None:
         size = getattr(parallel, setting)
         if size > 1:
             raise ValueError(f'{setting}={size}: speculative method "ctc" needs 1. Use data_parallel_size to scale.')
-    if engine_args.kv_transfer_config is not None:
-        raise ValueError(
-            'kv_transfer_config: speculative method "ctc" moves keys and values after verification, which a KV '
-            "connector does not see. Remove one of the two."
-        )
+    if parallel.enable_dbo:
+        raise ValueError('enable_dbo: speculative method "ctc" verifies a step in one piece. Remove --enable-dbo.')
+    for setting in ("kv_transfer_config", "kv_offloading_size"):
+        if getattr(engine_args, setting) is not None:
+            _refuse_connector(setting)
+
+
+def check_final(config: VllmConfig) -> None:
+    """What is known of vLLM's config in the worker only: vLLM and plugins change it after our settings were checked."""
+    if config.kv_transfer_config is not None:
+        _refuse_connector(f"KV connector {config.kv_transfer_config.kv_connector}")
+
+
+def _refuse_connector(setting: str) -> None:
+    raise ValueError(
+        f'{setting}: speculative method "ctc" moves keys and values after verification, which a KV connector does not '
+        "see. Remove one of the two."
+    )
 
 
 def _check_target(target: ModelConfig) -> None:

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.worker import gpu_model_runner
+from vllm.v1.worker import gpu_input_batch, gpu_model_runner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ctc_spec.engine.logits_processors import build_logitsprocs
 from vllm_ctc_spec.engine.runner import TreeGPUModelRunner
+from vllm_ctc_spec.engine.settings import check_final
+from vllm_ctc_spec.engine.thinking_budgets import thinking_budgets
 
 
 class CTCWorker(Worker):
     """What does not depend on the device."""
 
     def init_device(self) -> Any:
-        # Looked up in its module when vLLM builds the runner; this process serves only us.
+        check_final(self.vllm_config)
+        # Looked up in their modules when vLLM builds the runner; this process serves only us.
         gpu_model_runner.build_logitsprocs = build_logitsprocs
+        gpu_input_batch.maybe_create_thinking_budget_state_holder = thinking_budgets
         return super().init_device()
 
     def compile_or_warm_up_model(self) -> Any:

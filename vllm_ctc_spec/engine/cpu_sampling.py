@@ -3,7 +3,7 @@
 It gives each drafted row the temperature, top-k and top-p of its request. vLLM 0.32's kernel for a CPU writes them into
 a copy that nobody reads (`_expand_kernel_impl` of vllm/utils/cpu_triton_utils.py, unless they are int64), and logits
 are divided by whatever was in memory. Greedy requests, plain vLLM and ours do not come through there. Goes when vLLM
-has mended it, of which tests/bench/test_cpu_sampling.py tells.
+has mended it, of which tests/engine/test_cpu_sampling.py tells.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from vllm.platforms import current_platform
 from vllm.utils.cpu_triton_utils import _expand_kernel_impl
 from vllm.v1.sample import rejection_sampler
 
-from vllm_ctc_spec.bench.cpu_sampling import mend
+from vllm_ctc_spec.engine.cpu_sampling import mend
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's kernels for a CPU")
 

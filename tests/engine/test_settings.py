@@ -1,0 +1,83 @@
+"""What vLLM makes of our settings."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.config import KVTransferConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.tiny_pair import TinyPair
+from vllm_ctc_spec.engine import compat
+from vllm_ctc_spec.engine.plugin import EXECUTOR
+from vllm_ctc_spec.engine.settings import check_final
+from vllm_ctc_spec.engine.worker import CTCWorker
+
+
+def configure(pair: TinyPair, spec: dict[str, Any], **options: Any) -> Any:
+    spec = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": 8, **spec}
+    return EngineArgs(model=str(pair.target), speculative_config=spec, **options).create_engine_config()
+
+
+def test_a_good_configuration_is_accepted_and_the_users_settings_are_left_alone(pair: TinyPair) -> None:
+    spec = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": 8, "tree": "chain"}
+    arguments = EngineArgs(model=str(pair.target), speculative_config=dict(spec))
+    for _ in range(2):
+        config = arguments.create_engine_config()
+        assert config.parallel_config.worker_cls.endswith("CTCCPUWorker")
+        assert config.speculative_config.num_speculative_tokens == 8
+        assert config.additional_config["ctc_spec"]["options"]["tree"] == "chain"
+    assert arguments.speculative_config == spec
+
+
+OWN_EXECUTOR = "vllm.v1.executor.multiproc_executor.MultiprocExecutor"
+
+
+@pytest.mark.parametrize(
+    ("asked", "multiprocessing", "expected"),
+    [(None, "1", EXECUTOR), ("mp", "1", EXECUTOR), (None, "0", "uni"), (OWN_EXECUTOR, "1", OWN_EXECUTOR)],
+)
+def test_the_executor_is_ours_where_it_would_be_vllms_own_of_one_process_per_worker(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, asked: str | None, multiprocessing: str, expected: str
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", multiprocessing)
+    spec = {"method": "ctc", "model": str(pair.drafter)}
+    arguments = EngineArgs(model=str(pair.target), distributed_executor_backend=asked, speculative_config=spec)
+    assert arguments.create_engine_config().parallel_config.distributed_executor_backend == expected
+
+
+def test_shorthands_detect_the_drafter_from_its_config(pair: TinyPair) -> None:
+    config = EngineArgs(model=str(pair.target), spec_model=str(pair.drafter), spec_tokens=5).create_engine_config()
+    assert config.speculative_config.num_speculative_tokens == 5
+    assert config.additional_config["ctc_spec"]["drafter"] == str(pair.drafter)
+
+
+def test_a_setting_given_twice_is_refused(pair: TinyPair) -> None:
+    with pytest.raises(ValueError, match=r"--spec-tokens and .*num_speculative_tokens.* mutually exclusive"):
+        configure(pair, {}, spec_tokens=5)
+
+
+def test_another_method_is_left_to_vllm(pair: TinyPair) -> None:
+    spec = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    config = EngineArgs(model=str(pair.target), speculative_config=spec).create_engine_config()
+    assert config.speculative_config.method == "ngram"
+    assert "ctc_spec" not in config.additional_config
+
+
+def test_an_unsupported_vllm_is_refused_only_when_the_method_is_used(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "installed_vllm", lambda: "0.33.0")
+    assert EngineArgs(model=str(pair.target)).create_engine_config().speculative_config is None
+    with pytest.raises(RuntimeError, match=r"supports vLLM 0\.32\.x, but 0\.33\.0"):
+        configure(pair, {})
+
+
+def test_a_connector_that_vllm_adds_later_is_refused_in_the_worker(pair: TinyPair) -> None:
+    config = configure(pair, {})
+    check_final(config)
+    config.kv_transfer_config = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    with pytest.raises(ValueError, match=r"KV connector OffloadingConnector: .*Remove one of the two"):
+        CTCWorker.init_device(SimpleNamespace(vllm_config=config))
