@@ -30,7 +30,7 @@ from vllm_ctc_spec.engine.adaptive.cost import drafting_sizes, measure, target_s
 
 NUM_NODES, NUM_FRAMES = 32, 8
 FIXED = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32)
-NUM_STEPS, NUM_FIRST = 3000, 1000
+NUM_STEPS, NUM_FIRST = 2000, 1000
 ANSWER = 400
 """Tokens of each answer; another request follows it."""
 
@@ -106,6 +106,8 @@ class Trees:
 
     believed: np.ndarray
     """[grid, N] psi, descending."""
+    believed_sum: np.ndarray
+    """[grid, N + 1] of the first nodes."""
     accepted: np.ndarray
     """[grid, N + 1, T] chance that a path of at least so many nodes is accepted, by the nodes that are verified."""
 
@@ -120,7 +122,7 @@ def trees_of(excess: float, num_frames: int = NUM_FRAMES) -> Trees:
         for node, (psi, truth, depth) in enumerate(_best_tree(logit, excess, num_frames)):
             believed[index, node] = psi
             accepted[index, node + 1 :, depth - 1] += truth
-    return Trees(believed, accepted)
+    return Trees(believed, np.pad(believed.cumsum(1), ((0, 0), (1, 0))), accepted)
 
 
 def _best_tree(logit: float, excess: float, num_frames: int) -> Iterator[tuple[float, float, int]]:
@@ -135,7 +137,7 @@ def _best_tree(logit: float, excess: float, num_frames: int) -> Iterator[tuple[f
             yield -psi, truth, depth
         if depth < num_frames:
             right = _sigmoid(np.array([logit + excess, logit]) - 0.15 * depth)
-            for believed, true in zip(*(np.concatenate(([best], (1 - best) * shares)) for best in right)):
+            for believed, true in zip(*(np.concatenate(([best], best * (1 - best) * shares)) for best in right)):
                 heapq.heappush(heap, (psi * believed, truth * true, depth + 1))
 
 
@@ -203,7 +205,7 @@ class World:
 
 def fixed_speedups(case: Case) -> tuple[np.ndarray, float]:
     """Expected, without noise: of each of FIXED, and of a table by batch size that is the best of them for each."""
-    world = World(case, seed=1)
+    world = World(case)
     trees = trees_of(case.drafter.excess)
     places = np.concatenate([world.texts(len(world.hardness)) for _ in range(max(2000 // len(world.hardness), 50))])
     tokens = 1 + trees.accepted[places][:, FIXED].sum(-1).mean(0)
@@ -220,8 +222,9 @@ def fixed_speedups(case: Case) -> tuple[np.ndarray, float]:
     for num_requests in np.unique(world.num_requests):
         here = world.num_requests == num_requests
         best[here] = np.argmax(emitted[here].sum(0) / without[here].sum(0))
-    steps = np.arange(len(best))
-    return emitted.sum(0) / without.sum(0), float(emitted[steps, best].sum() / without[steps, best].sum())
+    steps = np.arange(NUM_FIRST, len(best))
+    table = emitted[steps, best[steps]].sum() / without[steps, best[steps]].sum()
+    return emitted[NUM_FIRST:].sum(0) / without[NUM_FIRST:].sum(0), float(table)
 
 
 @dataclass(frozen=True)
@@ -268,7 +271,7 @@ def simulate(case: Case, seed: int = 0) -> Run:
         plain = machine.verifying(num_requests, num_requests, context.sum(), context.sum())
         seconds = machine.verifying(num_requests, rows, context.sum(), context @ (1 + nodes))
         accepted = (world.rng.random((num_requests, 1)) < reached).sum(1)
-        believed = float(sum(trees.believed[place, :count].sum() for place, count in zip(places, nodes)))
+        believed = float(trees.believed_sum[places, nodes].sum())
         plan = budget.plan(int(num_requests))
         if plan is not None:
             seconds += machine.drafting(num_requests)

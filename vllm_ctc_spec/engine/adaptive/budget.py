@@ -13,10 +13,10 @@ are made, and graphs recorded, for each number of rows.
 The seconds by rows are measured at start-up (cost.py). What a node costs beyond them (attention to a long context, the
 walk, its place in messages) is learnt from the steps, and so is how far the drafter's own psi may be trusted.
 
-Whether drafting pays is never predicted: steps with drafts are compared with steps without, right before and after
+Whether drafting pays is seen, not predicted: steps with drafts are compared with plain steps, right before and after
 them. Each load has an account, in plain steps' worth of tokens. Steps with drafts pay in what they emit more than plain
-decoding would have, and take out what they emit less; when the account is empty, drafting ends. It is tried again out
-of savings, which grow by a small share of all steps, so that what is lost stays such a share.
+decoding would have in their time, and take out what they emit less; when the account is empty, drafting pauses until
+what was lost is a small share of all. A trial ends sooner where its trees promise nothing.
 
 Letters: R requests, M chosen nodes of the batch.
 """
@@ -32,32 +32,31 @@ import numpy as np
 from vllm_ctc_spec.engine.adaptive.cost import Cost
 from vllm_ctc_spec.engine.row_counts import row_counts
 
-NUM_PLAIN = 8
-"""Steps without drafts that others are compared with: under a new load, and at each look."""
+NUM_JUDGED = 8
+"""Steps of one kind, with drafts or without, after each of which it is judged which are faster."""
 
 FIRST_LOOK, LAST_LOOK = 32, 512
 """Steps with drafts before the next look at plain decoding; twice as many after each look at which they had paid."""
 
-TRIAL = 4.0
-"""Plain steps' worth of tokens in the account of a load that begins to draft."""
+TRIAL, MOST_SAVED = 4.0, 16.0
+"""Plain steps' worth of tokens in the account of a load when it begins to draft, and at most."""
 
-MOST_SAVED = 16.0
-"""The same, in any account: what steps with drafts may lose until they end."""
+HOPELESS = 1.0
+"""The same: drafting ends, too, when by the drafter's own psi and the table it should have lost so much."""
 
-LOST_SHARE = 0.01
-"""Of all steps, what may be lost in trials."""
+LOST_SHARE = 0.005
+"""Of the steps of a load, what trials may lose: after each that has lost drafting rests for so long."""
 
-NUM_OBSERVED = 256
+NUM_OBSERVED = 128
 """Latest steps with drafts that rates and the cost of a node are learnt from."""
 
 LONGEST_STEP = 2.0
-"""Times the median; what a step took beyond it does not count."""
+"""Times the median; what a step took beyond it does not count, because the machine stood still."""
 
-TRUST_PRIOR, TRUST_DECAY = 8.0, 0.98
-"""Nodes' worth of belief in the drafter's psi; and how much of the steps before counts at each step."""
-
-NODE_PRIOR = 0.08
-"""Weight of what a node is expected to cost beyond the table, in steps times squared nodes over their mean."""
+PRIOR, DECAY = 8.0, 0.98
+"""Nodes' worth of belief in the drafter's psi, steps' worth in the table of rows; and how much of a sum of nodes is
+left after a step.
+"""
 
 
 @dataclass(frozen=True)
@@ -94,24 +93,48 @@ class _Load:
 
     drafts: bool = False
     account: float = 0.0
-    num_left: int = NUM_PLAIN
-    """Steps until the next decision."""
+    num_left: int = NUM_JUDGED
+    """Steps until plain decoding is looked at, or until the look ends."""
     look_after: int = FIRST_LOOK
-    plain: deque[float] = field(default_factory=lambda: deque(maxlen=2 * NUM_PLAIN))
+    plain: deque[float] = field(default_factory=lambda: deque(maxlen=2 * NUM_JUDGED))
     """Times of the latest steps without drafts: those of two looks."""
-    drafted: deque[tuple[float, float, float, float]] = field(default_factory=lambda: deque(maxlen=NUM_OBSERVED))
-    """Tokens, times, the table's part of them for nodes, and nodes per request."""
-    block: list[tuple[float, float]] = field(default_factory=list)
-    """Tokens and times of steps with drafts since the last look."""
+    pace: float = 1.0
+    """Their mean."""
+    latest: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=NUM_OBSERVED))
+    """Tokens, times, the table's part of them for nodes, and nodes per request, of steps with drafts."""
+    usual: float = 0.0
+    """Median of their times without the table's part; 0 where it is not known."""
+    tokens: float = 0.0
+    time: float = 0.0
+    """Sums over the steps with drafts since the last look."""
+    speed: float = 1.0
+    """Tokens over time, the higher one of both kinds of steps."""
+    node_time: float = 0.0
+    """Of a node per request, beyond the table."""
+
+    promised: float = 0.0
+    """What trees have promised to gain since drafting began, by the table and the drafter's psi."""
 
     @property
-    def pace(self) -> float:
-        return float(_cut(self.plain).mean()) if self.plain else 1.0
+    def is_hopeless(self) -> bool:
+        return self.promised < -HOPELESS
 
+    @property
     def gain(self) -> float:
-        """Of the block over plain decoding, in plain steps' worth of tokens."""
-        tokens, times = np.array(self.block).T
-        return float(tokens.sum() - _cut(times).sum() / self.pace)
+        """Since the last look, over plain decoding."""
+        return self.tokens - self.time / self.pace
+
+    def learn(self, drafting: float) -> None:
+        """From the latest steps with drafts; drafting: its time by the table."""
+        tokens, beyond, by_table, nodes = np.array(self.latest).T
+        self.usual = float(np.median(beyond))
+        self.speed = max(1 / self.pace, tokens.sum() / (beyond + by_table).sum())
+        if mean := nodes.mean():
+            # A least-squares line, held near what is expected while steps are alike: that half of what is unexplained
+            # is nodes', and half steps'.
+            spread, prior = nodes - mean, PRIOR * (0.1 * mean) ** 2
+            expected = (beyond.mean() - self.pace - drafting) / mean / 2
+            self.node_time = max((spread @ beyond + prior * expected) / (spread @ spread + prior), 0.0)
 
 
 class NodeBudget:
@@ -122,7 +145,6 @@ class NodeBudget:
         self._target, self._drafting = target, drafting
         self._loads: dict[int, _Load] = defaultdict(_Load)
         """By the number of bits of R."""
-        self._savings = MOST_SAVED
         self._believed = self._accepted = 0.0
 
     def plan(self, num_requests: int) -> DraftPlan | None:
@@ -130,38 +152,23 @@ class NodeBudget:
         load = self._loads[num_requests.bit_length()]
         if not load.drafts:
             return None
-        plain_seconds = float(self._target.at(num_requests))
-        speed, node = 1 / load.pace, 0.0
-        if len(load.drafted) >= NUM_PLAIN:
-            seen = np.array(load.drafted).T
-            seen[1] = _cut(seen[1])
-            speed = max(speed, seen[0].sum() / seen[1].sum())
-            node = self._node_time(load, seen, float(self._drafting.at(num_requests)) / plain_seconds)
-        return DraftPlan(num_requests, speed * num_requests / plain_seconds, node * plain_seconds / num_requests)
-
-    def _node_time(self, load: _Load, seen: np.ndarray, drafting: float) -> float:
-        """Of a node per request beyond the table: a least-squares line through steps, held near what is expected while
-        they are alike: that half of what is unexplained is nodes', and half steps'.
-        """
-        _, times, by_table, nodes = seen
-        beyond, mean = times - by_table, nodes.mean()
-        if mean == 0:
-            return 0.0
-        expected = (beyond.mean() - load.pace - drafting) / mean / 2
-        spread, prior = nodes - mean, NODE_PRIOR * mean**2
-        return max(float((spread @ beyond + prior * expected) / (spread @ spread + prior)), 0.0)
+        seconds = float(self._target.at(num_requests))
+        return DraftPlan(num_requests, load.speed * num_requests / seconds, load.node_time * seconds / num_requests)
 
     def choose(self, plan: DraftPlan, trees: Sequence[Sequence[float]]) -> list[int]:
         """Nodes to verify of each tree; trees: psi of each one's nodes, in descending order."""
         owners = np.repeat(np.arange(len(trees)), [len(tree) for tree in trees])
         psi = np.concatenate([np.asarray(tree, float) for tree in trees])
         order = np.argsort(-psi, kind="stable")
-        trust = (self._accepted + TRUST_PRIOR) / (self._believed + TRUST_PRIOR)
+        trust = (self._accepted + PRIOR) / (self._believed + PRIOR)
         gains = np.concatenate(([0.0], np.minimum(trust * psi[order], 1.0).cumsum()))
         rows = np.array(row_counts(plan.num_requests + len(order)))
         nodes = np.concatenate(([0], rows[rows > plan.num_requests] - plan.num_requests))
         seconds = self._nodes_seconds(plan.num_requests, nodes) + plan.node_seconds * nodes
-        best = int(nodes[np.argmax(gains[nodes] - plan.rate * seconds)])
+        best = int(nodes[chosen := np.argmax(gains[nodes] - plan.rate * seconds)])
+        load = self._loads[plan.num_requests.bit_length()]
+        longer = (float(self._drafting.at(plan.num_requests)) + seconds[chosen]) / self._target.at(plan.num_requests)
+        load.promised = min(load.promised + gains[best] / plan.num_requests - longer / load.pace, MOST_SAVED)
         return np.bincount(owners[order[:best]], minlength=len(trees)).tolist()
 
     def _nodes_seconds(self, num_requests: int, num_nodes: np.ndarray) -> np.ndarray:
@@ -170,49 +177,43 @@ class NodeBudget:
 
     def observe(self, outcome: StepOutcome) -> None:
         if outcome.num_nodes:
-            self._believed = TRUST_DECAY * self._believed + outcome.believed
-            self._accepted = TRUST_DECAY * self._accepted + outcome.num_accepted
+            self._believed = DECAY * self._believed + outcome.believed
+            self._accepted = DECAY * self._accepted + outcome.num_accepted
         if outcome.seconds is None:
             return
-        num_requests = outcome.num_requests
-        load = self._loads[num_requests.bit_length()]
-        self._savings = min(self._savings + LOST_SHARE, MOST_SAVED)
-        plain_seconds = float(self._target.at(num_requests))
-        time = outcome.seconds / plain_seconds
-        if outcome.drafted or outcome.num_nodes:
-            tokens = 1 + outcome.num_accepted / num_requests
-            by_table = float(self._nodes_seconds(num_requests, np.array(outcome.num_nodes))) / plain_seconds
-            load.drafted.append((tokens, time, by_table, outcome.num_nodes / num_requests))
-            load.block.append((tokens, time))
+        num_requests, num_nodes = outcome.num_requests, outcome.num_nodes
+        load, seconds = self._loads[num_requests.bit_length()], float(self._target.at(num_requests))
+        time, tokens = outcome.seconds / seconds, 1 + outcome.num_accepted / num_requests
+        load.num_left -= 1
+        if outcome.drafted or num_nodes:
+            by_table = float(self._nodes_seconds(num_requests, np.array(num_nodes))) / seconds
+            drafting = float(self._drafting.at(num_requests)) / seconds
+            beyond = min(time - by_table, LONGEST_STEP * (load.usual or load.pace + drafting))
+            load.latest.append((tokens, beyond, by_table, num_nodes / num_requests))
+            load.tokens += tokens
+            load.time += beyond + by_table
             if load.drafts:
-                self._after_drafts(load)
+                if load.num_left % NUM_JUDGED == 0:
+                    load.learn(drafting)
+                # An account that seems to be empty is held against plain steps of now before drafting ends.
+                if load.num_left <= 0 or load.account + load.gain < 0 or load.is_hopeless:
+                    load.drafts, load.num_left = False, NUM_JUDGED
         else:
             load.plain.append(time)
-            if not load.drafts:
-                self._after_plain(load)
+            if not load.drafts and load.num_left <= 0:
+                self._decide(load)
 
-    def _after_drafts(self, load: _Load) -> None:
-        load.num_left -= 1
-        # What the account seems to be is checked against fresh plain steps before drafting ends.
-        if load.num_left <= 0 or load.account + load.gain() < 0:
-            load.drafts, load.num_left = False, NUM_PLAIN
-
-    def _after_plain(self, load: _Load) -> None:
-        load.num_left -= 1
-        if load.num_left > 0:
-            return
-        if load.block:
-            gain = load.gain()
-            self._savings = min(self._savings + gain, MOST_SAVED)
-            load.account = min(load.account + gain, MOST_SAVED)
-            load.block.clear()
+    def _decide(self, load: _Load) -> None:
+        """At the end of a look or a rest."""
+        plain = np.array(load.plain)
+        load.pace = float(np.minimum(plain, LONGEST_STEP * np.median(plain)).mean())
+        if not load.time:
+            load.account, load.look_after, load.promised = TRIAL, FIRST_LOOK, 0.0
+        else:
+            gain, load.tokens, load.time = load.gain, 0.0, 0.0
             load.look_after = min(2 * load.look_after, LAST_LOOK) if gain > 0 else FIRST_LOOK
-        if load.account <= 0 and self._savings >= TRIAL:
-            load.account, load.look_after = TRIAL, FIRST_LOOK
-        load.drafts = load.account > 0
-        load.num_left = load.look_after if load.drafts else 1
-
-
-def _cut(times: Sequence[float] | np.ndarray) -> np.ndarray:
-    """A step in which the machine stood still says nothing about drafts."""
-    return np.minimum(times, LONGEST_STEP * np.median(times))
+            load.account = min(load.account + gain, MOST_SAVED)
+            if load.account <= 0 or load.is_hopeless:
+                load.num_left = int(max(TRIAL - load.account, HOPELESS) / LOST_SHARE)
+                return
+        load.drafts, load.num_left = True, load.look_after
