@@ -277,7 +277,9 @@ def simulate(case: Case, seed: int = 0) -> Run:
             seconds += machine.drafting(num_requests)
         observed = seconds * world.pace(step) * world.noise()
         budget.observe(
-            StepOutcome(int(num_requests), plan is not None, rows - num_requests, int(accepted.sum()), believed, observed)
+            StepOutcome(
+                int(num_requests), plan is not None, rows - num_requests, int(accepted.sum()), believed, observed
+            )
         )
         tokens[step], without[step] = num_requests + reached.sum(), num_requests * seconds / plain
         all_nodes[step] = rows - num_requests
@@ -347,13 +349,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows here, too")
     options = parser.parse_args()
-    print(f"{'machine':31}{'step':>7}  {'drafter':17}{'requests':9}{'speed':>6}{'fixed':>7}{'table':>7}{'first 1,000':>13}")
+    names = ("speed", "fixed", "table", "first 1,000", "worst 1,000")
+    print(f"{'machine':31}{'step':>7}  {'drafter':17}{'requests':9}" + "".join(f"{name:>13}" for name in names))
     rows = []
     for case in CASES:
         rows.append(row := row_of(case))
+        speeds = ("speedup", "best_fixed_speedup", "table_speedup", "first_speedup", "worst_speedup")
+        step = f"{row['plain_step_seconds']:6g}s"
         print(
-            f"{row['machine']:31}{row['plain_step_seconds']:6g}s  {row['drafter']:17}{row['requests']:9}"
-            f"{row['speedup']:6.2f}{row['best_fixed_speedup']:7.2f}{row['table_speedup']:7.2f}{row['first_speedup']:13.2f}",
+            f"{row['machine']:31}{step}  {row['drafter']:17}{row['requests']:9}"
+            + "".join(f"{row[name]:13.2f}" for name in speeds),
             flush=True,
         )
     if options.json:

@@ -130,11 +130,11 @@ class _Load:
         self.usual = float(np.median(beyond))
         self.speed = max(1 / self.pace, tokens.sum() / (beyond + by_table).sum())
         if mean := nodes.mean():
-            # A least-squares line, held near what is expected while steps are alike: that half of what is unexplained
-            # is nodes', and half steps'.
-            spread, prior = nodes - mean, PRIOR * (0.1 * mean) ** 2
+            # From step to step, because contexts and the machine's pace change slowly; held near what is expected while
+            # steps are alike: that half of what is unexplained is nodes', and half steps'.
+            change, prior = np.diff(nodes), PRIOR * (0.1 * mean) ** 2
             expected = (beyond.mean() - self.pace - drafting) / mean / 2
-            self.node_time = max((spread @ beyond + prior * expected) / (spread @ spread + prior), 0.0)
+            self.node_time = max((change @ np.diff(beyond) + prior * expected) / (change @ change + prior), 0.0)
 
 
 class NodeBudget:
@@ -190,8 +190,9 @@ class NodeBudget:
             drafting = float(self._drafting.at(num_requests)) / seconds
             beyond = min(time - by_table, LONGEST_STEP * (load.usual or load.pace + drafting))
             load.latest.append((tokens, beyond, by_table, num_nodes / num_requests))
-            load.tokens += tokens
-            load.time += beyond + by_table
+            if load.drafts or load.time:
+                load.tokens += tokens
+                load.time += beyond + by_table
             if load.drafts:
                 if load.num_left % NUM_JUDGED == 0:
                     load.learn(drafting)
