@@ -152,6 +152,9 @@ class Case:
     requests: str
     """A number, or "fewest to most" of them that come and go."""
 
+    def __str__(self) -> str:
+        return f"{self.machine.name}, {self.machine.plain_seconds:g} s, {self.drafter.name}, {self.requests}"
+
     def loads(self, rng: np.random.Generator, num_steps: int) -> np.ndarray:
         """[steps] R"""
         fewest, _, most = self.requests.partition(" to ")

@@ -26,7 +26,7 @@ from benchmarks.budget_simulation import (
     fixed_speedups,
     simulate,
 )
-from vllm_ctc_spec.engine.adaptive.budget import LOST_SHARE, TRIAL, DraftPlan, NodeBudget, StepOutcome
+from vllm_ctc_spec.engine.adaptive.budget import DraftPlan, NodeBudget, StepOutcome
 from vllm_ctc_spec.engine.adaptive.cost import Cost
 from vllm_ctc_spec.engine.row_counts import row_counts
 
@@ -48,7 +48,7 @@ def test_it_is_within_three_percent_of_the_best_fixed_tree_and_of_plain_decoding
 
 @pytest.mark.parametrize("plain_seconds", [1e-4, 0.03, 0.45, 0.8, 20.0])
 def test_where_rows_cost_nothing_all_nodes_are_verified_at_any_scale(plain_seconds: float) -> None:
-    machine = Machine("free", plain_seconds, row=0.0, row_overhead=0.0)
+    machine = Machine("free", plain_seconds, row=0.0, row_overhead=0.0, noise=0.0)
     nodes = simulate(Case(machine, GOOD, "1")).nodes[NUM_FIRST:]
     assert np.median(nodes) == NUM_NODES
 
@@ -60,15 +60,17 @@ def test_where_rows_cost_what_a_step_does_only_what_is_nearly_certain_is_verifie
     assert simulate(Case(LINEAR, GOOD, "4")).nodes[NUM_FIRST:].mean() < 0.1
 
 
-@pytest.mark.parametrize("machine", [FLAT, RISING, LINEAR, LONG], ids=str)
-@pytest.mark.parametrize("drafter", [USELESS, WRONG], ids=str)
+@pytest.mark.parametrize("machine", [FLAT, RISING, LINEAR, LONG], ids=lambda machine: machine.name)
+@pytest.mark.parametrize("drafter", [USELESS, WRONG], ids=lambda drafter: drafter.name)
 @pytest.mark.parametrize("draft", [0.15, 1.0])
 def test_a_useless_drafter_is_given_up(machine: Machine, drafter: Drafter, draft: float) -> None:
     """All that it loses is some trials."""
     run = simulate(Case(dataclasses.replace(machine, draft=draft), drafter, "1"))
+    drafted = run.without > run.tokens
+    assert 0 < drafted[:NUM_FIRST].sum() < 0.15 * NUM_FIRST
+    assert drafted[NUM_FIRST:].sum() < 0.1 * NUM_FIRST
     lost = run.without - run.tokens
-    assert 0 < lost[:NUM_FIRST].sum() < 2 * TRIAL + 2 * draft
-    assert lost[NUM_FIRST:].sum() < LOST_SHARE * NUM_FIRST + TRIAL + 2 * draft
+    assert lost[:NUM_FIRST].sum() < 0.02 * NUM_FIRST and lost[NUM_FIRST:].sum() < 0.015 * NUM_FIRST
 
 
 @settings(max_examples=50, deadline=None)
@@ -159,15 +161,15 @@ def test_what_a_node_costs_beyond_the_table_is_learnt() -> None:
     prices = []
     for slope in (0.05, 0.15):
         budget, rng = line(0.05), np.random.default_rng(0)
-        for step in range(600):
-            num_nodes = int(rng.integers(1, 20)) if step >= 20 else 0
+        num_nodes = 0
+        for _ in range(600):
             plan = budget.plan(1)
-            seconds = 1 + slope * num_nodes
-            # So many tokens that it pays.
-            accepted = num_nodes and 3
-            budget.observe(StepOutcome(1, plan is not None or num_nodes > 0, num_nodes, accepted, 3.0, seconds))
+            # So many tokens that drafting pays.
+            accepted = 3 if num_nodes else 0
+            budget.observe(StepOutcome(1, plan is not None, num_nodes, accepted, accepted, 1 + slope * num_nodes))
+            num_nodes = 0
             if plan is not None:
-                price = plan.node_seconds
+                num_nodes, price = int(rng.integers(1, 20)), plan.node_seconds
         prices.append(price)
     assert prices == pytest.approx([0.0, 0.1], abs=0.01)
 
