@@ -301,14 +301,14 @@ ROOFLINE = Machine("flat to 64 rows", 0.03, 0.03, free_rows=64)
 LONG = Machine("long contexts", 0.9, 0.01, attention=0.01, row_attention=0.0007, contexts=(500, 128_000))
 
 
-def seconds(machine: Machine, plain_seconds: float) -> Machine:
+def at_scale(machine: Machine, plain_seconds: float) -> Machine:
     return dataclasses.replace(machine, plain_seconds=plain_seconds)
 
 
 CASES = [
-    *(Case(seconds(FLAT, each), GOOD, "1") for each in (0.001, 0.03, 0.45, 0.8, 2.0)),
-    *(Case(seconds(RISING, each), GOOD, "1") for each in (0.001, 0.03, 0.9, 2.0)),
-    *(Case(seconds(LINEAR, each), GOOD, "1") for each in (0.001, 0.03, 2.0)),
+    *(Case(at_scale(FLAT, each), GOOD, "1") for each in (0.001, 0.03, 0.45, 0.8, 2.0)),
+    *(Case(at_scale(RISING, each), GOOD, "1") for each in (0.001, 0.03, 0.9, 2.0)),
+    *(Case(at_scale(LINEAR, each), GOOD, "1") for each in (0.001, 0.03, 2.0)),
     *(Case(machine, GOOD, requests) for machine in (FLAT, RISING, TILES, ROOFLINE) for requests in ("4", "16", "64")),
     *(Case(machine, GOOD, "1 to 64") for machine in (FLAT, RISING, TILES, ROOFLINE, LINEAR)),
     *(Case(machine, FAIR, requests) for machine in (FLAT, RISING, TILES) for requests in ("1", "16")),

@@ -33,7 +33,7 @@ from vllm_ctc_spec.engine.sampler import HostTree
 from vllm_ctc_spec.engine.settings import EngineSettings
 
 MOST_REMEMBERED = 1024
-"""Rows that wait for the drafter's context while drafting rests."""
+"""Rows that wait for the drafter's context while nothing is drafted."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ HOPELESS = 1.0
 """The same: drafting ends, too, when by the drafter's own psi and the table it should have lost so much."""
 
 LOST_SHARE = 0.005
-"""Of the steps of a load, what trials may lose: after each that has lost drafting rests for so long."""
+"""Of the steps of a load, what trials may lose: after each that has lost nothing is drafted for so long."""
 
 NUM_OBSERVED = 128
 """Latest steps with drafts that rates and the cost of a node are learnt from."""
@@ -205,7 +205,7 @@ class NodeBudget:
                 self._decide(load)
 
     def _decide(self, load: _Load) -> None:
-        """At the end of a look or a rest."""
+        """At the end of a look or of a pause."""
         plain = np.array(load.plain)
         load.pace = float(np.minimum(plain, LONGEST_STEP * np.median(plain)).mean())
         if not load.time:
