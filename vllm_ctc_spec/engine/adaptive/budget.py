@@ -42,7 +42,7 @@ TRIAL, MOST_SAVED = 4.0, 16.0
 """Plain steps' worth of tokens in the account of a load when it begins to draft, and at most."""
 
 HOPELESS = 1.0
-"""The same: drafting ends, too, when by the drafter's own psi and the table it should have lost so much."""
+"""The same: a trial ends, too, when by the drafter's own psi and the table it should have lost so much."""
 
 LOST_SHARE = 0.005
 """Of the steps of a load, what trials may lose: after each that has lost nothing is drafted for so long."""
@@ -73,7 +73,7 @@ class DraftPlan:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """A step of decoding alone."""
+    """A step, at its end."""
 
     num_requests: int
     drafted: bool
@@ -84,7 +84,7 @@ class StepOutcome:
     believed: float
     """Sum of psi over the verified nodes."""
     seconds: float | None
-    """None where it did not follow the step before at once."""
+    """None where it is not known: the step had prompts in it, or did not follow the one before at once."""
 
 
 @dataclass
@@ -111,13 +111,13 @@ class _Load:
     """Tokens over time, the higher one of both kinds of steps."""
     node_time: float = 0.0
     """Of a node per request, beyond the table."""
-
     promised: float = 0.0
     """What trees have promised to gain since drafting began, by the table and the drafter's psi."""
 
     @property
     def is_hopeless(self) -> bool:
-        return self.promised < -HOPELESS
+        """Before it has gained anything in truth."""
+        return self.promised < -HOPELESS and self.account + self.gain < TRIAL
 
     @property
     def gain(self) -> float:
