@@ -337,7 +337,7 @@ def row_of(case: Case) -> dict[str, Any]:
         "machine": case.machine.name,
         "plain_step_seconds": case.machine.plain_seconds,
         "drafter": case.drafter.name,
-        "requests": case.requests,
+        "requests": int(case.requests) if case.requests.isdigit() else case.requests,
         "speedup": run.speedup(NUM_FIRST),
         "best_fixed_speedup": float(fixed.max()),
         "best_fixed_nodes": FIXED[int(fixed.argmax())],
@@ -360,7 +360,7 @@ def main() -> None:
         speeds = ("speedup", "best_fixed_speedup", "table_speedup", "first_speedup", "worst_speedup")
         step = f"{row['plain_step_seconds']:6g}s"
         print(
-            f"{row['machine']:31}{step}  {row['drafter']:17}{row['requests']:9}"
+            f"{row['machine']:31}{step}  {row['drafter']:17}{row['requests']!s:9}"
             + "".join(f"{row[name]:13.2f}" for name in speeds),
             flush=True,
         )
