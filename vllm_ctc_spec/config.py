@@ -141,7 +141,7 @@ class SpecOptions:
     tree: how the frames become a token tree; "template" (the paper's) and "chain" are for comparison.
     candidates: tokens that the tree is made of, for each frame; the others are one mass of probability.
     min_prefix_probability: nodes that the drafter believes less likely than this are not verified.
-    adaptive_budget: verify only those nodes, up to the node budget, that make the batch faster (engine/budget.py);
+    adaptive_budget: verify only those nodes, up to the node budget, that make the batch faster (engine/adaptive/);
         a template tree is always verified whole.
     attention_kernel: what attends for trees and the drafter's frames; "xformers" on CUDA only.
     """

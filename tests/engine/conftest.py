@@ -48,7 +48,7 @@ def engine(pair: TinyPair, spec: dict[str, Any] | None, **options: Any) -> Itera
         "distributed_executor_backend": IN_CORE,
     }
     if spec is not None:
-        # What an adaptive budget chooses depends on the machine's mood; tests of trees need trees.
+        # What an adaptive budget chooses depends on how long steps take; tests of trees need trees.
         ours = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": NUM_NODES}
         spec = {**ours, "adaptive_budget": False, **spec}
     with started(str(pair.target), speculative_config=spec, **{**settings, **options}) as llm:

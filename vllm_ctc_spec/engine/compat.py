@@ -49,8 +49,10 @@ TOUCHED: dict[str, tuple[str, ...]] = {
         "_dummy_run",
         "profile_run",
         "load_model",
+        "_setup_eagle3_aux_hidden_state_outputs",
         "_sync_device",
         "_to_list",
+        "use_aux_hidden_state_outputs",
     ),
     "vllm.v1.worker.gpu_input_batch:InputBatch": (
         "block_table",
@@ -79,7 +81,10 @@ TOUCHED: dict[str, tuple[str, ...]] = {
         "speculative_config",
     ),
     "vllm.config:ParallelConfig": ("distributed_executor_backend", "enable_dbo", "worker_cls"),
+    "vllm.model_executor.models.interfaces:SupportsEagle3": ("set_aux_hidden_state_layers",),
+    "vllm.model_executor.models.registry:ModelRegistry": ("models",),
     "vllm.config:ModelConfig": (
+        "architecture",
         "get_head_size",
         "get_hidden_size",
         "get_num_attention_heads",

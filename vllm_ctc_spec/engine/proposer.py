@@ -33,7 +33,7 @@ from vllm_ctc_spec.engine.sampler import HostTree
 from vllm_ctc_spec.engine.settings import EngineSettings
 
 MOST_REMEMBERED = 1024
-"""Rows that wait for the drafter's context while drafting rests."""
+"""Rows that wait for the drafter's context while nothing is drafted."""
 
 
 @dataclass(frozen=True)
@@ -129,18 +129,8 @@ class CTCProposer:
         for layer, own in zip(self.cache_layers, self.drafter.context(hidden, positions)):
             self.attention.write(layer.kv_cache, slots, own.key, own.value)
 
-    def propose(
-        self,
-        verified: VerifiedRows,
-        requests: DraftRequests | None,
-        least_worth: float = 0.0,
-        num_frames: int | None = None,
-    ) -> list[HostTree]:
-        """Store the drafter's context of the verified rows, then one tree for each drafting request.
-
-        least_worth: psi of nodes that are still worth building; num_frames: the first T that are, None for all, as with
-        a blank. Recorded drafts have all of both at the same price.
-        """
+    def propose(self, verified: VerifiedRows, requests: DraftRequests | None) -> list[HostTree]:
+        """Store the drafter's context of the verified rows, then one tree for each drafting request."""
         self.remembered.append(verified)
         self._store_remembered()
         if requests is None:
@@ -150,9 +140,7 @@ class CTCProposer:
         if not wants_chain and self.recorded is not None and self.recorded.takes(inputs):
             return to_host(self.recorded(inputs))
         options = self.settings.options
-        if least_worth > options.min_prefix_probability:
-            options = dataclasses.replace(options, min_prefix_probability=least_worth)
-        drafted, logits = self._draft(inputs, num_frames)
+        drafted, logits = self._draft(inputs)
         trees = to_host(self._build(drafted, logits, options))
         if wants_chain:
             chains = to_host(self._build(drafted, logits, dataclasses.replace(options, tree="chain")))
@@ -160,7 +148,7 @@ class CTCProposer:
         return trees
 
     @torch.inference_mode()
-    def profile(self, num_requests: int, num_frames: int | None = None) -> None:
+    def profile(self, num_requests: int) -> None:
         """Takes the memory that drafting for so many requests takes; before there is a cache, so without attention."""
         attention, self.attention = self.attention, cast(TreeAttention, NoAttention())
         try:
@@ -168,7 +156,7 @@ class CTCProposer:
             zeros = torch.zeros_like(inputs.last_tokens)
             verified = VerifiedRows(inputs.hidden, zeros[:, 0], zeros[:, 0])
             requests = DraftRequests(inputs.last_tokens, zeros[:, 0], inputs.context, [False] * num_requests)
-            self.propose(verified, requests, num_frames=num_frames)
+            self.propose(verified, requests)
         finally:
             self.attention = attention
 
@@ -194,8 +182,8 @@ class CTCProposer:
         context = self.attention.context(table, tokens[:, 0], torch.ones_like(tokens[:, 0]))
         return DraftInputs(tokens, weight.new_zeros(num_requests, len(weight)), context)
 
-    def _draft(self, inputs: DraftInputs, num_frames: int | None = None) -> tuple[Draft, Tensor]:
-        """The first `num_frames` and their `emission_logits`."""
+    def _draft(self, inputs: DraftInputs) -> tuple[Draft, Tensor]:
+        """All frames and their `emission_logits`."""
         config, context = self.drafter.config, inputs.context
         num_rows, num_heads = config.num_frames + 1, config.num_attention_heads
         frames = self.attention.frames(context, num_rows, num_heads, inputs.hidden.dtype)
@@ -206,8 +194,6 @@ class CTCProposer:
 
         embeddings = self.target.embed_input_ids(inputs.last_tokens)
         drafted = self.drafter(embeddings, inputs.hidden, context.lens, attend)
-        # Not before: frames attend to one another.
-        drafted = drafted._replace(frames=drafted.frames[:, :num_frames])
         return drafted, emission_logits(self.drafter, drafted.frames, self.head)
 
     def _build(self, drafted: Draft, logits: Tensor, options: SpecOptions) -> Tensor:

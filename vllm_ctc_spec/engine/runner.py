@@ -29,8 +29,9 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_ctc_spec.engine.adaptive.budget import DraftPlan, NodeBudget, StepOutcome
+from vllm_ctc_spec.engine.adaptive.cost import drafting_sizes, measure, target_sizes, timed
 from vllm_ctc_spec.engine.attention.interface import tree_attention_of
-from vllm_ctc_spec.engine.budget import NodeBudget, measure, measured_requests, measured_rows
 from vllm_ctc_spec.engine.cpu_modules import use_vllms_kernels
 from vllm_ctc_spec.engine.proposer import CTCProposer, DraftRequests, VerifiedRows
 from vllm_ctc_spec.engine.recorded import MOST_RECORDED, cuda_graphs
@@ -81,13 +82,11 @@ class TreeModelRunner(GPUModelRunner):
         settings = self.drafter.settings
         if settings.options.adapts:
             num_rows = min(self.max_num_reqs * (1 + settings.num_nodes), self.max_num_tokens)
-            target = measure(self._run_target, measured_rows(num_rows))
-            sizes = measured_requests(self.max_num_reqs)
-            drafting, one_frame = measure(self.drafter.profile, sizes), None
-            config = self.drafter.drafter.config
-            if not config.has_blank:
-                one_frame = measure(lambda size: self.drafter.profile(size, num_frames=1), sizes)
-            self.budget = NodeBudget(target, drafting, settings.num_nodes, one_frame, config.num_frames)
+            # vLLM's data parallel ranks of a MoE target run it in lock-step: each waits for all others.
+            in_lock_step = self.parallel_config.data_parallel_size > 1 and self.model_config.is_moe
+            target = measure(timed(self._run_target), target_sizes(num_rows), in_lock_step)
+            drafting = measure(timed(self.drafter.profile), drafting_sizes(self.max_num_reqs))
+            self.budget = NodeBudget(target, drafting)
 
     @torch.inference_mode()
     def _run_target(self, num_rows: int) -> None:
@@ -244,21 +243,17 @@ class TreeModelRunner(GPUModelRunner):
         assert step is not None
         verified = self._verified_rows(step, [hidden_states, *(aux_hidden_states or ())])
         drafts: list[list[int]] = [[] for _ in step.trees]
-        if self.budget is not None and not self.budget.wants_drafts(len(step.trees), sum(step.num_computed)):
+        plan = None if self.budget is None else self.budget.plan(len(step.trees))
+        if self.budget is not None and plan is None:
             self.drafter.remember(verified)
-            self._observe(self.budget, step)
+            self._observe(self.budget, step, drafted=False)
             return drafts
         drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
         requests = self._draft_requests(step, drafting, sampled_token_ids, common_attn_metadata)
-        if self.budget is None or requests is None:
-            trees = self.drafter.propose(verified, requests)
-        else:
-            num_frames = self.budget.num_frames(len(step.trees))
-            least = self.budget.least_worth(len(step.trees))
-            trees = self.drafter.propose(verified, requests, least, num_frames)
-        if self.budget is not None:
-            self._observe(self.budget, step)
-            trees = _cut(self.budget, trees, len(step.trees))
+        trees = self.drafter.propose(verified, requests)
+        if self.budget is not None and plan is not None:
+            self._observe(self.budget, step, drafted=bool(trees))
+            trees = _cut(self.budget, plan, trees)
         self.trees = {request: tree for request, tree in self.trees.items() if request in self.requests}
         for index, tree in zip(drafting, trees):
             self.trees[self.input_batch.req_ids[index]] = tree
@@ -269,16 +264,17 @@ class TreeModelRunner(GPUModelRunner):
         # The scheduler has forgotten the drafts of the step before, so it need not be told that there are none.
         return super().take_draft_token_ids() if any(self._draft_token_ids or ()) else None
 
-    def _observe(self, budget: NodeBudget, step: Step) -> None:
-        num_accepted = 0
+    def _observe(self, budget: NodeBudget, step: Step, drafted: bool) -> None:
+        num_accepted, believed = 0, 0.0
         if step.num_nodes:
             num_accepted = sum(map(len, step.accepted_nodes))
-            budget.observe_walk(sum(sum(tree.probabilities) for tree in step.trees), num_accepted)
+            believed = sum(sum(tree.probabilities) for tree in step.trees)
         now = time.perf_counter()
         requests, ended = self.last_step
         # While a request of the step before is here, the engine has not waited for work in between.
-        if step.is_decode and not requests.isdisjoint(self.input_batch.req_ids):
-            budget.observe_step(len(step.trees), len(step.trees) + num_accepted, now - ended, step.total_rows)
+        is_whole = step.is_decode and not requests.isdisjoint(self.input_batch.req_ids)
+        seconds = now - ended if is_whole else None
+        budget.observe(StepOutcome(len(step.trees), drafted, step.num_nodes, num_accepted, believed, seconds))
         self.last_step = set(self.input_batch.req_ids), now
 
     def _verified_rows(self, step: Step, hidden_states: list[Tensor]) -> VerifiedRows:
@@ -356,12 +352,8 @@ class TreeCPUModelRunner(TreeModelRunner, CPUModelRunner):
         self.drafter.profile(1)
 
 
-def _cut(budget: NodeBudget, trees: list[HostTree], num_requests: int) -> list[HostTree]:
+def _cut(budget: NodeBudget, plan: DraftPlan, trees: list[HostTree]) -> list[HostTree]:
     """Each tree to the nodes that pay."""
     if not trees:
         return []
-    shape = len(trees), max(len(tree.tokens) for tree in trees)
-    probabilities, depths = np.zeros(shape), np.zeros(shape, np.int64)
-    for row, depth, tree in zip(probabilities, depths, trees):
-        row[: len(tree.tokens)], depth[: len(tree.tokens)] = tree.probabilities, tree.depths
-    return [tree.cut(count) for tree, count in zip(trees, budget.choose(probabilities, num_requests, depths).tolist())]
+    return [tree.cut(count) for tree, count in zip(trees, budget.choose(plan, [tree.probabilities for tree in trees]))]

@@ -1,0 +1,372 @@
+"""The adaptive budget on synthetic machines: what it reaches, against the best fixed number of nodes.
+
+    .venv/bin/python benchmarks/budget_simulation.py [--json FILE]
+
+Nothing is measured here and no engine runs: a step's seconds come from a formula, the accepted tokens from a random
+drafter. Speeds are tokens over those that plain decoding emits in the same time at the same load, after the first
+thousand steps; "first 1,000" is the same of these. vLLM's own table of draft lengths by batch size
+(`num_speculative_tokens_per_batch_size`) is there as if somebody had tuned it for the machine and the drafter.
+
+Letters: R requests, N nodes of a tree, T frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import heapq
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_ctc_spec.engine.adaptive.budget import NodeBudget, StepOutcome
+from vllm_ctc_spec.engine.adaptive.cost import drafting_sizes, measure, target_sizes
+
+NUM_NODES, NUM_FRAMES = 32, 8
+FIXED = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32)
+NUM_STEPS, NUM_FIRST = 2000, 1000
+ANSWER = 400
+"""Tokens of each answer; another request follows it."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Times are shares of a plain step of one request without context, unless they are in seconds."""
+
+    name: str
+    plain_seconds: float
+    row: float
+    """Each further row."""
+    tile: int = 1
+    """Rows that are computed together."""
+    free_rows: int = 1
+    """That cost nothing."""
+    draft: float = 0.15
+    """Drafting for one request."""
+    draft_request: float = 0.02
+    """For each further request."""
+    overhead: float = 0.15
+    """Of each step, beside the target's pass; unknown at start-up."""
+    row_overhead: float = 0.003
+    """Of each row; unknown at start-up."""
+    attention: float = 0.0
+    """To 1,000 positions, once for a request."""
+    row_attention: float = 0.0
+    """The same, for each row."""
+    contexts: tuple[int, int] = (100, 2000)
+    """Shortest and longest prompt."""
+    noise: float = 0.08
+    """Standard deviation of a step's time; one in a hundred takes five times as long."""
+    drift: float = 0.0
+    """Largest share by which the machine gets slower and faster, over some 1,500 steps."""
+
+    def target(self, rows: Any) -> Any:
+        """What is measured at start-up, elementwise."""
+        tiles = np.ceil(np.maximum(rows - self.free_rows, 0) / self.tile) * self.tile
+        return self.plain_seconds * (1 + self.row * tiles)
+
+    def drafting(self, num_requests: Any) -> Any:
+        return self.plain_seconds * (self.draft + self.draft_request * (num_requests - 1))
+
+    def verifying(self, num_requests: Any, rows: Any, context: Any, row_context: Any) -> Any:
+        """Seconds of a step without drafting; context: thousands of positions of all requests, and of all rows."""
+        beside = self.overhead + self.row_overhead * rows
+        attention = self.attention * context + self.row_attention * row_context
+        return self.target(rows) + self.plain_seconds * (beside + attention)
+
+
+@dataclass(frozen=True)
+class Drafter:
+    name: str
+    level: float
+    """Logit of the chance that the first token is right."""
+    spread: float = 1.3
+    """Of that logit, from request to request and from step to step."""
+    excess: float = 0.0
+    """Of its own belief over the truth, in the same logit."""
+
+
+GOOD = Drafter("good", 0.8)
+FAIR = Drafter("fair", -0.4)
+SURE = Drafter("overconfident", -0.6, excess=1.5)
+SHY = Drafter("underconfident", 0.8, excess=-1.0)
+USELESS = Drafter("useless", -5.0, spread=0.3)
+WRONG = Drafter("useless and sure", -5.0, spread=1.0, excess=5.0)
+
+
+@dataclass(frozen=True)
+class Trees:
+    """Of one drafter, for each of a grid of logits."""
+
+    believed: np.ndarray
+    """[grid, N] psi, descending."""
+    believed_sum: np.ndarray
+    """[grid, N + 1] of the first nodes."""
+    accepted: np.ndarray
+    """[grid, N + 1, T] chance that a path of at least so many nodes is accepted, by the nodes that are verified."""
+
+
+GRID = np.linspace(-7, 5, 49)
+
+
+@cache
+def trees_of(excess: float, num_frames: int = NUM_FRAMES) -> Trees:
+    believed, accepted = np.zeros((len(GRID), NUM_NODES)), np.zeros((len(GRID), NUM_NODES + 1, NUM_FRAMES))
+    for index, logit in enumerate(GRID):
+        for node, (psi, truth, depth) in enumerate(_best_tree(logit, excess, num_frames)):
+            believed[index, node] = psi
+            accepted[index, node + 1 :, depth - 1] += truth
+    return Trees(believed, np.pad(believed.cumsum(1), ((0, 0), (1, 0))), accepted)
+
+
+def _best_tree(logit: float, excess: float, num_frames: int) -> Iterator[tuple[float, float, int]]:
+    """psi as the drafter believes, as it is, and depth of the N best nodes."""
+    shares = 0.5 ** np.arange(1, 8)
+    heap = [(-1.0, 1.0, 0)]
+    for node in range(NUM_NODES + 1):
+        if not heap:
+            return
+        psi, truth, depth = heapq.heappop(heap)
+        if node:
+            yield -psi, truth, depth
+        if depth < num_frames:
+            right = _sigmoid(np.array([logit + excess, logit]) - 0.15 * depth)
+            for believed, true in zip(*(np.concatenate(([best], best * (1 - best) * shares)) for best in right)):
+                heapq.heappush(heap, (psi * believed, truth * true, depth + 1))
+
+
+def _sigmoid(logit: Any) -> Any:
+    return 1 / (1 + np.exp(-logit))
+
+
+@dataclass(frozen=True)
+class Case:
+    machine: Machine
+    drafter: Drafter
+    requests: str
+    """A number, or "fewest to most" of them that come and go."""
+
+    def __str__(self) -> str:
+        return f"{self.machine.name}, {self.machine.plain_seconds:g} s, {self.drafter.name}, {self.requests}"
+
+    def loads(self, rng: np.random.Generator, num_steps: int) -> np.ndarray:
+        """[steps] R"""
+        fewest, _, most = self.requests.partition(" to ")
+        if not most:
+            return np.full(num_steps, int(fewest))
+        # Their logarithm is a random walk between two walls; it stays for some 20 steps.
+        walk = np.repeat(rng.normal(0, 0.5, num_steps // 20 + 1).cumsum(), 20)[:num_steps]
+        low, high = math.log(int(fewest)), math.log(int(most))
+        return np.exp(low + np.abs((walk - low) % (2 * (high - low)) - (high - low))).round().astype(int)
+
+
+class World:
+    """One machine, one drafter, and requests whose contexts grow and whose texts are now easy and now hard."""
+
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        self.case, self.rng = case, np.random.default_rng(seed)
+        self.num_requests = case.loads(self.rng, NUM_STEPS)
+        most = int(self.num_requests.max())
+        self.hardness = self.rng.normal(size=most)
+        self.prompts = self._new_prompts(most)
+        self.emitted = self.rng.uniform(0, ANSWER, most)
+
+    def _new_prompts(self, count: int) -> np.ndarray:
+        low, high = np.log(self.case.machine.contexts)
+        return np.exp(self.rng.uniform(low, high, count))
+
+    def context(self, num_requests: int) -> np.ndarray:
+        """[R] positions"""
+        return self.prompts[:num_requests] + self.emitted[:num_requests]
+
+    def texts(self, num_requests: int) -> np.ndarray:
+        """[R] places in GRID, of the next step."""
+        self.hardness += 0.5 * (self.rng.normal(size=len(self.hardness)) * 3**0.5 - self.hardness)
+        drafter = self.case.drafter
+        logits = drafter.level + drafter.spread * self.hardness[:num_requests]
+        return np.clip(np.rint((logits - GRID[0]) / (GRID[1] - GRID[0])), 0, len(GRID) - 1).astype(int)
+
+    def emit(self, tokens: np.ndarray) -> None:
+        """tokens: [R]"""
+        self.emitted[: len(tokens)] += tokens
+        ended = np.flatnonzero(self.emitted > ANSWER)
+        self.prompts[ended], self.emitted[ended] = self._new_prompts(len(ended)), 0.0
+
+    def noise(self) -> float:
+        slow = 5.0 if self.rng.random() < 0.01 else 1.0
+        return slow * math.exp(self.case.machine.noise * self.rng.normal())
+
+    def pace(self, step: int) -> float:
+        return 1 + self.case.machine.drift * math.sin(2 * math.pi * step / 1500)
+
+
+def fixed_speedups(case: Case) -> tuple[np.ndarray, float]:
+    """Expected, without noise: of each of FIXED, and of a table by batch size that is the best of them for each."""
+    world = World(case)
+    trees = trees_of(case.drafter.excess)
+    places = np.concatenate([world.texts(len(world.hardness)) for _ in range(max(2000 // len(world.hardness), 50))])
+    tokens = 1 + trees.accepted[places][:, FIXED].sum(-1).mean(0)
+    emitted, without = np.zeros((2, len(world.num_requests), len(FIXED)))
+    for step, num_requests in enumerate(world.num_requests):
+        world.emit(np.full(num_requests, 5.0))
+        context = world.context(num_requests).sum() / 1000
+        per_request = 1 + np.array(FIXED)
+        seconds = case.machine.verifying(num_requests, num_requests * per_request, context, context * per_request)
+        plain = seconds[0]
+        seconds[1:] += case.machine.drafting(num_requests)
+        emitted[step], without[step] = num_requests * tokens, num_requests * seconds / plain
+    best = np.zeros(len(world.num_requests), int)
+    for num_requests in np.unique(world.num_requests):
+        here = world.num_requests == num_requests
+        best[here] = np.argmax(emitted[here].sum(0) / without[here].sum(0))
+    steps = np.arange(NUM_FIRST, len(best))
+    table = emitted[steps, best[steps]].sum() / without[steps, best[steps]].sum()
+    return emitted[NUM_FIRST:].sum(0) / without[NUM_FIRST:].sum(0), float(table)
+
+
+@dataclass(frozen=True)
+class Run:
+    """[steps] each: tokens that a step is expected to emit, those of plain decoding in the same time, and nodes."""
+
+    tokens: np.ndarray
+    without: np.ndarray
+    nodes: np.ndarray
+
+    def speedup(self, first: int, last: int | None = None) -> float:
+        return float(self.tokens[first:last].sum() / self.without[first:last].sum())
+
+    @property
+    def worst(self) -> float:
+        """Of all stretches of NUM_FIRST steps."""
+        sums = (np.convolve(counts, np.ones(NUM_FIRST), "valid") for counts in (self.tokens, self.without))
+        return float(np.divide(*sums).min())
+
+
+def make_budget(machine: Machine, most_requests: int, rng: np.random.Generator) -> NodeBudget:
+    """Its start-up measurement; the machine is as noisy then as later."""
+
+    def noisy(seconds: Callable[[int], Any]) -> Callable[[int], float]:
+        return lambda size: float(seconds(size)) * math.exp(machine.noise * rng.normal())
+
+    target = measure(noisy(machine.target), target_sizes(most_requests * (1 + NUM_NODES)))
+    return NodeBudget(target, measure(noisy(machine.drafting), drafting_sizes(most_requests)))
+
+
+def simulate(case: Case, seed: int = 0) -> Run:
+    world, machine = World(case, seed), case.machine
+    trees = trees_of(case.drafter.excess)
+    budget = make_budget(machine, len(world.hardness), world.rng)
+    tokens, without, all_nodes = np.zeros((3, NUM_STEPS))
+    places, nodes = np.zeros(0, int), np.zeros(0, int)
+    for step, num_requests in enumerate(world.num_requests):
+        # Those that have come since were not drafted for.
+        nodes = np.pad(nodes[:num_requests], (0, max(num_requests - len(nodes), 0)))
+        places = np.pad(places[:num_requests], (0, max(num_requests - len(places), 0)))
+        reached = trees.accepted[places, nodes]
+        context = world.context(num_requests) / 1000
+        rows = num_requests + int(nodes.sum())
+        plain = machine.verifying(num_requests, num_requests, context.sum(), context.sum())
+        seconds = machine.verifying(num_requests, rows, context.sum(), context @ (1 + nodes))
+        accepted = (world.rng.random((num_requests, 1)) < reached).sum(1)
+        believed = float(trees.believed_sum[places, nodes].sum())
+        plan = budget.plan(int(num_requests))
+        if plan is not None:
+            seconds += machine.drafting(num_requests)
+        observed = seconds * world.pace(step) * world.noise()
+        budget.observe(
+            StepOutcome(
+                int(num_requests), plan is not None, rows - num_requests, int(accepted.sum()), believed, observed
+            )
+        )
+        tokens[step], without[step] = num_requests + reached.sum(), num_requests * seconds / plain
+        all_nodes[step] = rows - num_requests
+        world.emit(1 + accepted)
+        places, nodes = world.texts(num_requests), np.zeros(num_requests, int)
+        if plan is not None:
+            nodes = np.array(budget.choose(plan, [row[row > 0].tolist() for row in trees.believed[places]]))
+    return Run(tokens, without, all_nodes)
+
+
+FLAT = Machine("flat", 0.03, 0.0005)
+RISING = Machine("rising", 0.03, 0.02)
+LINEAR = Machine("in proportion", 0.03, 1.0)
+TILES = Machine("tiles of 16", 0.03, 0.03, tile=16)
+ROOFLINE = Machine("flat to 64 rows", 0.03, 0.03, free_rows=64)
+LONG = Machine("long contexts", 0.9, 0.01, attention=0.01, row_attention=0.0007, contexts=(500, 128_000))
+
+
+def at_scale(machine: Machine, plain_seconds: float) -> Machine:
+    return dataclasses.replace(machine, plain_seconds=plain_seconds)
+
+
+CASES = [
+    *(Case(at_scale(FLAT, each), GOOD, "1") for each in (0.001, 0.03, 0.45, 0.8, 2.0)),
+    *(Case(at_scale(RISING, each), GOOD, "1") for each in (0.001, 0.03, 0.9, 2.0)),
+    *(Case(at_scale(LINEAR, each), GOOD, "1") for each in (0.001, 0.03, 2.0)),
+    *(Case(machine, GOOD, requests) for machine in (FLAT, RISING, TILES, ROOFLINE) for requests in ("4", "16", "64")),
+    *(Case(machine, GOOD, "1 to 64") for machine in (FLAT, RISING, TILES, ROOFLINE, LINEAR)),
+    *(Case(machine, FAIR, requests) for machine in (FLAT, RISING, TILES) for requests in ("1", "16")),
+    *(Case(RISING, drafter, requests) for drafter in (SURE, SHY) for requests in ("1", "16")),
+    *(Case(machine, drafter, "4") for machine in (FLAT, RISING, LINEAR) for drafter in (USELESS, WRONG)),
+    *(Case(RISING, drafter, "1 to 64") for drafter in (USELESS, WRONG)),
+    Case(dataclasses.replace(RISING, name="rising, a large drafter", draft=1.0), USELESS, "1"),
+    Case(dataclasses.replace(RISING, name="rising, a large drafter", draft=0.5), GOOD, "1"),
+    *(Case(LONG, drafter, requests) for drafter in (GOOD, USELESS) for requests in ("1", "4", "1 to 64")),
+    *(
+        Case(dataclasses.replace(RISING, name=f"{name}, noise and drift", **changes), GOOD, requests)
+        for name, changes in (
+            ("rising", {"noise": 0.2, "drift": 0.4}),
+            ("in proportion", {"row": 1.0, "noise": 0.2, "drift": 0.4}),
+        )
+        for requests in ("1", "16")
+    ),
+]
+
+
+def row_of(case: Case) -> dict[str, Any]:
+    """Of the table and of the file."""
+    fixed, table = fixed_speedups(case)
+    run = simulate(case)
+    return {
+        "machine": case.machine.name,
+        "plain_step_seconds": case.machine.plain_seconds,
+        "drafter": case.drafter.name,
+        "requests": int(case.requests) if case.requests.isdigit() else case.requests,
+        "speedup": run.speedup(NUM_FIRST),
+        "best_fixed_speedup": float(fixed.max()),
+        "best_fixed_nodes": FIXED[int(fixed.argmax())],
+        "table_speedup": table,
+        "first_speedup": run.speedup(0, NUM_FIRST),
+        "worst_speedup": run.worst,
+        "nodes": float(run.nodes.sum() / len(run.nodes)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows here, too")
+    options = parser.parse_args()
+    names = ("speed", "fixed", "table", "first 1,000", "worst 1,000")
+    print(f"{'machine':31}{'step':>7}  {'drafter':17}{'requests':9}" + "".join(f"{name:>13}" for name in names))
+    rows = []
+    for case in CASES:
+        rows.append(row := row_of(case))
+        speeds = ("speedup", "best_fixed_speedup", "table_speedup", "first_speedup", "worst_speedup")
+        step = f"{row['plain_step_seconds']:6g}s"
+        print(
+            f"{row['machine']:31}{step}  {row['drafter']:17}{row['requests']!s:9}"
+            + "".join(f"{row[name]:13.2f}" for name in speeds),
+            flush=True,
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

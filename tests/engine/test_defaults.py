@@ -1,0 +1,74 @@
+"""What users get who set nothing: the adaptive budget, a compiled target, our executor."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from vllm import LLM, SamplingParams
+from vllm.config import CompilationMode
+
+from tests.engine.conftest import NUM_PROMPTS, complete, engine, seeded
+from tests.engine.probe import record_trees, recorded_trees
+from tests.tiny_pair import TinyPair
+from vllm_ctc_spec.config import SpecOptions
+from vllm_ctc_spec.engine.adaptive.budget import DraftPlan
+from vllm_ctc_spec.engine.executor import CTCExecutor
+from vllm_ctc_spec.engine.settings import DEFAULT_NUM_NODES, EngineSettings
+
+
+@pytest.fixture(scope="module")
+def default(pair: TinyPair) -> Iterator[LLM]:
+    """float32, because other types may break ties in another way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+        options: dict[str, Any] = {"enforce_eager": False, "distributed_executor_backend": None}
+        with engine(pair, {"adaptive_budget": SpecOptions().adaptive_budget}, **options) as llm:
+            yield llm
+
+
+def test_nothing_is_off_that_is_on_by_default(pair: TinyPair, default: LLM) -> None:
+    config = default.llm_engine.vllm_config
+    expected = EngineSettings(str(pair.drafter), DEFAULT_NUM_NODES, SpecOptions())
+    assert EngineSettings.from_dict(config.additional_config["ctc_spec"]) == expected and expected.options.adapts
+    assert config.compilation_config.mode == CompilationMode.VLLM_COMPILE
+    assert config.parallel_config.distributed_executor_backend == f"{CTCExecutor.__module__}.{CTCExecutor.__name__}"
+    assert default.collective_rpc(has_budget) == [True]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_answers_are_plain_vllms(plain: LLM, default: LLM, prompts: list[list[int]], temperature: float) -> None:
+    params = seeded(NUM_PROMPTS, temperature=temperature, max_tokens=60)
+    assert complete(default, prompts, params) == complete(plain, prompts, params)
+    alone = SamplingParams(temperature=temperature, seed=5, max_tokens=60)
+    for prompt in prompts[:4]:
+        assert complete(default, [prompt], alone) == complete(plain, [prompt], alone)
+
+
+def test_answers_do_not_depend_on_what_the_budget_decides(plain: LLM, default: LLM, prompts: list[list[int]]) -> None:
+    """Last, because from here on it decides by a rule of ours: plain steps and steps with few and with many nodes."""
+    default.collective_rpc(decide_by_rule)
+    default.collective_rpc(record_trees)
+    params = seeded(NUM_PROMPTS, temperature=0.8, max_tokens=40)
+    assert complete(default, prompts, params) == complete(plain, prompts, params)
+    [recorded] = default.collective_rpc(recorded_trees)
+    sizes = [len(each.tree.tokens) for each in recorded]
+    assert min(sizes) < 4 and max(sizes) == DEFAULT_NUM_NODES
+
+
+def has_budget(worker: Any) -> bool:
+    return worker.model_runner.budget is not None
+
+
+def decide_by_rule(worker: Any) -> None:
+    budget = worker.model_runner.budget
+    steps = itertools.count()
+
+    def plan(num_requests: int) -> DraftPlan | None:
+        step = next(steps)
+        # What a node takes, at a token a second: nothing, or more than most are worth.
+        return DraftPlan(num_requests, float(step % 5 > 3), 0.3) if step % 3 else None
+
+    budget.plan = plan
