@@ -59,6 +59,24 @@ def test_what_training_recorded_stands_in_the_card(drafter):
     assert str(drafter.parent) not in card
 
 
+def test_the_drafter_that_a_fit_started_from_stands_in_the_card(drafter):
+    assert "first weights" not in written(drafter)
+    before = {"steps": 793, "seconds": 4500.0, "num_rows": 3025, "num_tokens": 719288}
+    (drafter / "training.json").write_text(json.dumps({"steps": 1, "before": before}))
+    card = written(drafter)
+    assert "| first weights | those of another drafter: rows 3,025, 719,288 trained tokens; steps 793; time 75 " in card
+    (drafter / "training.json").write_text(json.dumps({"steps": 1, "before": {}}))
+    assert "| first weights | those of another drafter, not recorded |" in written(drafter)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"), [([], "the last hidden state |"), ([1], "the last hidden state and the outputs of layers 1 |")]
+)
+def test_the_layers_that_are_read_stand_in_the_card(drafter, layers, words):
+    tiny_drafter(tiny_target(), target_layers=layers).save_pretrained(drafter)
+    assert f"| reads of the target | {words}" in written(drafter)
+
+
 def test_each_set_has_a_column(drafter):
     card = written(drafter, sets={"gsm8k": evaluation(2.0, 0.1), "mt-bench": evaluation(1.5, None)})
     assert "| tree | nodes | gsm8k (5 rows) | mt-bench (5 rows) |" in card

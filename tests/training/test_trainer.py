@@ -170,13 +170,13 @@ def test_two_processes_train_one_drafter(target_path, rows_path, tmp_path):
     """gloo on CPU, as `torchrun` starts it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command += ["-m", "vllm_ctc_spec.cli", "train", "fit", target_path, str(rows_path), str(tmp_path / "drafter")]
-    command += ["--steps=60", "--learning-rate=0.01", "--batch-size=2", "--frames=4", "--label-length=4", "--rank=8"]
+    command += ["--steps=100", "--learning-rate=0.01", "--batch-size=2", "--frames=4", "--label-length=4", "--rank=8"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["drafter"]
-    assert report(tmp_path / "drafter")["steps"] == 60
+    assert report(tmp_path / "drafter")["steps"] == 100
     trees = ((SpecOptions(), 16),)
     assert evaluate(target_path, str(tmp_path / "drafter"), rows_path, trees).trees[0].length > 4
 
@@ -223,3 +223,12 @@ def test_a_full_gpu_names_the_settings_to_lower(target_path, rows_path, tmp_path
     monkeypatch.setattr(trainer_module._DrafterTrainer, "compute_loss", out_of_memory)
     with pytest.raises(ValueError, match=r"80 GiB.*batch_size=4, anchors_per_row=64 or max_length=512"):
         fit(target_path, rows_path, tmp_path / "drafter", settings(1))
+
+
+def test_a_fit_that_starts_from_another_drafter_knows_what_that_one_knew(target_path, rows_path, tmp_path):
+    first = fit(target_path, rows_path, tmp_path / "first", settings(30))
+    fresh = fit(target_path, rows_path, tmp_path / "fresh", settings(2, log_steps=1))
+    second = fit(target_path, rows_path, tmp_path / "second", settings(2, log_steps=1, init=str(first)))
+    assert report(second)["losses"][0] < 0.7 * report(fresh)["losses"][0]
+    assert report(second)["before"] == report(first)
+    assert "before" not in report(first)

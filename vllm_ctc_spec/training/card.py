@@ -48,6 +48,12 @@ def training_facts(rows: Sequence[TrainingRow]) -> dict[str, Any]:
     }
 
 
+def training_record(drafter: Path) -> dict[str, Any]:
+    """What `fit` has recorded of it; nothing where the file is missing."""
+    path = drafter / TRAINING_RECORD
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def command_line(arguments: Sequence[str]) -> str:
     """Paths are cut to their last part: readers have other folders."""
     program = Path(arguments[0]).name
@@ -62,12 +68,11 @@ def _last_part(argument: str) -> str:
 
 def write_card(path: Path, drafter: Path, target: str, words: Words, evaluations: Mapping[str, Evaluation]) -> None:
     """evaluations: by the name of the set. `words` are kept in TRAINING_RECORD, for the next card."""
-    record_path = drafter / TRAINING_RECORD
-    record = json.loads(record_path.read_text()) if record_path.exists() else {}
+    record = training_record(drafter)
     new = {name: value for name, value in dataclasses.asdict(words).items() if value is not None}
     if new:
         record |= new
-        write_atomically(record_path, json.dumps(record, indent=2).encode())
+        write_atomically(drafter / TRAINING_RECORD, json.dumps(record, indent=2).encode())
     name = record.get("target_name") or (Path(target).name if Path(target).is_dir() else target)
     write_atomically(path, _card(drafter, name, record, evaluations).encode())
 
@@ -115,10 +120,17 @@ def _drafter_rows(drafter: Path, config: CTCDrafterConfig) -> list[tuple[str, st
     return [
         ("size", f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB, {num_parameters / 1e6:.1f} M parameters"),
         ("layers", str(config.num_hidden_layers)),
+        ("reads of the target", _read_states(config.target_layers)),
         ("frames, labels per anchor", f"{config.num_frames}, {config.label_length}"),
         ("emissions", config.emission),
         ("tokens that it drafts", f"{drafted:,} of {config.vocab_size:,}"),
     ]
+
+
+def _read_states(layers: Sequence[int]) -> str:
+    if not layers:
+        return "the last hidden state"
+    return f"the last hidden state and the outputs of layers {', '.join(map(str, layers))}"
 
 
 def _num_parameters(file: Path) -> int:
@@ -133,7 +145,9 @@ def _num_parameters(file: Path) -> int:
 
 
 def _training_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    before = record.get("before")
     return [
+        *([("first weights", _first_weights(before))] if before is not None else []),
         ("text", record.get("text", NOT_RECORDED)),
         (
             "rows",
@@ -146,6 +160,14 @@ def _training_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("time", f"{record['seconds'] / 60:.0f} minutes" if "seconds" in record else NOT_RECORDED),
         ("hardware", _hardware(record["machine"]) if "machine" in record else NOT_RECORDED),
     ]
+
+
+def _first_weights(before: Mapping[str, Any]) -> str:
+    """before: the record of the drafter that `fit --init` started from."""
+    if not before:
+        return f"those of another drafter, {NOT_RECORDED}"
+    facts = [f"{name} {value}" for name, value in _training_rows(before) if value != NOT_RECORDED]
+    return "those of another drafter: " + "; ".join(facts)
 
 
 def _hardware(machine: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from vllm_ctc_spec.training.atomic import atomic_folder, write_atomically
 from vllm_ctc_spec.training.budget import Budget, BudgetCallback
 from vllm_ctc_spec.training.cache import HiddenCache, write_cache
 from vllm_ctc_spec.training.calibrate import calibrate, split_rows
-from vllm_ctc_spec.training.card import training_facts
+from vllm_ctc_spec.training.card import training_facts, training_record
 from vllm_ctc_spec.training.data import (
     AnchorDataset,
     SimilarRows,
@@ -117,6 +117,8 @@ def fit(
     if processes().is_main_process:
         training["calibration_factor"] = calibrate(objective, calibration_rows, settings.seed)
         training |= training_facts(rows)
+        if settings.init is not None:
+            training["before"] = training_record(Path(settings.init))
         with atomic_folder(output_dir) as partial:
             drafter.to("cpu", target.dtype).save_pretrained(partial)
             write_atomically(partial / "training.json", json.dumps(training, indent=2).encode())
