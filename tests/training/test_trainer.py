@@ -223,3 +223,16 @@ def test_a_full_gpu_names_the_settings_to_lower(target_path, rows_path, tmp_path
     monkeypatch.setattr(trainer_module._DrafterTrainer, "compute_loss", out_of_memory)
     with pytest.raises(ValueError, match=r"80 GiB.*batch_size=4, anchors_per_row=64 or max_length=512"):
         fit(target_path, rows_path, tmp_path / "drafter", settings(1))
+
+
+def test_a_drafter_that_is_there_is_taken_for_the_same_run_alone(target_path, rows_path, tmp_path):
+    folder = fit(target_path, rows_path, tmp_path / "drafter", settings(2))
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert fit(target_path, rows_path, folder, settings(2)) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match=r"drafter' holds a run with learning_rate=0.01; this one has 0.02"):
+        fit(target_path, rows_path, folder, settings(2, learning_rate=0.02))
+    (folder / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"drafter' is there already.*Name another folder"):
+        fit(target_path, rows_path, folder, settings(2))
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
