@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from vllm_ctc_spec.config import MAX_NODES
+from vllm_ctc_spec.target_shape import target_shape
 
 BLOCK_SIZE = 128
 """Tokens of a cache block on vLLM's CPU backend; on CUDA blocks are smaller."""
@@ -84,12 +85,10 @@ def context_length(target: str) -> int:
 
 
 def _bytes_per_block(target: str, dtype: str) -> int:
-    text = AutoConfig.from_pretrained(target).get_text_config()
-    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    num_layers = text.num_hidden_layers + DRAFTER_LAYERS
+    config = AutoConfig.from_pretrained(target)
+    shape, num_layers = target_shape(config), config.get_text_config().num_hidden_layers + DRAFTER_LAYERS
     bytes_per_number = 4 if dtype in ("float32", "float") else 2
-    return 2 * num_layers * num_heads * head_size * bytes_per_number * BLOCK_SIZE
+    return 2 * num_layers * shape.num_key_value_heads * shape.head_dim * bytes_per_number * BLOCK_SIZE
 
 
 def _num_blocks(lengths: Sequence[int]) -> int:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import vllm
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.tiny_pair import TinyPair
+from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.engine import compat
 from vllm_ctc_spec.engine.plugin import EXECUTOR
-from vllm_ctc_spec.engine.settings import check_final
-from vllm_ctc_spec.engine.worker import CTCWorker
+from vllm_ctc_spec.engine.settings import EngineSettings, check_final
+from vllm_ctc_spec.engine.worker import CTCWorker, summary
 
 
 def configure(pair: TinyPair, spec: dict[str, Any], **options: Any) -> Any:
@@ -73,6 +76,31 @@ def test_an_unsupported_vllm_is_refused_only_when_the_method_is_used(
     assert EngineArgs(model=str(pair.target)).create_engine_config().speculative_config is None
     with pytest.raises(RuntimeError, match=r"supports vLLM 0\.32\.x, but 0\.33\.0"):
         configure(pair, {})
+
+
+@pytest.mark.parametrize(("options", "nodes"), [(SpecOptions(), "up to 8"), (SpecOptions(tree="template"), "8")])
+def test_a_start_is_told_in_one_line(options: SpecOptions, nodes: str) -> None:
+    line = summary(EngineSettings("/models/drafter", 8, options), 5, "TreeCPUModelRunner")
+    assert line == (
+        f'Speculative method "ctc": drafter /models/drafter, 5 frames, {options.tree} tree of {nodes} nodes per '
+        "request, TreeCPUModelRunner"
+    )
+
+
+def test_vllm_does_not_warn_of_our_own_class(pair: TinyPair, caplog: pytest.LogCaptureFixture) -> None:
+    speculative = logging.getLogger("vllm.config.speculative")
+    vllm.logger._print_warning_once.cache_clear()
+    speculative.addHandler(caplog.handler)
+    try:
+        configure(pair, {})
+        assert "custom class" not in caplog.text
+        # vLLM's own, so that the test notices another wording.
+        vllm.logger._print_warning_once.cache_clear()
+        spec = {"method": "custom_class", "model": "tests.engine.processors.AvoidRepeat", "num_speculative_tokens": 2}
+        EngineArgs(model=str(pair.target), speculative_config=spec).create_engine_config()
+        assert "custom class-based proposer" in caplog.text
+    finally:
+        speculative.removeHandler(caplog.handler)
 
 
 def test_a_connector_that_vllm_adds_later_is_refused_in_the_worker(pair: TinyPair) -> None:

@@ -1,10 +1,11 @@
 """The drafter's shape from the target's config, and targets that cannot have one."""
 
 import pytest
-from transformers import PhiConfig, PhiForCausalLM
+from transformers import FalconConfig, GPT2Config, MambaConfig, OPTConfig, OPTForCausalLM, PhiConfig, PhiForCausalLM
 
 from tests.training.tiny_models import VOCAB, tiny_target
-from vllm_ctc_spec.training.target import drafter_config, load_target
+from vllm_ctc_spec.training.target import check_target, drafter_config, load_target
+from vllm_ctc_spec.training.trainer import dry_run
 
 
 def test_the_drafter_has_the_targets_shapes():
@@ -48,13 +49,57 @@ def test_layers_that_are_no_increasing_numbers_are_refused(layers):
         drafter_config(tiny_target().config, target_layers=layers)
 
 
+BIASED = PhiConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+
+SHAPES = {
+    "GPT-2": (GPT2Config(n_embd=64, n_head=4), (64, 4, 4, 16, 256)),
+    "GPT-2, width given": (GPT2Config(n_embd=64, n_head=4, n_inner=100), (64, 4, 4, 16, 100)),
+    "OPT": (OPTConfig(hidden_size=64, num_attention_heads=4, ffn_dim=96), (64, 4, 4, 16, 96)),
+    "Falcon, one K/V head": (
+        FalconConfig(hidden_size=64, num_attention_heads=4, multi_query=True),
+        (64, 4, 1, 16, 256),
+    ),
+    "Falcon, K/V heads": (FalconConfig(hidden_size=64, num_attention_heads=4, multi_query=False), (64, 4, 4, 16, 256)),
+    "Falcon, new": (
+        FalconConfig(hidden_size=64, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True),
+        (64, 4, 2, 16, 256),
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "shape"), SHAPES.values(), ids=SHAPES)
+def test_families_that_name_their_sizes_otherwise_have_a_drafter(config, shape):
+    found = drafter_config(config)
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+    assert tuple(getattr(found, name) for name in names) == shape
+
+
+def test_a_config_without_a_size_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"model_type 'mamba'.*no 'num_attention_heads'"):
+        drafter_config(MambaConfig())
+
+
 def test_an_unknown_drafter_setting_is_refused_by_name():
     with pytest.raises(ValueError, match="unknown drafter setting 'frames'"):
         drafter_config(tiny_target().config, frames=5)
 
 
-def test_a_target_whose_head_has_a_bias_is_refused(tmp_path):
-    config = PhiConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    PhiForCausalLM(config).save_pretrained(tmp_path)
+@pytest.mark.parametrize("check", [load_target, check_target])
+def test_a_target_whose_head_has_a_bias_is_refused(check, tmp_path):
+    PhiForCausalLM(BIASED).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="LM head with a bias"):
-        load_target(str(tmp_path))
+        check(str(tmp_path))
+
+
+@pytest.mark.parametrize("check", [load_target, check_target])
+def test_a_target_with_narrow_embeddings_is_refused(check, tmp_path):
+    config = OPTConfig(hidden_size=64, num_attention_heads=4, ffn_dim=96, num_hidden_layers=1, word_embed_proj_dim=32)
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="embeddings of 32 numbers and layers of 64"):
+        check(str(tmp_path))
+
+
+def test_a_dry_run_refuses_what_fit_refuses(tmp_path):
+    PhiForCausalLM(BIASED).save_pretrained(tmp_path / "target")
+    with pytest.raises(ValueError, match="LM head with a bias"):
+        dry_run(str(tmp_path / "target"), None, tmp_path / "drafter")

@@ -232,3 +232,16 @@ def test_a_fit_that_starts_from_another_drafter_knows_what_that_one_knew(target_
     assert report(second)["losses"][0] < 0.7 * report(fresh)["losses"][0]
     assert report(second)["before"] == report(first)
     assert "before" not in report(first)
+
+
+def test_a_drafter_that_is_there_is_taken_for_the_same_run_alone(target_path, rows_path, tmp_path):
+    folder = fit(target_path, rows_path, tmp_path / "drafter", settings(2))
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert fit(target_path, rows_path, folder, settings(2)) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match=r"drafter' holds a run with learning_rate=0.01; this one has 0.02"):
+        fit(target_path, rows_path, folder, settings(2, learning_rate=0.02))
+    (folder / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"drafter' is there already.*Name another folder"):
+        fit(target_path, rows_path, folder, settings(2))
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written

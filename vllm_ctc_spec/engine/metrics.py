@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,15 +42,19 @@ class TreeMetrics:
         if num_drafts == 0:
             return None
         reached = [num_drafts, *accepted_by_depth]
-        rates = tuple(accepted / above for above, accepted in itertools.pairwise(reached) if above)
+        rates = tuple(accepted / above for above, accepted in itertools.pairwise(reached) if accepted)
         return cls(1 + sum(accepted_by_depth) / num_drafts, num_nodes / num_drafts, rates)
 
     def __str__(self) -> str:
-        rates = ", ".join(f"{rate:.2f}" for rate in self.acceptance_by_depth)
+        rates = ", ".join(f"{rate:.2f}" for rate in self.acceptance_by_depth) or "0"
         return (
             f"acceptance length {self.acceptance_length:.2f}, nodes per step {self.nodes_per_step:.1f}, "
             f"acceptance by depth {rates}"
         )
+
+
+UNDRAFTED = TreeMetrics(1.0, 0.0, ())
+"""Of steps without drafts."""
 
 
 def read_tree_metrics(llm: LLM) -> TreeMetrics | None:
@@ -75,12 +80,16 @@ class TreeStatLogger(StatLoggerBase):
         self.engine = str(engine_index)
         self.enabled = is_ctc(vllm_config.speculative_config)
         if self.enabled:
+            self.num_depths = 0
+            """With a gauge."""
             self.max_depth = vllm_config.speculative_config.num_speculative_tokens
             self.gauges = _gauges()
+            # vLLM turns its own line off where each of several API servers sees a part of the requests.
+            self.logs = vllm_config.parallel_config._api_process_count <= 1
         self._reset()
 
     def _reset(self) -> None:
-        self.num_drafts = self.num_nodes = 0
+        self.num_drafts = self.num_nodes = self.num_tokens = 0
         if self.enabled:
             self.accepted_by_depth = [0] * self.max_depth
 
@@ -91,8 +100,11 @@ class TreeStatLogger(StatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
+        if not self.enabled:
+            return
+        self.num_tokens += iteration_stats.num_generation_tokens if iteration_stats is not None else 0
         stats = scheduler_stats.spec_decoding_stats if scheduler_stats is not None else None
-        if not self.enabled or stats is None:
+        if stats is None:
             return
         self.num_drafts += stats.num_drafts
         self.num_nodes += stats.num_draft_tokens
@@ -103,15 +115,23 @@ class TreeStatLogger(StatLoggerBase):
         if not self.enabled:
             return
         metrics = TreeMetrics.from_counts(self.num_drafts, self.num_nodes, self.accepted_by_depth)
-        if metrics is None:
-            return
-        logger.info("Engine %s: CTC trees: %s", self.engine, metrics)
+        if metrics is not None and self.logs:
+            logger.info("Engine %s: CTC trees: %s", self.engine, metrics)
+        if metrics is None and self.num_tokens:
+            metrics = UNDRAFTED
+        if metrics is not None:
+            self._show(metrics)
+        self._reset()
+
+    def _show(self, metrics: TreeMetrics) -> None:
         length, nodes, by_depth = self.gauges
         length.labels(self.engine).set(metrics.acceptance_length)
         nodes.labels(self.engine).set(metrics.nodes_per_step)
-        for depth, rate in enumerate(metrics.acceptance_by_depth, 1):
-            by_depth.labels(self.engine, str(depth)).set(rate)
-        self._reset()
+        rates = metrics.acceptance_by_depth
+        # A depth that no path has reached in this interval has no acceptance, nor that of an earlier interval.
+        self.num_depths = max(self.num_depths, len(rates))
+        for depth in range(self.num_depths):
+            by_depth.labels(self.engine, str(depth + 1)).set(rates[depth] if depth < len(rates) else math.nan)
 
     def log_engine_initialized(self) -> None:
         pass
@@ -119,9 +139,13 @@ class TreeStatLogger(StatLoggerBase):
 
 @functools.cache
 def _gauges() -> tuple[Gauge, Gauge, Gauge]:
-    """Made once a process: several engines share them. vLLM clears every metric whose name has "vllm" in it."""
+    """Made once a process: several engines share them. vLLM clears every metric whose name has "vllm" in it.
+
+    Of several API servers the last one that set a gauge is shown, as with vLLM's own.
+    """
+    gauge = functools.partial(Gauge, multiprocess_mode="mostrecent")
     return (
-        Gauge("ctc_spec:acceptance_length", "Tokens per target step, the target's own included.", ("engine",)),
-        Gauge("ctc_spec:nodes_per_step", "Draft nodes verified per request and step.", ("engine",)),
-        Gauge("ctc_spec:acceptance_by_depth", "Paths that reached a depth / the depth above.", ("engine", "depth")),
+        gauge("ctc_spec:acceptance_length", "Tokens per target step, the target's own included.", ("engine",)),
+        gauge("ctc_spec:nodes_per_step", "Draft nodes verified per request and step.", ("engine",)),
+        gauge("ctc_spec:acceptance_by_depth", "Paths that reached a depth / the depth above.", ("engine", "depth")),
     )

@@ -11,6 +11,7 @@ from vllm_ctc_spec.config import CTCDrafterConfig, SpecOptions, check_node_budge
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
 from vllm_ctc_spec.engine.devices import check_device
 from vllm_ctc_spec.engine.target_layers import hands_out_layers
+from vllm_ctc_spec.target_shape import target_shape
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -114,13 +115,9 @@ def _check_target(target: ModelConfig) -> None:
 
 
 def _check_fit(config: CTCDrafterConfig, drafter: str, target: ModelConfig) -> None:
-    fits = {
-        "hidden_size": (config.hidden_size, target.get_hidden_size()),
-        "vocab_size": (config.vocab_size, target.get_vocab_size()),
-        "num_key_value_heads": (config.num_key_value_heads, target.get_total_num_kv_heads()),
-        "head_dim": (config.head_dim, target.get_head_size()),
-    }
-    for name, (ours, theirs) in fits.items():
+    shape = target_shape(target.hf_text_config)
+    for name in ("hidden_size", "vocab_size", "num_key_value_heads", "head_dim"):
+        ours, theirs = getattr(config, name), getattr(shape, name)
         if ours != theirs:
             raise ValueError(
                 f"drafter {drafter!r} has {name} {ours}, but the target {target.model!r} has {theirs}: "

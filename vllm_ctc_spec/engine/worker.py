@@ -7,13 +7,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.worker import gpu_input_batch, gpu_model_runner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ctc_spec.engine.logits_processors import build_logitsprocs
 from vllm_ctc_spec.engine.runner import TreeGPUModelRunner
-from vllm_ctc_spec.engine.settings import check_final
+from vllm_ctc_spec.engine.settings import EngineSettings, check_final
 from vllm_ctc_spec.engine.thinking_budgets import thinking_budgets
+
+logger = init_logger("vllm.ctc_spec")
+
+
+def summary(settings: EngineSettings, num_frames: int, runner: str) -> str:
+    """The one line that says what serves: vLLM knows the method as a class of somebody's."""
+    nodes = f"{'up to ' * settings.options.adapts}{settings.num_nodes} nodes per request"
+    return (
+        f'Speculative method "ctc": drafter {settings.drafter}, {num_frames} frames, {settings.options.tree} tree of '
+        f"{nodes}, {runner}"
+    )
 
 
 class CTCWorker(Worker):
@@ -31,6 +43,8 @@ class CTCWorker(Worker):
         self.model_runner.warm_up_attention()
         self.model_runner.warm_up_drafting()
         self.model_runner.measure_step_cost()
+        drafter = self.model_runner.drafter
+        logger.info(summary(drafter.settings, drafter.drafter.config.num_frames, type(self.model_runner).__name__))
         return times
 
 

@@ -329,8 +329,7 @@ def _all(options: argparse.Namespace) -> int:
     # A later turn's prompt begins with that of the first.
     remaining = [prompt for prompt in prompts + own_prompts if not any(prompt[: len(k)] == k for k in kept)]
     regenerate(options.target, remaining, rows, _regenerate_settings(options), **engine)
-    if not drafter.exists():
-        _run_fit(options, rows, drafter)
+    _run_fit(options, rows, drafter)
     options.json, options.png = options.output / "evaluation.json", options.output / "evaluation.png"
     options.card = None
     _run_evaluate(options, drafter, {"held-out": str(held_out)}, _text(options, len(prompts), len(own_prompts)))

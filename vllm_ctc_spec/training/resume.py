@@ -14,6 +14,9 @@ from vllm_ctc_spec.training.atomic import write_atomically
 WHOLE = "whole"
 """A file that is written into a checkpoint last. Trainer writes the others one by one, into their final place."""
 
+RECORD = "settings.json"
+"""The settings of the run that has claimed the folder."""
+
 
 class MarkWhole(TrainerCallback):
     """Marks each checkpoint once Trainer has written all of it."""
@@ -40,7 +43,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     settings: JSON values, one level. Raises ValueError that names the first setting that differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, folder / "settings.json", settings)
+    _claim(folder, folder / RECORD, settings)
 
 
 def claim_file(path: Path, settings: dict[str, Any]) -> None:
@@ -52,7 +55,24 @@ def claim_file(path: Path, settings: dict[str, Any]) -> None:
     _claim(path, record, settings)
 
 
-def _claim(claimed: Path, record: Path, settings: dict[str, Any]) -> None:
+def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a run of the same settings has ended in `folder`, which it claimed there.
+
+    Raises ValueError where anything else stands in it.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    record = folder / RECORD
+    if not record.exists():
+        raise ValueError(
+            f"{str(folder)!r} is there already, and does not say of which run. Name another folder, or delete it to "
+            "train again."
+        )
+    _claim(folder, record, settings, is_done=True)
+    return True
+
+
+def _claim(claimed: Path, record: Path, settings: dict[str, Any], is_done: bool = False) -> None:
     settings = json.loads(json.dumps(settings))
     if not record.exists():
         write_atomically(record, json.dumps(settings, indent=2).encode())
@@ -60,8 +80,9 @@ def _claim(claimed: Path, record: Path, settings: dict[str, Any]) -> None:
     earlier = json.loads(record.read_text())
     for name in settings.keys() | earlier.keys():
         if settings.get(name) != earlier.get(name):
+            run = "a run" if is_done else "an unfinished run"
             raise ValueError(
-                f"{str(claimed)!r} holds an unfinished run with {name}={earlier.get(name)!r}; this one has "
+                f"{str(claimed)!r} holds {run} with {name}={earlier.get(name)!r}; this one has "
                 f"{settings.get(name)!r}. Go on with the earlier value, or delete the "
                 f"{'folder' if claimed.is_dir() else 'file'} to start again."
             )

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from vllm_ctc_spec.drafter import CTCDrafterConfig
 from vllm_ctc_spec.engine.target_layers import hands_out_layers
 from vllm_ctc_spec.precision import target_dtype
+from vllm_ctc_spec.target_shape import target_shape
 from vllm_ctc_spec.training.data import num_frequent
 
 
 def load_target(path: str) -> PreTrainedModel:
     """The target, whose LM head must be a plain matrix: the drafter shares it."""
     target = AutoModelForCausalLM.from_pretrained(path, dtype=target_dtype())
-    head = target.get_output_embeddings()
-    if head is None or target.get_input_embeddings() is None:
+    _check_head(path, target)
+    return target
+
+
+def check_target(path: str) -> None:
+    """As `load_target` checks it, without the weights. Raises ValueError."""
+    with torch.device("meta"):
+        _check_head(path, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)))
+
+
+def _check_head(path: str, target: PreTrainedModel) -> None:
+    head, embedding = target.get_output_embeddings(), target.get_input_embeddings()
+    if head is None or embedding is None:
         raise ValueError(
             f"target {path!r} ({type(target).__name__}) has no LM head or no token embedding to share with a drafter. "
             "Use a decoder-only language model."
         )
     if getattr(head, "bias", None) is not None:
         raise ValueError(f"target {path!r} has an LM head with a bias, which drafters do not support yet.")
-    return target
+    width = target.config.get_text_config().hidden_size
+    if {head.weight.shape[1], embedding.weight.shape[1]} != {width}:
+        raise ValueError(
+            f"target {path!r} has token embeddings of {embedding.weight.shape[1]} numbers and layers of {width}, which "
+            "drafters do not support yet."
+        )
 
 
 def drafter_config(target: PretrainedConfig, **overrides: Any) -> CTCDrafterConfig:
@@ -32,19 +51,9 @@ def drafter_config(target: PretrainedConfig, **overrides: Any) -> CTCDrafterConf
 
     `overrides` are fields of CTCDrafterConfig; an unknown one is refused by name.
     """
+    shape = target_shape(target)
+    fields = {**dataclasses.asdict(shape), "draft_vocab_size": num_frequent(shape.vocab_size)}
     text = target.get_text_config()
-    heads = text.num_attention_heads
-    fields = {
-        "hidden_size": text.hidden_size,
-        "vocab_size": text.vocab_size,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
-        "intermediate_size": text.intermediate_size,
-        "rope_theta": _rope_theta(text),
-        "max_position_embeddings": text.max_position_embeddings,
-        "draft_vocab_size": num_frequent(text.vocab_size),
-    }
     if "target_layers" not in overrides and hands_out_layers(target.architectures or ()):
         fields["target_layers"] = three_layers(text.num_hidden_layers)
     known = CTCDrafterConfig().to_dict()
@@ -66,8 +75,3 @@ def three_layers(num_layers: int) -> list[int]:
     As `target_layers` of CTCDrafterConfig.
     """
     return sorted({layer for layer in (2, num_layers // 2, num_layers - 3) if 0 < layer < num_layers})
-
-
-def _rope_theta(text: PretrainedConfig) -> float:
-    parameters = getattr(text, "rope_parameters", None) or {}
-    return float(parameters.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0)

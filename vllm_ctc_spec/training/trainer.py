@@ -36,8 +36,8 @@ from vllm_ctc_spec.training.data import (
 from vllm_ctc_spec.training.loop import drop_checkpoints, loop_arguments, processes, report, train_or_resume
 from vllm_ctc_spec.training.objective import DraftObjective
 from vllm_ctc_spec.training.optimizer import MuonAdamW
-from vllm_ctc_spec.training.resume import claim
-from vllm_ctc_spec.training.target import drafter_config, load_target
+from vllm_ctc_spec.training.resume import claim, is_finished
+from vllm_ctc_spec.training.target import check_target, drafter_config, load_target
 from vllm_ctc_spec.training.timing import StepTimes
 from vllm_ctc_spec.training.warm_start import start_from
 
@@ -92,8 +92,11 @@ def fit(
     label_decay = _label_decay(settings, config)
     rows = _usable_rows(target_path, data, config, settings, skipped)
     checkpoints = output_dir.with_name(f"{output_dir.name}.checkpoints")
+    resumable = _resumable(target_path, data, settings)
     with processes().main_process_first():
-        claim(checkpoints, _resumable(target_path, data, settings))
+        if is_finished(output_dir, resumable):
+            return output_dir
+        claim(checkpoints, resumable)
     torch.manual_seed(settings.seed)
     drafter = _first_drafter(config, settings)
     _check_disk(output_dir, drafter)
@@ -122,6 +125,7 @@ def fit(
         with atomic_folder(output_dir) as partial:
             drafter.to("cpu", target.dtype).save_pretrained(partial)
             write_atomically(partial / "training.json", json.dumps(training, indent=2).encode())
+            claim(partial, resumable)
         drop_checkpoints(checkpoints)
     processes().wait_for_everyone()
     return output_dir
@@ -141,6 +145,7 @@ def dry_run(
     settings = settings or FitSettings()
     config = drafter_config(AutoConfig.from_pretrained(target_path), **settings.drafter)
     _label_decay(settings, config)
+    check_target(target_path)
     if data is not None:
         _usable_rows(target_path, data, config, settings, skipped, DRY_RUN_LINES)
     drafter = _first_drafter(config, settings)
