@@ -116,8 +116,8 @@ class _Load:
 
     @property
     def is_hopeless(self) -> bool:
-        """Before it has gained anything in truth."""
-        return self.promised < -HOPELESS and self.account + self.gain < TRIAL
+        """Unless it has gained more than its trees have promised to lose."""
+        return self.promised + max(self.account + self.gain - TRIAL, 0.0) < -HOPELESS
 
     @property
     def gain(self) -> float:
@@ -168,7 +168,8 @@ class NodeBudget:
         best = int(nodes[chosen := np.argmax(gains[nodes] - plan.rate * seconds)])
         load = self._loads[plan.num_requests.bit_length()]
         longer = (float(self._drafting.at(plan.num_requests)) + seconds[chosen]) / self._target.at(plan.num_requests)
-        load.promised = min(load.promised + gains[best] / plan.num_requests - longer / load.pace, MOST_SAVED)
+        promised = load.promised + gains[best] / plan.num_requests - longer / load.pace
+        load.promised = float(np.clip(promised, -2 * TRIAL, MOST_SAVED))
         return np.bincount(owners[order[:best]], minlength=len(trees)).tolist()
 
     def _nodes_seconds(self, num_requests: int, num_nodes: np.ndarray) -> np.ndarray:
