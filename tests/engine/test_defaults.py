@@ -33,7 +33,7 @@ def test_nothing_is_off_that_is_on_by_default(pair: TinyPair, default: LLM) -> N
     config = default.llm_engine.vllm_config
     expected = EngineSettings(str(pair.drafter), DEFAULT_NUM_NODES, SpecOptions())
     assert EngineSettings.from_dict(config.additional_config["ctc_spec"]) == expected and expected.options.adapts
-    assert config.compilation_config.mode == CompilationMode.VLLM_COMPILE
+    assert config.compilation_config.mode != CompilationMode.NONE
     assert config.parallel_config.distributed_executor_backend == f"{CTCExecutor.__module__}.{CTCExecutor.__name__}"
     assert default.collective_rpc(has_budget) == [True]
 
