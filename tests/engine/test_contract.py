@@ -82,17 +82,23 @@ def test_registering_twice_wraps_once() -> None:
     assert EngineArgs.create_speculative_config is once
 
 
-def test_amx_is_asked_for_where_our_cpu_worker_starts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_ctc_spec.engine import cpu_worker, plugin
+def test_amx_is_asked_for_where_a_cpu_worker_starts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any method: plain vLLM is killed with a target as small as that of a test."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    asked = []
+    from vllm_ctc_spec.engine.plugin import register
+
+    asked, started = [], []
+    monkeypatch.setattr(WorkerWrapperBase, "init_device", lambda self: started.append(len(asked)))
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(True), raising=False)
-    plugin.register()
+    register()
     assert not asked
-    cpu_worker.ask_for_amx()
-    assert asked
+    worker = object.__new__(WorkerWrapperBase)
+    worker.init_device()
+    assert started == [1]
     monkeypatch.delattr(torch.cpu, "_init_amx")
-    cpu_worker.ask_for_amx()
+    worker.init_device()
+    assert started == [1, 1]
 
 
 def test_only_the_engine_package_imports_vllm() -> None:

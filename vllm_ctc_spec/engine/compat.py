@@ -63,6 +63,7 @@ TOUCHED: dict[str, tuple[str, ...]] = {
         "sampling_metadata",
     ),
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": ("output_token_ids", "sampling_params"),
+    "vllm.v1.worker.worker_base:WorkerWrapperBase": ("init_device",),
     "vllm.v1.worker.gpu_worker:Worker": ("init_device", "compile_or_warm_up_model", "_make_model_runner"),
     "vllm.v1.worker.cpu_worker": ("CPUModelRunner", "CPUWorker"),
     "vllm.v1.worker.cpu_worker:CPUWorker": ("init_device", "execute_model", "sample_tokens", "take_draft_token_ids"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 class CTCCPUWorker(CTCWorker, CPUWorker):
     def init_device(self) -> Any:
         cpu_attention.register()
-        ask_for_amx()
         # Looked up in its module when vLLM builds the runner; this process serves only us.
         cpu_worker.CPUModelRunner = TreeCPUModelRunner
         return super().init_device()
@@ -36,14 +34,3 @@ class CTCCPUWorker(CTCWorker, CPUWorker):
         # For `CTCExecutor`.
         output.draft_token_ids = self.take_draft_token_ids()
         return output
-
-
-def ask_for_amx() -> None:
-    """Linux kills a process that uses AMX's tiles without having asked for them, as vLLM's attention does.
-
-    oneDNN asks, but has no product of a target as small as that of a test. Does nothing on processors without AMX.
-    """
-    # torch has no public name for it.
-    init_amx = getattr(torch.cpu, "_init_amx", None)
-    if init_amx is not None:
-        init_amx()

@@ -18,8 +18,9 @@ Ledger of what is replaced in vLLM, why, and when it can go:
   to choose. Goes when it has `_make_model_runner`, as the GPU's has.
 * The attention backends CPU_ATTN, FLASH_ATTN and TRITON_ATTN (in the worker, by vLLM's `register_backend`): rows of
   trees go to our kernels. Goes when vLLM's backends take an ancestor mask.
-
-Beside that the CPU's worker asks Linux for AMX's tiles, which vLLM uses and does not ask for.
+* `WorkerWrapperBase.init_device`, on a CPU, with any method and none: Linux kills a process that uses AMX's tiles
+  without having asked for them, as vLLM's attention does where no product of the target is large enough for oneDNN,
+  which asks. Goes when vLLM asks.
 """
 
 from __future__ import annotations
@@ -58,18 +59,30 @@ def register() -> None:
     _replace_once(EngineArgs, "create_speculative_config", _create_speculative_config)
     _replace_once(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
     if supports_installed_vllm():
-        _keep_compiled_targets()
+        _mend_cpu_engines()
 
 
-def _keep_compiled_targets() -> None:
+def _mend_cpu_engines() -> None:
     from vllm.compilation import caching, decorators
     from vllm.platforms import current_platform
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from vllm_ctc_spec.engine import compile_cache
 
     if current_platform.is_cpu():
         _replace_once(caching, "aot_compile_hash_factors", compile_cache.hash_factors)
         _replace_once(decorators, "_try_load_aot_compiled_fn", compile_cache.load)
+        _replace_once(WorkerWrapperBase, "init_device", _ask_for_amx)
+
+
+def _ask_for_amx(original: Any, self: Any) -> None:
+    import torch
+
+    # torch has no public name for it. It does nothing on processors without AMX.
+    init_amx = getattr(torch.cpu, "_init_amx", None)
+    if init_amx is not None:
+        init_amx()
+    original(self)
 
 
 def _replace_once(owner: Any, name: str, replacement: Any) -> None:
