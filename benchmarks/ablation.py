@@ -61,6 +61,7 @@ VARIANTS = (
     Variant("conditioned, 12 frames", "--frames 12 --rank 128"),
     Variant("conditioned, two layers", "--frames 8 --rank 128 --layers 2"),
     Variant("conditioned, rank 256", "--frames 8 --rank 256"),
+    Variant("the last hidden state alone", "--frames 8 --rank 256 --target-layers none"),
 )
 
 

@@ -1,4 +1,4 @@
-"""What the adaptive budget reaches on synthetic machines, and that it chooses the nodes that pay."""
+"""What the adaptive budget reaches on synthetic machines, and that it chooses the nodes that are worth their rows."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def decode(budget: NodeBudget, num_requests: int, count: int, times: float, tree
     return drafted
 
 
-def test_a_load_that_does_not_pay_does_not_end_another() -> None:
+def test_a_load_that_ends_does_not_end_another() -> None:
     budget = line(0.0)
     assert decode(budget, 64, 500, times=3.0) < 50
     assert decode(budget, 1, 500, times=1.1) > 400
@@ -130,14 +130,14 @@ def test_a_load_that_does_not_pay_does_not_end_another() -> None:
     assert decode(budget, 1, 100, times=1.1) > 80
 
 
-def test_drafting_is_taken_up_again_when_it_pays_again() -> None:
+def test_drafting_is_taken_up_again_when_it_is_faster_again() -> None:
     budget = line(0.0)
     assert decode(budget, 1, 500, times=3.0) < 50
     assert decode(budget, 1, 3000, times=1.1) > 1000
     assert decode(budget, 1, 500, times=1.1) > 450
 
 
-def test_steps_in_which_the_machine_stands_still_do_not_end_what_pays() -> None:
+def test_steps_in_which_the_machine_stands_still_do_not_end_drafting() -> None:
     """One in fifty takes three hundred times as long."""
     budget, drafted = line(0.0), 0
     for step in range(5000):
@@ -164,7 +164,7 @@ def test_what_a_node_costs_beyond_the_table_is_learnt() -> None:
         num_nodes = 0
         for _ in range(600):
             plan = budget.plan(1)
-            # So many tokens that drafting pays.
+            # So many tokens that drafting is faster.
             accepted = 3 if num_nodes else 0
             budget.observe(StepOutcome(1, plan is not None, num_nodes, accepted, accepted, 1 + slope * num_nodes))
             num_nodes = 0

@@ -110,7 +110,7 @@ class CTCProposer:
         # By then the runner's buffers hold other rows.
         kept = VerifiedRows(verified.hidden.clone(), verified.positions.clone(), verified.slots.clone())
         self.remembered.append(kept)
-        # Counted along, because a step of a small target feels a sum over all of them.
+        # Counted along, because a sum over all of them takes a measurable part of a small target's step.
         self.num_remembered += len(verified.slots)
         if self.num_remembered >= MOST_REMEMBERED:
             self._store_remembered()

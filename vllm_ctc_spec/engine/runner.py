@@ -119,7 +119,7 @@ class TreeModelRunner(GPUModelRunner):
         config = self.speculative_config
         has_drafts = bool(scheduler_output.scheduled_spec_decode_tokens)
         if not has_drafts:
-            # vLLM would count the drafts that there are not, which a step of a small target feels.
+            # vLLM would count the drafts that there are not, which takes a measurable part of a small target's step.
             self.speculative_config = None
         try:
             prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
@@ -265,16 +265,16 @@ class TreeModelRunner(GPUModelRunner):
         return super().take_draft_token_ids() if any(self._draft_token_ids or ()) else None
 
     def _observe(self, budget: NodeBudget, step: Step, drafted: bool) -> None:
-        num_accepted, believed = 0, 0.0
+        num_accepted, expected = 0, 0.0
         if step.num_nodes:
             num_accepted = sum(map(len, step.accepted_nodes))
-            believed = sum(sum(tree.probabilities) for tree in step.trees)
+            expected = sum(sum(tree.probabilities) for tree in step.trees)
         now = time.perf_counter()
         requests, ended = self.last_step
         # While a request of the step before is here, the engine has not waited for work in between.
         is_whole = step.is_decode and not requests.isdisjoint(self.input_batch.req_ids)
         seconds = now - ended if is_whole else None
-        budget.observe(StepOutcome(len(step.trees), drafted, step.num_nodes, num_accepted, believed, seconds))
+        budget.observe(StepOutcome(len(step.trees), drafted, step.num_nodes, num_accepted, expected, seconds))
         self.last_step = set(self.input_batch.req_ids), now
 
     def _verified_rows(self, step: Step, hidden_states: list[Tensor]) -> VerifiedRows:
@@ -353,7 +353,7 @@ class TreeCPUModelRunner(TreeModelRunner, CPUModelRunner):
 
 
 def _cut(budget: NodeBudget, plan: DraftPlan, trees: list[HostTree]) -> list[HostTree]:
-    """Each tree to the nodes that pay."""
+    """Each tree to the nodes that the budget chooses."""
     if not trees:
         return []
     return [tree.cut(count) for tree, count in zip(trees, budget.choose(plan, [tree.probabilities for tree in trees]))]

@@ -11,12 +11,12 @@ come in descending psi, so that what is chosen of a tree is a tree. R + M is one
 are made, and graphs recorded, for each number of rows.
 
 The seconds by rows are measured at start-up (cost.py). What a node costs beyond them (attention to a long context, the
-walk, its place in messages) is learnt from the steps, and so is how far the drafter's own psi may be trusted.
+walk, its place in messages) is learnt from the steps, and so is how many tokens a sum of psi brings in truth.
 
-Whether drafting pays is seen, not predicted: steps with drafts are compared with plain steps, right before and after
-them. Each load has an account, in plain steps' worth of tokens. Steps with drafts pay in what they emit more than plain
-decoding would have in their time, and take out what they emit less; when the account is empty, drafting pauses until
-what was lost is a small share of all. A trial ends sooner where its trees promise nothing.
+Whether drafting is faster is observed: steps with drafts are compared with plain steps, right before and after them.
+Each load has an account, in plain steps' worth of tokens. What steps with drafts emit more than plain decoding would
+have in their time is added to it, and what they emit less is taken out; when the account is empty, drafting pauses
+until what was lost is a small share of all. A trial ends sooner where psi and the table of seconds say that it loses.
 
 Letters: R requests, M chosen nodes of the batch.
 """
@@ -36,16 +36,16 @@ NUM_JUDGED = 8
 """Steps of one kind, with drafts or without, after each of which it is judged which are faster."""
 
 FIRST_LOOK, LAST_LOOK = 32, 512
-"""Steps with drafts before the next look at plain decoding; twice as many after each look at which they had paid."""
+"""Steps with drafts before the next look at plain decoding; twice as many after each look that finds them faster."""
 
 TRIAL, MOST_SAVED = 4.0, 16.0
 """Plain steps' worth of tokens in the account of a load when it begins to draft, and at most."""
 
-HOPELESS = 1.0
+EXPECTED_LOSS = 1.0
 """The same: a trial ends, too, when by the drafter's own psi and the table it should have lost so much."""
 
 LOST_SHARE = 0.005
-"""Of the steps of a load, what trials may lose: after each that has lost nothing is drafted for so long."""
+"""Of the steps of a load, what trials may lose; it sets how long drafting pauses after a trial that has lost."""
 
 NUM_OBSERVED = 128
 """Latest steps with drafts that rates and the cost of a node are learnt from."""
@@ -54,7 +54,7 @@ LONGEST_STEP = 2.0
 """Times the median; what a step took beyond it does not count, because the machine stood still."""
 
 PRIOR, DECAY = 8.0, 0.98
-"""Nodes' worth of belief in the drafter's psi, steps' worth in the table of rows; and how much of a sum of nodes is
+"""Weight of the drafter's own psi, in nodes, and of the table of rows, in steps; and what share of a sum over nodes is
 left after a step.
 """
 
@@ -81,7 +81,7 @@ class StepOutcome:
     num_nodes: int
     """That it verified."""
     num_accepted: int
-    believed: float
+    expected: float
     """Sum of psi over the verified nodes."""
     seconds: float | None
     """None where it is not known: the step had prompts in it, or did not follow the one before at once."""
@@ -111,13 +111,13 @@ class _Load:
     """Tokens over time, the higher one of both kinds of steps."""
     node_time: float = 0.0
     """Of a node per request, beyond the table."""
-    promised: float = 0.0
-    """What trees have promised to gain since drafting began, by the table and the drafter's psi."""
+    expected_gain: float = 0.0
+    """Of the trees since drafting began, by the table and the drafter's psi."""
 
     @property
-    def is_hopeless(self) -> bool:
-        """Unless it has gained more than its trees have promised to lose."""
-        return self.promised + max(self.account + self.gain - TRIAL, 0.0) < -HOPELESS
+    def loses_by_table(self) -> bool:
+        """Unless it has gained more than that."""
+        return self.expected_gain + max(self.account + self.gain - TRIAL, 0.0) < -EXPECTED_LOSS
 
     @property
     def gain(self) -> float:
@@ -145,7 +145,7 @@ class NodeBudget:
         self._target, self._drafting = target, drafting
         self._loads: dict[int, _Load] = defaultdict(_Load)
         """By the number of bits of R."""
-        self._believed = self._accepted = 0.0
+        self._expected = self._accepted = 0.0
 
     def plan(self, num_requests: int) -> DraftPlan | None:
         """None where the next step is to verify nothing."""
@@ -160,16 +160,16 @@ class NodeBudget:
         owners = np.repeat(np.arange(len(trees)), [len(tree) for tree in trees])
         psi = np.concatenate([np.asarray(tree, float) for tree in trees])
         order = np.argsort(-psi, kind="stable")
-        trust = (self._accepted + PRIOR) / (self._believed + PRIOR)
-        gains = np.concatenate(([0.0], np.minimum(trust * psi[order], 1.0).cumsum()))
+        correction = (self._accepted + PRIOR) / (self._expected + PRIOR)
+        gains = np.concatenate(([0.0], np.minimum(correction * psi[order], 1.0).cumsum()))
         rows = np.array(row_counts(plan.num_requests + len(order)))
         nodes = np.concatenate(([0], rows[rows > plan.num_requests] - plan.num_requests))
         seconds = self._nodes_seconds(plan.num_requests, nodes) + plan.node_seconds * nodes
         best = int(nodes[chosen := np.argmax(gains[nodes] - plan.rate * seconds)])
         load = self._loads[plan.num_requests.bit_length()]
         longer = (float(self._drafting.at(plan.num_requests)) + seconds[chosen]) / self._target.at(plan.num_requests)
-        promised = load.promised + gains[best] / plan.num_requests - longer / load.pace
-        load.promised = float(np.clip(promised, -2 * TRIAL, MOST_SAVED))
+        expected_gain = load.expected_gain + gains[best] / plan.num_requests - longer / load.pace
+        load.expected_gain = float(np.clip(expected_gain, -2 * TRIAL, MOST_SAVED))
         return np.bincount(owners[order[:best]], minlength=len(trees)).tolist()
 
     def _nodes_seconds(self, num_requests: int, num_nodes: np.ndarray) -> np.ndarray:
@@ -178,7 +178,7 @@ class NodeBudget:
 
     def observe(self, outcome: StepOutcome) -> None:
         if outcome.num_nodes:
-            self._believed = DECAY * self._believed + outcome.believed
+            self._expected = DECAY * self._expected + outcome.expected
             self._accepted = DECAY * self._accepted + outcome.num_accepted
         if outcome.seconds is None:
             return
@@ -198,7 +198,7 @@ class NodeBudget:
                 if load.num_left % NUM_JUDGED == 0:
                     load.learn(drafting)
                 # An account that seems to be empty is held against plain steps of now before drafting ends.
-                if load.num_left <= 0 or load.account + load.gain < 0 or load.is_hopeless:
+                if load.num_left <= 0 or load.account + load.gain < 0 or load.loses_by_table:
                     load.drafts, load.num_left = False, NUM_JUDGED
         else:
             load.plain.append(time)
@@ -210,12 +210,12 @@ class NodeBudget:
         plain = np.array(load.plain)
         load.pace = float(np.minimum(plain, LONGEST_STEP * np.median(plain)).mean())
         if not load.time:
-            load.account, load.look_after, load.promised = TRIAL, FIRST_LOOK, 0.0
+            load.account, load.look_after, load.expected_gain = TRIAL, FIRST_LOOK, 0.0
         else:
             gain, load.tokens, load.time = load.gain, 0.0, 0.0
             load.look_after = min(2 * load.look_after, LAST_LOOK) if gain > 0 else FIRST_LOOK
             load.account = min(load.account + gain, MOST_SAVED)
-            if load.account <= 0 or load.is_hopeless:
-                load.num_left = int(max(TRIAL - load.account, HOPELESS) / LOST_SHARE)
+            if load.account <= 0 or load.loses_by_table:
+                load.num_left = int(max(TRIAL - load.account, EXPECTED_LOSS) / LOST_SHARE)
                 return
         load.drafts, load.num_left = True, load.look_after
