@@ -14,6 +14,7 @@ from tests.engine.conftest import NUM_PROMPTS, complete, engine, seeded
 from tests.engine.probe import record_trees, recorded_trees
 from tests.tiny_pair import TinyPair
 from vllm_ctc_spec.config import SpecOptions
+from vllm_ctc_spec.drafter.checkpoint import check_drafter
 from vllm_ctc_spec.engine.adaptive.budget import DraftPlan
 from vllm_ctc_spec.engine.executor import CTCExecutor
 from vllm_ctc_spec.engine.settings import DEFAULT_NUM_NODES, EngineSettings
@@ -31,7 +32,8 @@ def default(pair: TinyPair) -> Iterator[LLM]:
 
 def test_nothing_is_off_that_is_on_by_default(pair: TinyPair, default: LLM) -> None:
     config = default.llm_engine.vllm_config
-    expected = EngineSettings(str(pair.drafter), DEFAULT_NUM_NODES, SpecOptions())
+    layers = tuple(check_drafter(str(pair.drafter)).target_layers)
+    expected = EngineSettings(str(pair.drafter), DEFAULT_NUM_NODES, SpecOptions(), layers)
     assert EngineSettings.from_dict(config.additional_config["ctc_spec"]) == expected and expected.options.adapts
     assert config.compilation_config.mode != CompilationMode.NONE
     assert config.parallel_config.distributed_executor_backend == f"{CTCExecutor.__module__}.{CTCExecutor.__name__}"
