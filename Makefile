@@ -1,7 +1,7 @@
-# Every target but clean sets up .venv first: once, and again when pyproject.toml changes.
+# Every target but clean and gpu-check sets up .venv first: once, and again when pyproject.toml changes.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo drafter test check format clean
+.PHONY: help setup demo drafter test check gpu-check format clean
 
 BIN := .venv/bin
 ARGS ?=
@@ -18,6 +18,7 @@ help:
 	@echo 'make drafter train the demo drafter again, hours (OUTPUT=FOLDER PROMPTS=FILE ARGS="--minutes 30")'
 	@echo 'make test    run all tests (ARGS="-k walk")'
 	@echo 'make check   formatting, lint, types and unit tests: what every change must pass'
+	@echo 'make gpu-check  kernels and steps on a GPU, without vLLM and without .venv (PYTHON=python3 RESULTS=FOLDER)'
 	@echo 'make format  format the code and fix what lint can fix'
 	@echo 'make setup   only make .venv (PYTHON=python3.12 chooses the interpreter)'
 	@echo 'make clean   remove .venv, caches and build products'
@@ -45,6 +46,10 @@ check: setup
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(if $(strip $(UNIT_TESTS)),$(BIN)/pytest $(UNIT_TESTS) $(ARGS))
+
+# On a machine with a GPU and nothing of ours: its own Python has torch and Triton.
+gpu-check:
+	PYTHON='$(PYTHON)' benchmarks/gpu/check.sh $(RESULTS)
 
 format: setup
 	$(BIN)/ruff format

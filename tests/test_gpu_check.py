@@ -1,0 +1,65 @@
+"""The command for the first GPU, as far as it goes without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+CHECK = ROOT / "benchmarks" / "gpu" / "check.sh"
+
+
+def check(folder: Path, python: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": python}
+    return subprocess.run([CHECK, folder], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    done = check(tmp_path / "results", sys.executable)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "torch sees no CUDA device" in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_stage_that_fails_keeps_its_traceback_and_the_next_ones_run(tmp_path: Path) -> None:
+    """In place of Python, a program that says what it was asked for, and fails for one of the stages."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/bash\n[[ $1 == -c ]] && exit 0\necho "asked for $*"\n'
+        '[[ $2 == benchmarks.gpu.kernel_check ]] && { echo "Traceback of it" >&2; exit 1; }\nexit 0\n'
+    )
+    python.chmod(0o755)
+    done = check(tmp_path / "results", str(python))
+    assert done.returncode == 1
+    lines = (tmp_path / "results" / "summary.txt").read_text().splitlines()
+    assert lines == ["tests: exit status 0", "kernel_check: exit status 1", "step_cost: exit status 0"]
+    assert "Traceback of it" in (tmp_path / "results" / "kernel_check.log").read_text()
+    assert "asked for -m benchmarks.gpu.step_cost --json" in (tmp_path / "results" / "step_cost.log").read_text()
+
+
+def test_nothing_of_it_needs_vllm() -> None:
+    """It is imported and its tests are collected where vLLM cannot be."""
+    program = f"""
+import json, sys
+sys.modules["vllm"] = None
+import benchmarks.gpu.kernel_check, benchmarks.gpu.step_cost
+import pytest
+
+class Count:
+    def pytest_collection_finish(self, session):
+        print(json.dumps(sorted({{item.path.name for item in session.items}})))
+
+paths = {["tests/ops", "tests/algorithm", "tests/training/test_evaluate.py"]}
+sys.exit(pytest.main(["--collect-only", "-q", "--no-header", "-m", "gpu", "-p", "no:cacheprovider", *paths], [Count()]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [names] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert names == ["test_device_work.py", "test_evaluate.py", "test_gpu.py"]
