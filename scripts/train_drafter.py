@@ -14,7 +14,7 @@ from vllm_ctc_spec.cli import main
 from vllm_ctc_spec.demo.pair import HUB_NAME, default_target
 
 OPTIONS = ["--own-prompts=7000", "--temperatures", "0", "0.5", "0", "1", "--max-tokens=320"]
-OPTIONS += ["--minutes=60", "--steps=1000000", "--anchors-per-row=128"]
+OPTIONS += ["--minutes=120", "--steps=1000000", "--anchors-per-row=256"]
 
 
 def run(arguments: list[str]) -> int:
