@@ -88,14 +88,14 @@ def fit(
     `skipped` are those of `read_rows`. Started by torchrun or accelerate, all processes share the work.
     """
     settings = settings or FitSettings()
+    resumable = _resumable(target_path, data, settings)
+    if is_finished(output_dir, resumable):
+        return output_dir
     config = drafter_config(AutoConfig.from_pretrained(target_path), **settings.drafter)
     label_decay = _label_decay(settings, config)
     rows = _usable_rows(target_path, data, config, settings, skipped)
     checkpoints = output_dir.with_name(f"{output_dir.name}.checkpoints")
-    resumable = _resumable(target_path, data, settings)
     with processes().main_process_first():
-        if is_finished(output_dir, resumable):
-            return output_dir
         claim(checkpoints, resumable)
     torch.manual_seed(settings.seed)
     drafter = _first_drafter(config, settings)
