@@ -41,7 +41,7 @@ class VerifiedRows:
     """Rows of a step that are now certain: prompt tokens, anchors and accepted nodes."""
 
     hidden: Tensor
-    """[n, H], of `CTCDrafter.fuse`."""
+    """[n, H], of `CTCDrafter.fuse`; in memory of their own."""
     positions: Tensor
     """[n] int64"""
     slots: Tensor
@@ -107,8 +107,8 @@ class CTCProposer:
 
     def remember(self, verified: VerifiedRows) -> None:
         """In place of `propose` while nothing drafts: rows become the drafter's context later, many steps at once."""
-        # By then the runner's buffers hold other rows.
-        kept = VerifiedRows(verified.hidden.clone(), verified.positions.clone(), verified.slots.clone())
+        # By then the runner's buffers hold other rows; the hidden states are no part of them.
+        kept = VerifiedRows(verified.hidden, verified.positions.clone(), verified.slots.clone())
         self.remembered.append(kept)
         # Counted along, because a sum over all of them takes a measurable part of a small target's step.
         self.num_remembered += len(verified.slots)
