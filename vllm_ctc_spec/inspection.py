@@ -11,7 +11,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from vllm_ctc_spec.config import SpecOptions
-from vllm_ctc_spec.training.atomic import save_png
+from vllm_ctc_spec.files import save_png
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

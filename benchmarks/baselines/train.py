@@ -26,7 +26,7 @@ from eagle import Eagle, Eagle3
 from medusa import Medusa
 from transformers import AutoTokenizer, Trainer
 
-from vllm_ctc_spec.training.atomic import atomic_folder, write_atomically
+from vllm_ctc_spec.files import atomic_folder, write_atomically
 from vllm_ctc_spec.training.budget import Budget, BudgetCallback
 from vllm_ctc_spec.training.data import AnchorDataset, collate_anchors, read_rows, with_anchors
 from vllm_ctc_spec.training.loop import loop_arguments, report, train_or_resume

@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vllm_ctc_spec.training.atomic import atomic_folder
+from vllm_ctc_spec.files import atomic_folder
 
 SKIPPED = frozenset(
     {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_ctc_spec.bench.config import PLAIN
 from vllm_ctc_spec.bench.ratio import CONFIDENCE
 from vllm_ctc_spec.bench.sampling import Sampling
-from vllm_ctc_spec.training.atomic import save_png
+from vllm_ctc_spec.files import save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,11 +23,10 @@ from vllm_ctc_spec.bench.records import Pass, Workload
 from vllm_ctc_spec.bench.sampling import Sampling
 from vllm_ctc_spec.bench.summary import summarize
 from vllm_ctc_spec.bench.vllm_keys import check_engine_keys, check_speculative_keys
+from vllm_ctc_spec.files import claim, write_atomically
 from vllm_ctc_spec.kv_cache import engine_options, fitting_model_len
 from vllm_ctc_spec.machine import this_machine
-from vllm_ctc_spec.training.atomic import write_atomically
 from vllm_ctc_spec.training.prompts import Question
-from vllm_ctc_spec.training.resume import claim
 
 TEMPLATE_TOKENS = 64
 """Allowance for what the chat template puts around a turn."""

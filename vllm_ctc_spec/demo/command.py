@@ -42,8 +42,8 @@ def _demo(options: argparse.Namespace) -> int:
     # Imported for its checks here; its own log lines would tear the output.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_ctc_spec.demo.run import Stages, run_demo
+    from vllm_ctc_spec.files import write_atomically
     from vllm_ctc_spec.terminal import console
-    from vllm_ctc_spec.training.atomic import write_atomically
 
     terminal = console()
     report = Stages(terminal)

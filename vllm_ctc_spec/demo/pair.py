@@ -15,8 +15,7 @@ import vllm_ctc_spec
 from vllm_ctc_spec.demo.convert import convert
 from vllm_ctc_spec.demo.fetch import FetchError, WheelFile, fetch
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
-from vllm_ctc_spec.training.atomic import atomic_folder
-from vllm_ctc_spec.user_cache import user_cache
+from vllm_ctc_spec.files import atomic_folder, user_cache
 
 Report = Callable[[str], None]
 """Takes one line of progress."""

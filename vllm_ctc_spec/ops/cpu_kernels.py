@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vllm_ctc_spec.files import user_cache
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
-from vllm_ctc_spec.user_cache import user_cache
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 # Without -ffast-math, which would change how the whole process computes.

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from vllm_ctc_spec.training.atomic import write_atomically
+from vllm_ctc_spec.files import write_atomically
 from vllm_ctc_spec.training.data import TrainingRow
 from vllm_ctc_spec.training.fingerprint import Fingerprint, fingerprint
 from vllm_ctc_spec.training.objective import target_hidden

@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from vllm_ctc_spec.files import claim_file
 from vllm_ctc_spec.kv_cache import engine_options as complete
 from vllm_ctc_spec.training.regenerate import append_rows, whole_lines
-from vllm_ctc_spec.training.resume import claim_file
 
 TEMPERATURE = 0.8
 MAX_TOKENS = 256

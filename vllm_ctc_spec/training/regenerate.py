@@ -12,11 +12,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from vllm_ctc_spec.files import claim_file
 from vllm_ctc_spec.kv_cache import context_length
 from vllm_ctc_spec.kv_cache import engine_options as complete
 from vllm_ctc_spec.training.fields import each_line, token_ids_of
 from vllm_ctc_spec.training.prompts import Question, turn_prompt
-from vllm_ctc_spec.training.resume import claim_file
 from vllm_ctc_spec.training.sources import FaultyLine, Line
 
 

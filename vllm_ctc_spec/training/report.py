@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.table import Table
 
-from vllm_ctc_spec.training.atomic import save_png
+from vllm_ctc_spec.files import save_png
 from vllm_ctc_spec.training.evaluate import Evaluation, Rate, TreeAcceptance
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from torch.utils.data import Sampler
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
+from vllm_ctc_spec.files import atomic_folder, claim, is_finished, write_atomically
 from vllm_ctc_spec.precision import target_dtype
-from vllm_ctc_spec.training.atomic import atomic_folder, write_atomically
 from vllm_ctc_spec.training.budget import Budget, BudgetCallback
 from vllm_ctc_spec.training.cache import HiddenCache, write_cache
 from vllm_ctc_spec.training.calibrate import calibrate, split_rows
@@ -36,7 +36,6 @@ from vllm_ctc_spec.training.data import (
 from vllm_ctc_spec.training.loop import drop_checkpoints, loop_arguments, processes, report, train_or_resume
 from vllm_ctc_spec.training.objective import DraftObjective
 from vllm_ctc_spec.training.optimizer import MuonAdamW
-from vllm_ctc_spec.training.resume import claim, is_finished
 from vllm_ctc_spec.training.target import check_target, drafter_config, load_target
 from vllm_ctc_spec.training.timing import StepTimes
 from vllm_ctc_spec.training.warm_start import start_from

@@ -50,7 +50,7 @@ def _verify(options: argparse.Namespace) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from rich.console import Console
 
-    from vllm_ctc_spec.training.atomic import write_atomically
+    from vllm_ctc_spec.files import write_atomically
     from vllm_ctc_spec.verify.report import as_json, lines, to_table
 
     console = Console()
@@ -91,7 +91,7 @@ def _task(options: argparse.Namespace, console: Any) -> Task:
 def _models(options: argparse.Namespace, console: Any) -> tuple[str, dict[str, Any]]:
     """The target and the speculative configuration, each as named or the demo's."""
     from vllm_ctc_spec.demo.pair import HUB_NAME, NAME, default_target, shipped_drafter
-    from vllm_ctc_spec.user_cache import user_cache
+    from vllm_ctc_spec.files import user_cache
 
     def note(line: str) -> None:
         console.print(line, markup=False, highlight=False)

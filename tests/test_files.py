@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_ctc_spec.training.atomic import atomic_folder
+from vllm_ctc_spec.files import atomic_folder
 
 
 def test_the_folder_appears_when_the_body_has_succeeded(tmp_path):

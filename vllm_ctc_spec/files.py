@@ -1,0 +1,116 @@
+"""Files and folders that exist whole or not at all, the run that has claimed them, and the user's cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+RECORD = "settings.json"
+"""The settings of the run that has claimed the folder."""
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty sibling folder that becomes `path` when the body succeeds.
+
+    A folder that stood at `path` is replaced only then; between the two renames it waits as `.<name>.old`.
+    """
+    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def write_atomically(path: Path, contents: bytes) -> None:
+    """On return `contents` are on disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_png(figure: Figure, path: Path, dpi: int, **options: Any) -> None:
+    """options: of matplotlib's `savefig`."""
+    png = BytesIO()
+    figure.savefig(png, format="png", dpi=dpi, **options)
+    write_atomically(path, png.getvalue())
+
+
+def user_cache(name: str) -> Path:
+    """Our folder `name` in the user's cache, by the XDG base directory specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm_ctc_spec" / name
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Create the checkpoints' folder, or make sure that the run to be resumed there had the same settings.
+
+    settings: JSON values, one level. Raises ValueError that names the first setting that differs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, folder / RECORD, settings)
+
+
+def claim_file(path: Path, settings: dict[str, Any]) -> None:
+    """Claim a file of lines, whose settings stand beside it; those of a file without lines are written anew."""
+    record = path.with_name(f"{path.name}.settings.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or not path.stat().st_size:
+        record.unlink(missing_ok=True)
+    _claim(path, record, settings)
+
+
+def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a run of the same settings has ended in `folder`, which it claimed there.
+
+    Raises ValueError where anything else stands in it.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    record = folder / RECORD
+    if not record.exists():
+        raise ValueError(
+            f"{str(folder)!r} is there already, and does not say of which run. Name another folder, or delete it to "
+            "train again."
+        )
+    _claim(folder, record, settings, is_done=True)
+    return True
+
+
+def _claim(claimed: Path, record: Path, settings: dict[str, Any], is_done: bool = False) -> None:
+    settings = json.loads(json.dumps(settings))
+    if not record.exists():
+        write_atomically(record, json.dumps(settings, indent=2).encode())
+        return
+    earlier = json.loads(record.read_text())
+    for name in settings.keys() | earlier.keys():
+        if settings.get(name) != earlier.get(name):
+            run = "a run" if is_done else "an unfinished run"
+            raise ValueError(
+                f"{str(claimed)!r} holds {run} with {name}={earlier.get(name)!r}; this one has "
+                f"{settings.get(name)!r}. Go on with the earlier value, or delete the "
+                f"{'folder' if claimed.is_dir() else 'file'} to start again."
+            )
