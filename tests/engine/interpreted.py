@@ -15,10 +15,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from vllm_ctc_spec.drafter import drafting
 from vllm_ctc_spec.engine.cpu_worker import CTCCPUWorker
-from vllm_ctc_spec.engine.recorded import Call
-from vllm_ctc_spec.engine.sampler import TreeWalker
+from vllm_ctc_spec.engine.graphs import Call
+from vllm_ctc_spec.engine.walk import TreeWalker
 
-MOST_RECORDED = 3
+MAX_CAPTURED_REQUESTS = 3
 """Requests; one less than the test serves, so that some steps draft without a record."""
 
 VLLMS_KERNELS = (
@@ -87,15 +87,15 @@ class InterpretedWorker(CTCCPUWorker):
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
         self.seen = {"attention": type(self.model_runner.attention).__name__}
-        self.seen |= dict.fromkeys(("whole", "mixed", "moves", "recorded"), 0)
+        self.seen |= dict.fromkeys(("whole", "mixed", "moves", "captured"), 0)
         self._watch(self.model_runner.attention)
         # In place of CUDA graphs: the same fixed buffers and padding, run anew each time.
-        self.model_runner.drafter.record(MOST_RECORDED, self._watched)
+        self.model_runner.drafter.capture(MAX_CAPTURED_REQUESTS, self._watched)
         return times
 
     def _watched(self, call: Call) -> Call:
         def replay() -> Any:
-            self.seen["recorded"] += 1
+            self.seen["captured"] += 1
             return call()
 
         return replay
@@ -120,7 +120,7 @@ class InterpretedWorker(CTCCPUWorker):
         runner.walker = TreeWalker(runner.sampler, at_once=True)
 
     def what_was_seen(self) -> dict[str, Any]:
-        """The class that attends, steps of trees alone, of other rows beside trees, K/V moves, recorded drafts."""
+        """The class that attends, steps of trees alone, of other rows beside trees, K/V moves, captured drafts."""
         return self.seen
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_ctc_spec.engine.draft_head import draft_head
-from vllm_ctc_spec.engine.sampler import HostTree
+from vllm_ctc_spec.engine.host_tree import HostTree
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.engine import surface
-from vllm_ctc_spec.engine import compat, runner, worker
+from vllm_ctc_spec.engine import compat, device_runners, runner, worker
 
 WITH_ENGINE = {"vllm_ctc_spec.__main__"}
 
@@ -33,8 +33,8 @@ def test_everything_that_we_import_exists_and_comes_from_the_engine_package_alon
     ("path", "ours"),
     [
         ("engine/runner.py", runner.TreeModelRunner),
-        ("engine/runner.py", runner.TreeGPUModelRunner),
-        ("engine/runner.py", runner.TreeCPUModelRunner),
+        ("engine/device_runners.py", device_runners.TreeGPUModelRunner),
+        ("engine/device_runners.py", device_runners.TreeCPUModelRunner),
         ("engine/worker.py", worker.CTCWorker),
         ("engine/worker.py", worker.CTCGPUWorker),
     ],

@@ -61,11 +61,11 @@ def test_answers_do_not_depend_on_what_the_budget_decides(plain: LLM, default: L
 
 
 def has_budget(worker: Any) -> bool:
-    return worker.model_runner.budget is not None
+    return worker.model_runner.control is not None
 
 
 def decide_by_rule(worker: Any) -> None:
-    budget = worker.model_runner.budget
+    budget = worker.model_runner.control.budget
     steps = itertools.count()
 
     def plan(num_requests: int) -> DraftPlan | None:

@@ -46,4 +46,4 @@ def test_trees_over_vllms_gpu_cache_change_no_token(
     assert at_once == by_levels != answers[1]
     assert metrics is not None and metrics.acceptance_length > 1.2
     assert seen["attention"] == attention
-    assert min(seen["whole"], seen["mixed"], seen["moves"], seen["recorded"]) > 0, seen
+    assert min(seen["whole"], seen["mixed"], seen["moves"], seen["captured"]) > 0, seen

@@ -14,7 +14,7 @@ import torch
 from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_ctc_spec.engine.attention.interface import tree_attention_of
+from vllm_ctc_spec.engine.attention.choice import tree_attention_of
 from vllm_ctc_spec.engine.devices import check_device, with_piecewise_graphs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_ctc_spec.engine.sampler import EMPTY_TREE, HostTree
+from vllm_ctc_spec.engine.host_tree import EMPTY_TREE, HostTree
 from vllm_ctc_spec.engine.step import Step
 
 BRANCHING = HostTree([5, 6, 7], [0, 0, 1], [1, 1, 2], [0.5, 0.3, 0.2])

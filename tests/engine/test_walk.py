@@ -19,7 +19,8 @@ from vllm.v1.sample.sampler import Sampler
 
 from tests.launches import Launches
 from vllm_ctc_spec.engine import sampler as walking
-from vllm_ctc_spec.engine.sampler import HostTree, TreeWalker
+from vllm_ctc_spec.engine.host_tree import HostTree
+from vllm_ctc_spec.engine.walk import TreeWalker
 
 VOCAB = 12
 

@@ -8,7 +8,7 @@ from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ctc_spec.engine.attention import cpu as cpu_attention
-from vllm_ctc_spec.engine.runner import TreeCPUModelRunner
+from vllm_ctc_spec.engine.device_runners import TreeCPUModelRunner
 from vllm_ctc_spec.engine.worker import CTCWorker
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig
 
 METHOD = "ctc"
-PROPOSER = "vllm_ctc_spec.engine.proposer.CTCProposer"
+PROPOSER = "vllm_ctc_spec.engine.drafting.CTCProposer"
 WORKERS = {
     "cpu": "vllm_ctc_spec.engine.cpu_worker.CTCCPUWorker",
     "cuda": "vllm_ctc_spec.engine.worker.CTCGPUWorker",

@@ -13,8 +13,6 @@ device needs of the host's lists goes there without waiting.
 
 from __future__ import annotations
 
-import time
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,17 +24,16 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_ctc_spec.engine.adaptive.budget import DraftPlan, NodeBudget, StepOutcome
+from vllm_ctc_spec.engine.adaptive.budget import NodeBudget
+from vllm_ctc_spec.engine.adaptive.control import BudgetControl
 from vllm_ctc_spec.engine.adaptive.cost import drafting_sizes, measure, target_sizes, timed
-from vllm_ctc_spec.engine.attention.interface import tree_attention_of
-from vllm_ctc_spec.engine.cpu_modules import use_vllms_kernels
-from vllm_ctc_spec.engine.proposer import CTCProposer, DraftRequests, VerifiedRows
-from vllm_ctc_spec.engine.recorded import MOST_RECORDED, cuda_graphs
-from vllm_ctc_spec.engine.sampler import EMPTY_TREE, HostTree, TreeWalker
+from vllm_ctc_spec.engine.attention.choice import check_block_size, tree_attention_of
+from vllm_ctc_spec.engine.drafting import CTCProposer, DraftRequests, VerifiedRows
+from vllm_ctc_spec.engine.host_tree import EMPTY_TREE, HostTree
 from vllm_ctc_spec.engine.step import Step
+from vllm_ctc_spec.engine.walk import TreeWalker
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -59,9 +56,8 @@ class TreeModelRunner(GPUModelRunner):
         self.trees: dict[str, HostTree] = {}
         """The last tree drafted for each request; the scheduler holds its tokens, perhaps cut short."""
         self.step: Step | None = None
-        self.budget: NodeBudget | None = None
-        self.last_step: tuple[set[str], float] = set(), 0.0
-        """Requests and end of the step before."""
+        self.control: BudgetControl | None = None
+        """None where the node budget is fixed."""
 
     def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
         layers = self.drafter.settings.target_layers
@@ -86,7 +82,7 @@ class TreeModelRunner(GPUModelRunner):
             in_lock_step = self.parallel_config.data_parallel_size > 1 and self.model_config.is_moe
             target = measure(timed(self._run_target), target_sizes(num_rows), in_lock_step)
             drafting = measure(timed(self.drafter.profile), drafting_sizes(self.max_num_reqs))
-            self.budget = NodeBudget(target, drafting)
+            self.control = BudgetControl(NodeBudget(target, drafting))
 
     @torch.inference_mode()
     def _run_target(self, num_rows: int) -> None:
@@ -104,22 +100,16 @@ class TreeModelRunner(GPUModelRunner):
                 'speculative method "ctc" needs a target whose attention layers are all of one kind; this one has '
                 f"{len(self.kv_cache_config.kv_cache_groups)} groups. Serve it without speculative_config."
             )
-        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
-        block_size = self.cache_config.block_size
-        for own in {layer.kv_cache.shape[2] for layer in layers.values()} - {block_size}:
-            raise ValueError(
-                f"block_size={block_size}: the attention backend splits blocks into pieces of {own}, which speculative "
-                f'method "ctc" does not support. Set --block-size {own}.'
-            )
-        self.attention = self.drafter.attention = tree_attention_of(
-            list(layers.values()), self.drafter.settings.options.attention_kernel
-        )
+        layers = list(get_layers_from_vllm_config(self.vllm_config, Attention).values())
+        check_block_size(layers, self.cache_config.block_size)
+        kernel = self.drafter.settings.options.attention_kernel
+        self.attention = self.drafter.attention = tree_attention_of(layers, kernel)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
         config = self.speculative_config
         has_drafts = bool(scheduler_output.scheduled_spec_decode_tokens)
         if not has_drafts:
-            # vLLM would count the drafts that there are not, which takes a measurable part of a small target's step.
+            # Else vLLM counts drafts although there are none, which takes a measurable part of a small target's step.
             self.speculative_config = None
         try:
             prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
@@ -243,17 +233,19 @@ class TreeModelRunner(GPUModelRunner):
         assert step is not None
         verified = self._verified_rows(step, [hidden_states, *(aux_hidden_states or ())])
         drafts: list[list[int]] = [[] for _ in step.trees]
-        plan = None if self.budget is None else self.budget.plan(len(step.trees))
-        if self.budget is not None and plan is None:
-            self.drafter.remember(verified)
-            self._observe(self.budget, step, drafted=False)
-            return drafts
+        control, plan = self.control, None
+        if control is not None:
+            plan = control.plan(step)
+            if plan is None:
+                self.drafter.defer(verified)
+                control.observe(step, self.input_batch.req_ids, drafted=False)
+                return drafts
         drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
         requests = self._draft_requests(step, drafting, sampled_token_ids, common_attn_metadata)
         trees = self.drafter.propose(verified, requests)
-        if self.budget is not None and plan is not None:
-            self._observe(self.budget, step, drafted=bool(trees))
-            trees = _cut(self.budget, plan, trees)
+        if control is not None and plan is not None:
+            control.observe(step, self.input_batch.req_ids, drafted=bool(trees))
+            trees = control.cut(plan, trees)
         self.trees = {request: tree for request, tree in self.trees.items() if request in self.requests}
         for index, tree in zip(drafting, trees):
             self.trees[self.input_batch.req_ids[index]] = tree
@@ -264,19 +256,6 @@ class TreeModelRunner(GPUModelRunner):
         # The scheduler has forgotten the drafts of the step before, so it need not be told that there are none.
         return super().take_draft_token_ids() if any(self._draft_token_ids or ()) else None
 
-    def _observe(self, budget: NodeBudget, step: Step, drafted: bool) -> None:
-        num_accepted, expected = 0, 0.0
-        if step.num_nodes:
-            num_accepted = sum(map(len, step.accepted_nodes))
-            expected = sum(sum(tree.probabilities) for tree in step.trees)
-        now = time.perf_counter()
-        requests, ended = self.last_step
-        # While a request of the step before is here, the engine has not waited for work in between.
-        is_whole = step.is_decode and not requests.isdisjoint(self.input_batch.req_ids)
-        seconds = now - ended if is_whole else None
-        budget.observe(StepOutcome(len(step.trees), drafted, step.num_nodes, num_accepted, expected, seconds))
-        self.last_step = set(self.input_batch.req_ids), now
-
     def _verified_rows(self, step: Step, hidden_states: list[Tensor]) -> VerifiedRows:
         """hidden_states: [rows of the step, H] each, the last and those of the drafter's `target_layers`."""
         fuse = self.drafter.drafter.fuse
@@ -285,75 +264,26 @@ class TreeModelRunner(GPUModelRunner):
             total = step.total_rows
             hidden = torch.cat([states[:total] for states in hidden_states], dim=-1)
             return VerifiedRows(fuse(hidden), self.positions[:total], slots[:total])
-        rows: list[int] = []
-        slot_rows: list[int] = []
-        positions: list[int] = []
-        for verified, start, computed in zip(step.verified_rows, step.starts, step.num_computed):
-            rows.extend(verified)
-            slot_rows.extend(range(start, start + len(verified)))
-            positions.extend(range(computed, computed + len(verified)))
-        at, at_slots, at_positions = async_tensor_h2d([rows, slot_rows, positions], self.device)
+        at, at_slots, positions = async_tensor_h2d(step.verified_indices(), self.device)
         hidden = torch.cat([states[at] for states in hidden_states], dim=-1)
-        return VerifiedRows(fuse(hidden), at_positions, slots[at_slots])
+        return VerifiedRows(fuse(hidden), positions, slots[at_slots])
 
     def _draft_requests(
         self, step: Step, drafting: list[int], sampled: list[list[int]], common: Any
     ) -> DraftRequests | None:
         if not drafting:
             return None
-        verified = step.verified_rows
-        ends = list(accumulate(map(len, verified)))
-        lens = [step.num_computed[index] + len(verified[index]) for index in drafting]
-        at_request, at_last, last_rows, at_len, anchors = async_tensor_h2d(
-            [
-                drafting,
-                [ends[index] - 1 for index in drafting],
-                [verified[index][-1] for index in drafting],
-                lens,
-                [sampled[index][-1] for index in drafting],
-            ],
-            self.device,
-        )
+        last_rows, last_verified, lens = step.last_indices(drafting)
+        anchors = [sampled[index][-1] for index in drafting]
+        packed = async_tensor_h2d([drafting, last_rows, last_verified, lens, anchors], self.device)
+        at_request, at_row, at_verified, at_len, anchor = packed
         num_blocks = -(-max(lens) // self.cache_config.block_size)
         return DraftRequests(
-            torch.stack((self.input_ids.gpu[last_rows].long(), anchors), dim=1),
-            at_last,
+            torch.stack((self.input_ids.gpu[at_row].long(), anchor), dim=1),
+            at_verified,
             self.attention.context(common.block_table_tensor[:, :num_blocks], at_request, at_len),
             [self._sampling_params(index).structured_outputs is not None for index in drafting],
         )
 
     def _sampling_params(self, index: int) -> Any:
         return self.requests[self.input_batch.req_ids[index]].sampling_params
-
-
-class TreeGPUModelRunner(TreeModelRunner):
-    """For vLLM's CUDA backend."""
-
-    def profile_run(self, *args: Any, **kwargs: Any) -> None:
-        super().profile_run(*args, **kwargs)
-        # vLLM gives the cache what memory is left, so drafting must have been seen as well.
-        self.drafter.profile(self.max_num_reqs)
-
-    def warm_up_drafting(self) -> None:
-        """Recorded as CUDA graphs, where the user wants any."""
-        if self.compilation_config.cudagraph_mode.has_piecewise_cudagraphs():
-            self.drafter.record(min(self.max_num_reqs, MOST_RECORDED), cuda_graphs())
-
-
-class TreeCPUModelRunner(TreeModelRunner, CPUModelRunner):
-    """For vLLM's CPU backend."""
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
-        use_vllms_kernels(self.drafter.drafter, self.max_model_len)
-
-    def warm_up_drafting(self) -> None:
-        # The search for trees is compiled when it is first called.
-        self.drafter.profile(1)
-
-
-def _cut(budget: NodeBudget, plan: DraftPlan, trees: list[HostTree]) -> list[HostTree]:
-    """Each tree to the nodes that the budget chooses."""
-    if not trees:
-        return []
-    return [tree.cut(count) for tree, count in zip(trees, budget.choose(plan, [tree.probabilities for tree in trees]))]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from vllm_ctc_spec.engine.attention.interface import StepTrees
-from vllm_ctc_spec.engine.sampler import HostTree
+from vllm_ctc_spec.engine.host_tree import HostTree
 
 
 @dataclass
@@ -29,23 +30,45 @@ class Step:
 
     @cached_property
     def num_nodes(self) -> int:
-        """Of all trees; where there are none, all rows are certain."""
+        """Of all trees."""
         return sum(len(tree.tokens) for tree in self.trees)
 
     @property
     def is_decode(self) -> bool:
-        """No request has a prompt in it."""
+        """Whether no request has prompt tokens in this step."""
         return self.total_rows == len(self.trees) + self.num_nodes
 
     @cached_property
     def verified_rows(self) -> list[Sequence[int]]:
-        """Of each request, the rows that are certain after the walk, by position."""
+        """Of each request, the rows whose tokens are verified after the walk, by position."""
         return [
             [start, *(start + node for node in nodes)] if tree.tokens else range(start, start + num_rows)
             for tree, start, num_rows, nodes in zip(
                 self.trees, self.starts, self.num_rows, self.accepted_nodes, strict=True
             )
         ]
+
+    def verified_indices(self) -> list[list[int]]:
+        """Of all `verified_rows`: the row, the row whose slot is right for its position, and the position."""
+        rows: list[int] = []
+        slot_rows: list[int] = []
+        positions: list[int] = []
+        for verified, start, computed in zip(self.verified_rows, self.starts, self.num_computed):
+            rows.extend(verified)
+            slot_rows.extend(range(start, start + len(verified)))
+            positions.extend(range(computed, computed + len(verified)))
+        return [rows, slot_rows, positions]
+
+    def last_indices(self, requests: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """Of each of `requests`: the row of its last verified position, that row's place among all `verified_rows`, and
+        the number of verified positions after the step.
+        """
+        ends = list(accumulate(map(len, self.verified_rows)))
+        return (
+            [self.verified_rows[index][-1] for index in requests],
+            [ends[index] - 1 for index in requests],
+            [self.num_computed[index] + len(self.verified_rows[index]) for index in requests],
+        )
 
     def tree_positions(self) -> tuple[list[int], list[int]]:
         """Rows of branching trees' nodes, and their positions: one after their parent's."""
@@ -58,7 +81,9 @@ class Step:
         return rows, positions
 
     def branching_trees(self) -> StepTrees | None:
-        """With what is beside them, unless there are prompts: one kernel reads each context once, two would not."""
+        """None where all trees are chains. In steps without prompts plain decode rows are included, so that one kernel
+        reads all contexts.
+        """
         if not self.num_nodes:
             return None
         requests = [index for index, tree in enumerate(self.trees) if not tree.is_chain]
@@ -75,8 +100,9 @@ class Step:
         )
 
     def moves(self) -> tuple[list[list[int]], list[list[int]]]:
-        """For each request, rows whose keys and values verification wrote to the wrong slots, and the rows of the right
-        ones: node i is in the i-th slot, its place is the slot of its depth.
+        """For each request, accepted rows whose keys and values must move, and the rows whose slots they move to.
+
+        Verification wrote node i to slot i after the anchor's; the next step expects it in the slot of its depth.
         """
         sources, targets = [], []
         for start, nodes in zip(self.starts, self.accepted_nodes):

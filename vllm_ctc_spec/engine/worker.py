@@ -11,8 +11,8 @@ from vllm.logger import init_logger
 from vllm.v1.worker import gpu_input_batch, gpu_model_runner
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_ctc_spec.engine.device_runners import TreeGPUModelRunner
 from vllm_ctc_spec.engine.logits_processors import build_logitsprocs
-from vllm_ctc_spec.engine.runner import TreeGPUModelRunner
 from vllm_ctc_spec.engine.settings import EngineSettings, check_final
 from vllm_ctc_spec.engine.thinking_budgets import thinking_budgets
 

@@ -67,8 +67,8 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         refuse_features(features_of(self))
 
     @staticmethod
-    def tree_attention(layers: list[Any], kernel: str) -> CPUTreeAttention:
-        return CPUTreeAttention(layers)
+    def tree_attention() -> type[CPUTreeAttention]:
+        return CPUTreeAttention
 
     def forward(
         self,

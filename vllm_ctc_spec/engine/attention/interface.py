@@ -153,21 +153,6 @@ class TreeAttention(ABC):
         """
 
 
-def tree_attention_of(layers: list[Any], kernel: str) -> TreeAttention:
-    """The one that belongs to the backend of a target's attention layers. Raises ValueError for other backends.
-
-    kernel: one of ATTENTION_KERNELS that the device has.
-    """
-    for layer in layers:
-        if not hasattr(layer.impl, "tree_attention"):
-            raise ValueError(
-                f'attention backend {layer.get_attn_backend().get_name()}: speculative method "ctc" needs FLASH_ATTN '
-                f"or TRITON_ATTN. Set --attention-backend FLASH_ATTN."
-            )
-    attention: TreeAttention = layers[0].impl.tree_attention(layers, kernel)
-    return attention
-
-
 def features_of(impl: Any) -> dict[str, bool]:
     """What `refuse_features` takes, of any of vLLM's attention implementations."""
     return {

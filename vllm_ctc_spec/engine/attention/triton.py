@@ -52,12 +52,8 @@ class TreeAttentionImpl(AttentionImpl):
         refuse_features(features_of(self) | shares)
 
     @staticmethod
-    def tree_attention(layers: list[Any], kernel: str) -> TritonTreeAttention:
-        if kernel == "xformers":
-            from vllm_ctc_spec.engine.attention.xformers import XformersTreeAttention
-
-            return XformersTreeAttention(layers)
-        return TritonTreeAttention(layers)
+    def tree_attention() -> type[TritonTreeAttention]:
+        return TritonTreeAttention
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         return False

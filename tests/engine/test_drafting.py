@@ -9,7 +9,7 @@ import torch
 from vllm_ctc_spec.config import CTCDrafterConfig
 from vllm_ctc_spec.drafter import CTCDrafter
 from vllm_ctc_spec.engine.attention.cpu import ISA, CPUTreeAttention
-from vllm_ctc_spec.engine.proposer import MOST_REMEMBERED, CTCProposer, VerifiedRows
+from vllm_ctc_spec.engine.drafting import MAX_DEFERRED_ROWS, CTCProposer, VerifiedRows
 
 BLOCK_SIZE = 32
 
@@ -23,7 +23,7 @@ def proposer() -> CTCProposer:
     made.drafter = CTCDrafter(config).eval().requires_grad_(False)
     made.cache_layers = [SimpleNamespace(kv_cache=torch.zeros(2, 1, BLOCK_SIZE, 64), isa=ISA)]
     made.attention = CPUTreeAttention(made.cache_layers)
-    made.remembered, made.num_remembered = [], 0
+    made.deferred, made.num_deferred = [], 0
     return made
 
 
@@ -32,24 +32,24 @@ def steps(slots: list[int]) -> list[VerifiedRows]:
     return [VerifiedRows(torch.randn(1, 32), torch.tensor([i]), torch.tensor([slot])) for i, slot in enumerate(slots)]
 
 
-def test_rows_that_were_remembered_are_stored_as_if_at_once() -> None:
+def test_deferred_rows_are_stored_as_if_at_once() -> None:
     """Slot 1 is given to another request on the way."""
     at_once, later = proposer(), proposer()
     *before, last = steps([0, 1, 2, 1, 3])
     for rows in before:
         at_once.propose(rows, None)
-        later.remember(rows)
+        later.defer(rows)
     assert not later.cache_layers[0].kv_cache.any()
     at_once.propose(last, None)
     later.propose(last, None)
     stored = later.cache_layers[0].kv_cache
-    assert stored.any() and not later.remembered
+    assert stored.any() and not later.deferred
     torch.testing.assert_close(stored, at_once.cache_layers[0].kv_cache)
 
 
-def test_not_more_is_remembered_than_that() -> None:
+def test_deferred_rows_are_stored_at_the_limit() -> None:
     made = proposer()
-    for rows in steps([0] * (MOST_REMEMBERED + 3)):
-        made.remember(rows)
+    for rows in steps([0] * (MAX_DEFERRED_ROWS + 3)):
+        made.defer(rows)
     assert made.cache_layers[0].kv_cache.any()
-    assert len(made.remembered) == 3
+    assert len(made.deferred) == 3

@@ -1,7 +1,9 @@
-"""Drafting as recorded passes over fixed buffers: on a GPU one CUDA graph for each padded number of requests.
+"""Drafting captured over fixed buffers: on a GPU one CUDA graph for each padded number of requests.
 
-From the target's hidden states to packed trees nothing waits for the host and all shapes are fixed, but it takes some
-hundred small launches; a graph makes them one. Letters: R requests, H hidden size.
+From the target's hidden states to packed trees no step waits for the host and all shapes are fixed. It takes about a
+hundred small launches, which a graph replays as one.
+
+Letters: R requests, H hidden size.
 """
 
 from __future__ import annotations
@@ -16,17 +18,17 @@ from torch import Tensor
 from vllm_ctc_spec.engine.attention.interface import PagedContext
 from vllm_ctc_spec.engine.row_counts import doublings
 
-MOST_RECORDED = 32
-"""Of a recorded pass, whose memory is held for good; a larger batch fills the GPU without graphs."""
+MAX_CAPTURED_REQUESTS = 32
+"""A graph keeps its memory, and drafting for a larger batch is not bound by launches."""
 
 Call = Callable[[], Tensor]
-Record = Callable[[Call], Call]
-"""From a call to one that does the same work on the same memory."""
+Capture = Callable[[Call], Call]
+"""Returns a call that repeats the work of the given one on the memory that it used."""
 
 
 @dataclass(frozen=True)
 class DraftInputs:
-    """What the trees of R requests are a function of, beside the drafter's cache."""
+    """All that the trees of R requests depend on beside the drafter's cache."""
 
     last_tokens: Tensor
     """[R, 2] int64, the token of the last verified position and the anchor."""
@@ -40,37 +42,37 @@ class DraftInputs:
         return DraftInputs(self.last_tokens[:count], self.hidden[:count], context)
 
 
-class RecordedDrafts:
-    """`draft` for at most as many requests as `buffers` are for, padded to the next of a few recorded numbers."""
+class DraftGraphs:
+    """`draft` for at most as many requests as `buffers` hold, padded to the next captured number of requests."""
 
-    def __init__(self, draft: Callable[[DraftInputs], Tensor], buffers: DraftInputs, record: Record) -> None:
+    def __init__(self, draft: Callable[[DraftInputs], Tensor], buffers: DraftInputs, capture: Capture) -> None:
         self._buffers = buffers
         most = len(buffers.hidden)
         sizes = sorted({most, *doublings(most)})
-        # From the largest on, whose memory the others can share.
-        self._replays = {size: record(partial(draft, buffers.first(size))) for size in reversed(sizes)}
+        # The largest first: the others share its memory.
+        self._replays = {size: capture(partial(draft, buffers.first(size))) for size in reversed(sizes)}
 
     def __call__(self, inputs: DraftInputs) -> Tensor:
-        """[R, ...] of the R requests, to be read before the next call."""
+        """[R, ...], valid until the next call."""
         count = len(inputs.hidden)
         own = self._buffers.first(count)
         own.last_tokens.copy_(inputs.last_tokens)
         own.hidden.copy_(inputs.hidden)
         own.context.lens.copy_(inputs.context.lens)
         own.context.block_table[:, : inputs.context.block_table.shape[1]] = inputs.context.block_table
-        # What stands in the rows of padding is some earlier request's, and so are the trees that come of it.
+        # Rows of padding hold an earlier request's inputs; their trees are cut off.
         return self._replays[min(size for size in self._replays if size >= count)]()[:count]
 
-    def takes(self, inputs: DraftInputs) -> bool:
+    def fits(self, inputs: DraftInputs) -> bool:
         return len(inputs.hidden) <= len(self._buffers.hidden)
 
 
-def cuda_graphs() -> Record:
-    """All in one pool of memory."""
+def cuda_graphs() -> Capture:
+    """Captures into CUDA graphs that share one pool of memory."""
     pool = torch.cuda.graph_pool_handle()
 
-    def record(call: Call) -> Call:
-        # Kernels are compiled at their first launch, which a capture cannot hold.
+    def capture(call: Call) -> Call:
+        # Kernels are compiled at their first launch, which must not happen during capture.
         call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -83,4 +85,4 @@ def cuda_graphs() -> Record:
 
         return replay
 
-    return record
+    return capture

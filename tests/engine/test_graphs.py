@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_ctc_spec.engine.attention.interface import PagedContext
-from vllm_ctc_spec.engine.recorded import Call, DraftInputs, RecordedDrafts, cuda_graphs
+from vllm_ctc_spec.engine.graphs import Call, DraftGraphs, DraftInputs, cuda_graphs
 
 MOST, BLOCKS = 5, 4
 
@@ -28,7 +28,7 @@ def draft(inputs: DraftInputs) -> Tensor:
     return torch.stack((inputs.last_tokens.sum(1) + read + lens, inputs.hidden.sum(1).mul(1e6).long()), dim=1)
 
 
-def test_each_batch_is_padded_to_the_next_recorded_size() -> None:
+def test_each_batch_is_padded_to_the_next_captured_size() -> None:
     sizes = []
 
     def record(call: Call) -> Call:
@@ -38,19 +38,19 @@ def test_each_batch_is_padded_to_the_next_recorded_size() -> None:
 
         return replay
 
-    recorded = RecordedDrafts(draft, inputs(MOST, BLOCKS), record)
+    captured = DraftGraphs(draft, inputs(MOST, BLOCKS), record)
     for seed, (count, num_blocks) in enumerate([(5, 4), (1, 1), (3, 2), (4, 4), (2, 3)]):
         batch = inputs(count, num_blocks, seed)
-        assert recorded.takes(batch)
-        assert torch.equal(recorded(batch), draft(batch))
+        assert captured.fits(batch)
+        assert torch.equal(captured(batch), draft(batch))
     assert sizes == [5, 1, 4, 4, 2]
-    assert not recorded.takes(inputs(MOST + 1, BLOCKS))
+    assert not captured.fits(inputs(MOST + 1, BLOCKS))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_graphs_read_what_is_in_the_buffers_now() -> None:
-    recorded = RecordedDrafts(draft, inputs(MOST, BLOCKS, device="cuda"), cuda_graphs())
+    captured = DraftGraphs(draft, inputs(MOST, BLOCKS, device="cuda"), cuda_graphs())
     for seed, count in enumerate([5, 1, 3, 5, 2]):
         batch = inputs(count, BLOCKS, seed, "cuda")
-        assert torch.equal(recorded(batch), draft(batch))
+        assert torch.equal(captured(batch), draft(batch))

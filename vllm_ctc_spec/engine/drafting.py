@@ -21,19 +21,18 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_ctc_spec.algorithm import TokenTrees
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.checkpoint import load_drafter
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
 from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft, KeyValue
 from vllm_ctc_spec.engine.attention.interface import PagedContext, TreeAttention
 from vllm_ctc_spec.engine.draft_head import draft_head, head_rows
-from vllm_ctc_spec.engine.recorded import DraftInputs, Record, RecordedDrafts
-from vllm_ctc_spec.engine.sampler import HostTree
+from vllm_ctc_spec.engine.graphs import Capture, DraftGraphs, DraftInputs
+from vllm_ctc_spec.engine.host_tree import HostTree, pack, unpack
 from vllm_ctc_spec.engine.settings import EngineSettings
 
-MOST_REMEMBERED = 1024
-"""Rows that wait for the drafter's context while nothing is drafted."""
+MAX_DEFERRED_ROWS = 1024
+"""Verified rows that are kept, in steps without drafts, before the drafter's keys and values of them are stored."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class DraftRequests:
     """[R] int64, row in VerifiedRows of the last verified position n."""
     context: PagedContext
     """Lengths n + 1."""
-    wants_chain: list[bool]
-    """Requests that can be verified as a chain only."""
+    chain_only: list[bool]
+    """Requests with structured output: the grammar's mask is made for a chain."""
 
 
 class DrafterCacheLayer(AttentionLayerBase):
@@ -78,15 +77,15 @@ class DrafterCacheLayer(AttentionLayerBase):
 
 
 class CTCProposer:
-    """What vLLM instantiates for `method="custom_class"`; our runner calls `propose` with tensors."""
+    """The class that vLLM instantiates for `method="custom_class"`; our runner calls its methods, vLLM none."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.vllm_config = vllm_config
         self.settings = EngineSettings.from_dict(vllm_config.additional_config["ctc_spec"])
-        self.remembered: list[VerifiedRows] = []
-        self.num_remembered = 0
-        """Rows of `remember` that are not stored yet."""
-        self.recorded: RecordedDrafts | None = None
+        self.deferred: list[VerifiedRows] = []
+        self.num_deferred = 0
+        """Rows of `deferred`, which are not stored yet."""
+        self.graphs: DraftGraphs | None = None
         self.attention: TreeAttention = cast(TreeAttention, NoAttention())
         """That of the target's backend, once the runner knows it: when the layers have their caches."""
 
@@ -105,22 +104,22 @@ class CTCProposer:
             forward_context[f"ctc_drafter.layers.{index}.attn"] = layer
         self.scale = self.drafter.config.head_dim**-0.5
 
-    def remember(self, verified: VerifiedRows) -> None:
-        """In place of `propose` while nothing drafts: rows become the drafter's context later, many steps at once."""
-        # By then the runner's buffers hold other rows; the hidden states are no part of them.
+    def defer(self, verified: VerifiedRows) -> None:
+        """In place of `propose` in steps without drafts: the rows are stored later, those of many steps at once."""
+        # The runner's buffers of positions and slots are overwritten by the next step; hidden states are not in them.
         kept = VerifiedRows(verified.hidden, verified.positions.clone(), verified.slots.clone())
-        self.remembered.append(kept)
+        self.deferred.append(kept)
         # Counted along, because a sum over all of them takes a measurable part of a small target's step.
-        self.num_remembered += len(verified.slots)
-        if self.num_remembered >= MOST_REMEMBERED:
-            self._store_remembered()
+        self.num_deferred += len(verified.slots)
+        if self.num_deferred >= MAX_DEFERRED_ROWS:
+            self._store_deferred()
 
-    def _store_remembered(self) -> None:
-        remembered, self.remembered, self.num_remembered = self.remembered, [], 0
+    def _store_deferred(self) -> None:
+        deferred, self.deferred, self.num_deferred = self.deferred, [], 0
         hidden, positions, slots = (
-            torch.cat(rows) for rows in zip(*((rows.hidden, rows.positions, rows.slots) for rows in remembered))
+            torch.cat(rows) for rows in zip(*((rows.hidden, rows.positions, rows.slots) for rows in deferred))
         )
-        if len(remembered) > 1:
+        if len(deferred) > 1:
             # A slot may have been given to another request meanwhile: its last row counts.
             last_rows = {slot: row for row, slot in enumerate(slots.tolist())}
             if len(last_rows) < len(slots):
@@ -131,25 +130,25 @@ class CTCProposer:
 
     def propose(self, verified: VerifiedRows, requests: DraftRequests | None) -> list[HostTree]:
         """Store the drafter's context of the verified rows, then one tree for each drafting request."""
-        self.remembered.append(verified)
-        self._store_remembered()
+        self.deferred.append(verified)
+        self._store_deferred()
         if requests is None:
             return []
         inputs = DraftInputs(requests.last_tokens, verified.hidden[requests.last_rows], requests.context)
-        wants_chain = any(requests.wants_chain)
-        if not wants_chain and self.recorded is not None and self.recorded.takes(inputs):
-            return to_host(self.recorded(inputs))
+        any_chain = any(requests.chain_only)
+        if not any_chain and self.graphs is not None and self.graphs.fits(inputs):
+            return unpack(self.graphs(inputs))
         options = self.settings.options
         drafted, logits = self._draft(inputs)
-        trees = to_host(self._build(drafted, logits, options))
-        if wants_chain:
-            chains = to_host(self._build(drafted, logits, dataclasses.replace(options, tree="chain")))
-            trees = [chain if wanted else tree for chain, tree, wanted in zip(chains, trees, requests.wants_chain)]
+        trees = unpack(self._build(drafted, logits, options))
+        if any_chain:
+            chains = unpack(self._build(drafted, logits, dataclasses.replace(options, tree="chain")))
+            trees = [chain if only else tree for chain, tree, only in zip(chains, trees, requests.chain_only)]
         return trees
 
     @torch.inference_mode()
     def profile(self, num_requests: int) -> None:
-        """Takes the memory that drafting for so many requests takes; before there is a cache, so without attention."""
+        """Draft for so many requests, to allocate what that takes; without attention, as the cache may not exist yet."""
         attention, self.attention = self.attention, cast(TreeAttention, NoAttention())
         try:
             inputs = self._inputs(num_requests, num_blocks=1)
@@ -161,21 +160,21 @@ class CTCProposer:
             self.attention = attention
 
     @torch.inference_mode()
-    def record(self, most_requests: int, how: Record) -> None:
-        """Drafting for at most so many requests is recorded, if all of it is done on the device; needs the cache."""
+    def capture(self, max_requests: int, capture: Capture) -> None:
+        """Capture drafting for up to `max_requests`, unless the host builds the tree; needs the cache."""
         if self.settings.options.tree == "template":
             return
         block_size = self.cache_layers[0].kv_cache.shape[2]
         num_blocks = -(-self.vllm_config.model_config.max_model_len // block_size)
-        buffers = self._inputs(most_requests, num_blocks)
+        buffers = self._inputs(max_requests, num_blocks)
 
         def draft(inputs: DraftInputs) -> Tensor:
             return self._build(*self._draft(inputs), self.settings.options)
 
-        self.recorded = RecordedDrafts(draft, buffers, how)
+        self.graphs = DraftGraphs(draft, buffers, capture)
 
     def _inputs(self, num_requests: int, num_blocks: int) -> DraftInputs:
-        """Of requests with a context of one position, in the block that vLLM keeps for padding."""
+        """For requests whose context is one position of the block that vLLM reserves for padding."""
         weight = self.drafter.norm.weight
         tokens = torch.zeros(num_requests, 2, dtype=torch.int64, device=weight.device)
         table = torch.zeros(num_requests, num_blocks, dtype=torch.int32, device=weight.device)
@@ -202,7 +201,7 @@ class CTCProposer:
 
 
 class NoAttention:
-    """In place of TreeAttention where only the rest is run."""
+    """In place of TreeAttention while there is no cache."""
 
     def context(self, block_table: Tensor, requests: Tensor, lens: Tensor) -> PagedContext:
         return PagedContext(block_table, lens)
@@ -215,20 +214,3 @@ class NoAttention:
 
     def write(self, *args: Any) -> None:
         return None
-
-
-def pack(trees: TokenTrees) -> Tensor:
-    """[R, 4 N + 1] int64: tokens, parents, depths, the bits of psi as float64, and the number of nodes.
-
-    In one tensor, because a GPU is waited for at each copy to the host.
-    """
-    bits = trees.prefix_logp.exp().double().view(torch.int64)
-    return torch.cat((trees.tokens, trees.parents, trees.depths, bits, trees.num_nodes[:, None]), dim=1)
-
-
-def to_host(packed: Tensor) -> list[HostTree]:
-    packed = packed.cpu()
-    tokens, parents, depths, bits = packed[:, :-1].unflatten(1, (4, -1)).unbind(1)
-    psi = bits.contiguous().view(torch.float64)
-    rows = zip(*(field.tolist() for field in (tokens, parents, depths, psi)), strict=True)
-    return [HostTree(*row).cut(count) for row, count in zip(rows, packed[:, -1].tolist())]

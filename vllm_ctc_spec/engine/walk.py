@@ -2,8 +2,8 @@
 
 The tree is a function of the past alone, so sampling the target at a node and stepping to the child that
 carries the sampled token is exact for any sampling parameters. vLLM's own `Sampler` draws every token, once,
-with the history that plain decoding would have at that point. Where nothing but the noise depends on the history, all
-nodes choose at once, because a GPU is waited for before each next token otherwise.
+with the history that plain decoding would have at that point. Where nothing but the noise depends on the history, the
+tokens of all nodes are sampled in one call: otherwise the host waits for the GPU before each next token.
 
 Letters: R requests of the batch, N nodes, V vocabulary.
 """
@@ -28,48 +28,10 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, sample_with_
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
 
+from vllm_ctc_spec.engine.host_tree import HostTree
+
 MOST_LOGITS = 1 << 26
-"""Entries of [rows, V] that choose at once: 256 MiB in float32, of which a choice holds three."""
-
-
-@dataclass(frozen=True)
-class HostTree:
-    """One request's drafted tree on the host: node i in 1..N is entry i - 1."""
-
-    tokens: list[int]
-    parents: list[int]
-    depths: list[int]
-    probabilities: list[float]
-    """psi of each node, what the drafter believes that the target accepts it with; for a prefix tree descending."""
-
-    @classmethod
-    def chain(cls, tokens: list[int]) -> HostTree:
-        """Tokens that we have not drafted, each after the one before."""
-        count = len(tokens)
-        return cls(tokens, list(range(count)), list(range(1, count + 1)), [0.0] * count)
-
-    @property
-    def is_chain(self) -> bool:
-        return self.parents == list(range(len(self.parents)))
-
-    def cut(self, num_nodes: int) -> HostTree:
-        return HostTree(
-            self.tokens[:num_nodes], self.parents[:num_nodes], self.depths[:num_nodes], self.probabilities[:num_nodes]
-        )
-
-    def children(self) -> dict[tuple[int, int], int]:
-        """(node, token) -> child"""
-        return {(parent, token): node for node, (parent, token) in enumerate(zip(self.parents, self.tokens), 1)}
-
-    def ancestor_masks(self) -> list[int]:
-        """N + 1 bitmasks in int64, see TokenTrees.ancestor_masks; bit 63 is the sign."""
-        masks = [1]
-        for node, parent in enumerate(self.parents, 1):
-            masks.append(masks[parent] | (1 << node))
-        return [mask - (1 << 64) if mask >> 63 else mask for mask in masks]
-
-
-EMPTY_TREE = HostTree([], [], [], [])
+"""Entries of [rows, V] that are sampled in one call: 256 MiB in float32, of which sampling holds three."""
 
 
 @dataclass
@@ -111,8 +73,10 @@ class WalkOutput:
 
 class TreeWalker:
     def __init__(self, sampler: Sampler, at_once: bool) -> None:
-        """at_once: sampled nodes choose together where they can. Not for a CPU: nothing waits there, choices that no
-        walk comes to would be work, and vLLM's sampler for CPU draws its noise in another way.
+        """at_once: sample the tokens of all nodes in one call where no parameter depends on the path.
+
+        For a GPU only. On a CPU no transfer is saved, nodes off the path would be sampled for nothing, and vLLM's CPU
+        sampler draws its noise differently.
         """
         self.sampler = sampler
         self.at_once = at_once
@@ -154,8 +118,10 @@ class TreeWalker:
     def _walk_at_once(
         self, logits: Tensor, walks: list[Walk], trees: Sequence[HostTree], metadata: SamplingMetadata
     ) -> None:
-        """As `_walk_sampled` with one wait. A node has one depth, and which noise a depth gets does not depend on the
-        path: so each generator draws for all depths of its tree, and goes back to where the walk has ended.
+        """The tokens of `_walk_sampled`, with one wait for the device.
+
+        The noise of a node depends on its depth alone. So each generator draws for all depths of its tree, and is set
+        back to its state at the depth where the walk ends.
         """
         generators = [metadata.generators.get(index) if walk.active else None for index, walk in enumerate(walks)]
         num_rows = [1 + len(tree.tokens) for tree in trees]
@@ -236,8 +202,10 @@ class TreeWalker:
                 del history[length:]
 
     def _sample_level(self, logits: Tensor, walks: list[Walk], metadata: SamplingMetadata) -> SamplerOutput:
-        """One call of vLLM's sampler over the batch. Requests that have left their tree, and prompt chunks, ride
-        along with their generator taken away: a seeded generator is drawn once for each emitted token, no more.
+        """One call of vLLM's sampler over the batch, one row per request.
+
+        Requests whose walk has ended, and prompt chunks, keep their row but not their generator: a seeded generator
+        draws once for each emitted token.
         """
         generators = {index: draw for index, draw in metadata.generators.items() if walks[index].active}
         if len(logits) > len(walks):
@@ -270,7 +238,7 @@ def _may_change_argmax(processor: object) -> bool:
 
 
 def _changes_probabilities(metadata: SamplingMetadata) -> bool:
-    """A processor that spares the argmax wants the batch as it is, one row for each request."""
+    """Whether a processor that keeps the argmax is active; such processors need one row per request."""
     return any(
         not isinstance(processor, MinPLogitsProcessor) or processor.min_p_count
         for processor in metadata.logitsprocs.argmax_invariant
