@@ -73,14 +73,14 @@ class ConditionedCase:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.conditioning.last)
+        return len(self.conditioning.state_in)
 
     def _given(self, prefix: Prefix) -> list[list[float]]:
         """[T][V + 1] or [T][V] p_t(k | prefix)"""
         state = self.start.double()
         for token in prefix:
-            state = self.conditioning.last[token].double() + self.conditioning.carry.double() @ state
-        bias = self.conditioning.following.double() @ (self.gate.double() * state)
+            state = self.conditioning.state_in[token].double() + self.conditioning.transition.double() @ state
+        bias = self.conditioning.logit_out.double() @ (self.gate.double() * state)
         return (self.logits.double() + bias).softmax(-1).tolist()
 
     def outcomes(self) -> dict[Prefix, float]:
@@ -101,7 +101,8 @@ class ConditionedCase:
 
     def root(self) -> ConditionedPrefix:
         last, carry, following = (
-            table.double() for table in (self.conditioning.last, self.conditioning.carry, self.conditioning.following)
+            table.double()
+            for table in (self.conditioning.state_in, self.conditioning.transition, self.conditioning.logit_out)
         )
         logits, following = self.logits.double(), following * self.gate.double()
         if len(following) == len(last):

@@ -47,7 +47,7 @@ def test_candidates_are_the_tokens_most_probable_in_any_frame(build: Callable, n
 def test_what_is_no_candidate_is_one_mass_without_bias() -> None:
     logits, start, gate, tables = _case(num_requests=1)
     logits[..., :6] += 9.0
-    tables.following[6:-1] = 0.0
+    tables.logit_out[6:-1] = 0.0
     whole, restricted = (
         build_prefix_trees(conditioned_emissions(logits, start, gate, tables, num), 8) for num in (30, 6)
     )
@@ -80,6 +80,6 @@ def test_unusable_arguments_are_refused_by_name() -> None:
         independent_emissions(logits[0], 4)
     with pytest.raises(ValueError, match="num_candidates=0"):
         independent_emissions(logits, 0)
-    short = Conditioning(tables.last, tables.carry, tables.following[:-1])
+    short = Conditioning(tables.state_in, tables.transition, tables.logit_out[:-1])
     with pytest.raises(ValueError, match="30 and 30 rows"):
         conditioned_emissions(logits, start, gate, short, 4)

@@ -187,13 +187,13 @@ def test_the_loss_without_slack_is_that_of_the_sum_over_alignments_without_blank
     draft, lm_head, labels, embeddings = random_draft(drafter)
     logits = F.pad(draft.frames @ lm_head.T, (0, 1), value=IMPOSSIBLE)
     states = states_after(drafter, draft, labels)
-    expected = conditioned_loss(logits, states, F.pad(drafter.conditioning.following, (0, 0, 0, 1)), labels).mean()
+    expected = conditioned_loss(logits, states, F.pad(drafter.conditioning.logit_out, (0, 0, 0, 1)), labels).mean()
     torch.testing.assert_close(alignment_loss(drafter, draft, lm_head, labels, embeddings).mean, expected)
 
 
 def states_after(drafter: CTCDrafter, draft: Draft, labels: Tensor) -> Tensor:
     tables = drafter.conditioning
-    return gated_states(F.embedding(labels, tables.last), tables.carry, draft.start, draft.gate)
+    return gated_states(F.embedding(labels, tables.state_in), tables.transition, draft.start, draft.gate)
 
 
 @pytest.mark.parametrize("rank", [5, 0])
@@ -223,7 +223,7 @@ def test_a_label_weighs_less_than_the_one_before_it():
     def mean(number: int) -> Tensor:
         """Of the labels' number-th."""
         states = states_after(drafter, draft, labels)[:, number]
-        logits = draft.frames[:, number] @ lm_head.T + states @ drafter.conditioning.following.T
+        logits = draft.frames[:, number] @ lm_head.T + states @ drafter.conditioning.logit_out.T
         return F.cross_entropy(logits, labels[:, number])
 
     expected = 3 * (mean(0) + mean(1) / 2 + mean(2) / 4) / (1 + 1 / 2 + 1 / 4)
@@ -237,6 +237,6 @@ def test_missing_labels_do_not_count():
     labels[4:, 1:] = MISSING
     labels[7:, 2] = MISSING
     states = states_after(drafter, draft, labels.clamp(min=0))[:, :-1]
-    logits = draft.frames @ lm_head.T + states @ drafter.conditioning.following.T
+    logits = draft.frames @ lm_head.T + states @ drafter.conditioning.logit_out.T
     mean = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=MISSING)
     torch.testing.assert_close(alignment_loss(drafter, draft, lm_head, labels, embeddings).mean, 3 * mean)

@@ -37,10 +37,10 @@ def _search(emissions: ConditionedEmissions, num_nodes: int, min_psi: float, is_
     columns, parents, depths = torch.zeros(3, num_requests, num_nodes, dtype=torch.int64)
     psi = torch.zeros(num_requests, num_nodes)
     counts = torch.zeros(num_requests, dtype=torch.int64)
-    last, following, rows = conditioning.last, conditioning.following, tokens
-    if last.dtype != torch.float32:
+    state_in, logit_out, rows = conditioning.state_in, conditioning.logit_out, tokens
+    if state_in.dtype != torch.float32:
         # No whole table is converted at every step.
-        last, following = (F.embedding(tokens, table).flatten(0, 1) for table in (last, following))
+        state_in, logit_out = (F.embedding(tokens, table).flatten(0, 1) for table in (state_in, logit_out))
         rows = torch.arange(tokens.numel()).view_as(tokens)
     # Not before: vLLM looks through all modules when its CPU worker starts, and fails at what llvmlite has in its own
     # (vllm/triton_utils/dispatcher.py).
@@ -48,9 +48,9 @@ def _search(emissions: ConditionedEmissions, num_nodes: int, min_psi: float, is_
 
     search_all(
         rows.numpy(),
-        _numbers(emissions.token_logp, emissions.outside),
+        _numbers(emissions.token_logp, emissions.tail_mass),
         _numbers(emissions.start, emissions.gate),
-        _numbers(last, conditioning.carry, following),
+        _numbers(state_in, conditioning.transition, logit_out),
         min_psi,
         is_chain,
         tuple(each.numpy() for each in (columns, parents, depths, psi, counts)),

@@ -22,14 +22,14 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 @compiled
 def search_all(rows, frames, states, tables, min_psi, is_chain, trees):  # type: ignore[no-untyped-def]
-    """rows: [R, C], of the candidates in last and following. frames: token_logp [R, T, C], outside [R, T]; states:
-    start, gate [R, r]; tables: last [n, r], carry [r, r], following [n, r].
+    """rows: [R, C], of the candidates in state_in and logit_out. frames: token_logp [R, T, C], tail_mass [R, T];
+    states: start, gate [R, r]; tables: state_in [n, r], transition [r, r], logit_out [n, r].
 
     trees: columns (nodes' candidates), parents, depths, psi [R, N], counts [R], all zeros, to be filled.
     """
-    token_logp, outside = frames
+    token_logp, tail_mass = frames
     start, gate = states
-    last, carry, following = tables
+    state_in, transition, logit_out = tables
     columns, parents, depths, psi, counts = trees
     num_nodes = psi.shape[1]
     num_frames, num_candidates, rank = token_logp.shape[1], token_logp.shape[2], start.shape[1]
@@ -48,15 +48,15 @@ def search_all(rows, frames, states, tables, min_psi, is_chain, trees):  # type:
                 reached[0] = start[request]
             else:
                 above, frame = best[node - 1], depth[node - 1]
-                advance(last[rows[request, column[node - 1]]], carry, reached[parent[node - 1]], reached[node])
+                advance(state_in[rows[request, column[node - 1]]], transition, reached[parent[node - 1]], reached[node])
             if frame == num_frames:
                 continue
             scale = above / weigh(
                 token_logp[request, frame],
-                following,
+                logit_out,
                 rows[request],
                 gate[request] * reached[node],
-                outside[request, frame],
+                tail_mass[request, frame],
                 weights,
             )
             room = node + 1 if is_chain else num_nodes
@@ -76,31 +76,31 @@ def search_all(rows, frames, states, tables, min_psi, is_chain, trees):  # type:
 
 
 @compiled
-def advance(last, carry, state, following):  # type: ignore[no-untyped-def]
-    """following [r] = last + carry @ state"""
-    for row in range(len(last)):
-        total = last[row]
+def advance(state_in, transition, state, child):  # type: ignore[no-untyped-def]
+    """child [r] = state_in + transition @ state"""
+    for row in range(len(state_in)):
+        total = state_in[row]
         for column in range(len(state)):
-            total += carry[row, column] * state[column]
-        following[row] = total
+            total += transition[row, column] * state[column]
+        child[row] = total
 
 
 @compiled
-def weigh(token_logp, following, rows, state, outside, weights):  # type: ignore[no-untyped-def]
+def weigh(token_logp, logit_out, rows, state, tail_mass, weights):  # type: ignore[no-untyped-def]
     """weights [C]: each candidate's share of the sum that is returned; both relative to the largest.
 
-    following: [n, r], of which the candidates have `rows` [C]; state: [r], gated.
+    logit_out: [n, r], of which the candidates have `rows` [C]; state: [r], gated.
     """
-    largest = np.float32(math.log(outside)) if outside > 0.0 else np.float32(-np.inf)
+    largest = np.float32(math.log(tail_mass)) if tail_mass > 0.0 else np.float32(-np.inf)
     for candidate in range(len(weights)):
         total = token_logp[candidate]
-        row = following[rows[candidate]]
+        row = logit_out[rows[candidate]]
         for index in range(len(state)):
             total += row[index] * state[index]
         weights[candidate] = total
         largest = max(largest, total)
-    # What is no candidate has no bias.
-    total = outside * np.exp(-largest)
+    # Labels that are not candidates have no bias.
+    total = tail_mass * np.exp(-largest)
     for candidate in range(len(weights)):
         weights[candidate] = np.exp(weights[candidate] - largest)
         total += weights[candidate]

@@ -102,10 +102,10 @@ class ConditionedPrefix:
 
     def emission_logp(self) -> Tensor:
         """[T, V + 1] log p_t(k | h)."""
-        return (self.frames + self.conditioning.following @ self.state).log_softmax(-1)
+        return (self.frames + self.conditioning.logit_out @ self.state).log_softmax(-1)
 
     def extend(self, token: int) -> ConditionedPrefix:
-        state = self.conditioning.last[token] + self.conditioning.carry @ self.state
+        state = self.conditioning.state_in[token] + self.conditioning.transition @ self.state
         child = ConditionedPrefix(self.frames, self.conditioning, state, (), 0.0)
         forward, new_logp = [_IMPOSSIBLE], [_IMPOSSIBLE]
         frames = zip(self.emission_logp().tolist(), child.emission_logp()[:, -1].tolist(), strict=True)

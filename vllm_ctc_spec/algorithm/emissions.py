@@ -28,16 +28,16 @@ from torch import Tensor
 class Conditioning:
     """The tables of the conditioned family, of one floating type."""
 
-    last: Tensor
+    state_in: Tensor
     """[V, r], the table A."""
-    carry: Tensor
+    transition: Tensor
     """[r, r], the matrix W."""
-    following: Tensor
+    logit_out: Tensor
     """[V, r], the table B; with a blank [V + 1, r], blank last."""
 
     def advance(self, state: Tensor, tokens: Tensor) -> Tensor:
         """[..., r], the state s(h.c), from s(h) [..., r] and c [...] int64."""
-        return F.embedding(tokens, self.last) + state @ self.carry.T
+        return F.embedding(tokens, self.state_in) + state @ self.transition.T
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class IndependentEmissions:
 
 @dataclass(frozen=True)
 class ConditionedEmissions:
-    """The same before conditioning, and what conditions them."""
+    """Log probabilities of C distinct candidate tokens in each frame before conditioning, and what conditions them."""
 
     tokens: Tensor
     """[R, C] int64, distinct within a request."""
@@ -62,20 +62,20 @@ class ConditionedEmissions:
     """[R, T, C] float32, log softmax(frame_t)[c]."""
     blank_logp: Tensor | None
     """[R, T] float32; None if no frame is blank."""
-    outside: Tensor
-    """[R, T] float32, the probability of all labels that are no candidates: no state changes it before normalising."""
+    tail_mass: Tensor
+    """[R, T] float32, the probability of all labels that are not candidates. They get no bias."""
     start: Tensor
     """[R, r], the state of the empty prefix."""
     gate: Tensor
     """[R, r]"""
     conditioning: Conditioning
 
-    def following(self) -> Tensor:
+    def logit_rows(self) -> Tensor:
         """[R, C, r], rows gate * B of the candidates; with a blank [R, C + 1, r], blank last."""
         labels = self.tokens
         if self.blank_logp is not None:
-            labels = F.pad(labels, (0, 1), value=len(self.conditioning.last))
-        return F.embedding(labels, self.conditioning.following) * self.gate[:, None]
+            labels = F.pad(labels, (0, 1), value=len(self.conditioning.state_in))
+        return F.embedding(labels, self.conditioning.logit_out) * self.gate[:, None]
 
 
 def independent_emissions(logits: Tensor, num_candidates: int, drafted: Tensor | None = None) -> IndependentEmissions:
@@ -109,12 +109,12 @@ def conditioned_emissions(
     Raises ValueError if shapes disagree or num_candidates is unusable.
     """
     _check(logits, num_candidates)
-    num_tokens = len(conditioning.last)
+    num_tokens = len(conditioning.state_in)
     num_columns = num_tokens if drafted is None else len(drafted)
     num_blanks = logits.shape[-1] - num_columns
-    if num_blanks not in (0, 1) or len(conditioning.following) != num_tokens + num_blanks:
+    if num_blanks not in (0, 1) or len(conditioning.logit_out) != num_tokens + num_blanks:
         raise ValueError(
-            f"condition tables of {num_tokens} and {len(conditioning.following)} rows for logits over "
+            f"condition tables of {num_tokens} and {len(conditioning.logit_out)} rows for logits over "
             f"{logits.shape[-1]} labels, of which {num_columns} are tokens: the first needs one row per token, the "
             f"second one per label, blank included."
         )
@@ -122,15 +122,15 @@ def conditioned_emissions(
     columns = _top_columns(logp[..., :num_columns], num_candidates)
     tokens = _tokens(columns, drafted)
     token_logp, blank_logp = _take(logp, columns), None
-    outside = 1 - token_logp.exp().sum(-1)
+    tail_mass = 1 - token_logp.exp().sum(-1)
     if num_blanks:
         blank_logp = logp[..., -1]
-        outside -= blank_logp.exp()
-    outside.clamp_(min=0.0)
+        tail_mass -= blank_logp.exp()
+    tail_mass.clamp_(min=0.0)
     if columns.shape[1] == num_columns:
-        # Nothing is outside, and rounding must not say otherwise.
-        outside.zero_()
-    return ConditionedEmissions(tokens, token_logp, blank_logp, outside, start, gate, conditioning)
+        # All tokens are candidates, so the difference is rounding.
+        tail_mass.zero_()
+    return ConditionedEmissions(tokens, token_logp, blank_logp, tail_mass, start, gate, conditioning)
 
 
 def _check(logits: Tensor, num_candidates: int) -> None:

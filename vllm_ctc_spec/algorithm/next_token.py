@@ -47,13 +47,13 @@ def conditioned_next_tokens(
     logits: [R, T, V], or with a blank [R, T, V + 1], blank last. start, gate: [R, r], see emissions.py.
     path: [R, U] int64, U <= T.
     """
-    frames, following = logits.float(), conditioning.following
-    if logits.shape[-1] == len(conditioning.last):
-        frames, following = F.pad(frames, (0, 1), value=-torch.inf), F.pad(following, (0, 0, 0, 1))
+    frames, logit_out = logits.float(), conditioning.logit_out
+    if logits.shape[-1] == len(conditioning.state_in):
+        frames, logit_out = F.pad(frames, (0, 1), value=-torch.inf), F.pad(logit_out, (0, 0, 0, 1))
     arrival_logp = _certain_start(frames[..., -1])
     best, state = [], start
     for token in path.T:
-        bias = ((state * gate) @ following.T).float()
+        bias = ((state * gate) @ logit_out.T).float()
         logp = (frames + bias[:, None]).log_softmax(-1)
         forward_logp = _forward(arrival_logp, logp[..., -1])
         best.append(_most_probable(_children(forward_logp, forward_logp, logp[..., :-1].exp())))

@@ -158,8 +158,8 @@ class CTCDrafter(PreTrainedModel):
 
     draft_vocab: Tensor | None
     """[K] int64, distinct, the most frequent first: the tokens that are drafted; None for all V."""
-    last_table: Tensor | None
-    next_table: Tensor | None
+    state_in_table: Tensor | None
+    logit_out_table: Tensor | None
     """Those of `conditioning`, once they are set."""
 
     def __init__(self, config: CTCDrafterConfig) -> None:
@@ -189,8 +189,8 @@ class CTCDrafter(PreTrainedModel):
                 self.condition_blank = nn.Parameter(torch.empty(1, rank))
             self.condition_carry = nn.Linear(rank, rank, bias=False)
             self.condition_gate = nn.Linear(size, rank, bias=False)
-        self.register_buffer("last_table", None, persistent=False)
-        self.register_buffer("next_table", None, persistent=False)
+        self.register_buffer("state_in_table", None, persistent=False)
+        self.register_buffer("logit_out_table", None, persistent=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -238,14 +238,14 @@ class CTCDrafter(PreTrainedModel):
         """embedding, lm_head: [V, H], the target's; to be called again where the drafter's weights change."""
         if self.config.emission == "conditioned":
             dtype = self.norm.weight.dtype
-            self.last_table = self.condition_last(embedding.to(dtype))
-            self.next_table = self.next_rows(lm_head.to(dtype))
+            self.state_in_table = self.condition_last(embedding.to(dtype))
+            self.logit_out_table = self.next_rows(lm_head.to(dtype))
 
     @property
     def conditioning(self) -> Conditioning:
         """Of a drafter whose emissions are conditioned and whose tables are set."""
-        assert self.last_table is not None and self.next_table is not None
-        return Conditioning(self.last_table, self.condition_carry.weight, self.next_table)
+        assert self.state_in_table is not None and self.logit_out_table is not None
+        return Conditioning(self.state_in_table, self.condition_carry.weight, self.logit_out_table)
 
     def forward(self, last_embeddings: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Draft:
         """last_embeddings: [..., 2, H], the target's embeddings of the token at position n and of the anchor;

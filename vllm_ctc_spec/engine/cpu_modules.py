@@ -67,7 +67,7 @@ def use_vllms_kernels(drafter: CTCDrafter, num_positions: int) -> None:
     if drafter.config.emission == "conditioned":
         # What the search for trees reads.
         tables = drafter.conditioning
-        drafter.last_table, drafter.next_table = tables.last.float(), tables.following.float()
+        drafter.state_in_table, drafter.logit_out_table = tables.state_in.float(), tables.logit_out.float()
     replacements: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
         nn.Linear: PackedLinear,
         RMSNorm: FusedRMSNorm,

@@ -148,7 +148,7 @@ class CTCProposer:
 
     @torch.inference_mode()
     def profile(self, num_requests: int) -> None:
-        """Draft for so many requests, to allocate what that takes; without attention, as the cache may not exist yet."""
+        """Draft for so many requests, to allocate what that takes; without attention, as there may be no cache yet."""
         attention, self.attention = self.attention, cast(TreeAttention, NoAttention())
         try:
             inputs = self._inputs(num_requests, num_blocks=1)
