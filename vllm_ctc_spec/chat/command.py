@@ -87,7 +87,7 @@ def _chat(options: argparse.Namespace) -> int:
 def _engine_settings(options: argparse.Namespace, target: str, drafter: str) -> dict[str, Any]:
     """For `vllm.LLM`."""
     from vllm_ctc_spec.kv_cache import engine_options
-    from vllm_ctc_spec.precision import target_dtype
+    from vllm_ctc_spec.machine import target_dtype
 
     given = dict(options.engine)
     for key in ("speculative_config", "worker_extension_cls"):

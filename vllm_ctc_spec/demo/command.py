@@ -43,7 +43,7 @@ def _demo(options: argparse.Namespace) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_ctc_spec.demo.run import Stages, run_demo
     from vllm_ctc_spec.files import write_atomically
-    from vllm_ctc_spec.terminal import console
+    from vllm_ctc_spec.tables import console
 
     terminal = console()
     report = Stages(terminal)

@@ -30,7 +30,7 @@ from vllm_ctc_spec.demo.engines import CTC, NAMES, Engines, engine_options
 from vllm_ctc_spec.demo.pair import Pair, Report
 from vllm_ctc_spec.files import user_cache
 from vllm_ctc_spec.inspection import DrawnTree, draw
-from vllm_ctc_spec.precision import target_dtype
+from vllm_ctc_spec.machine import target_dtype
 
 CONTEXT = 1024
 """Tokens; the longest prompt with its answer takes half."""
