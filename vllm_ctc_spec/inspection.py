@@ -55,8 +55,13 @@ def draw(
     config = check_drafter(drafter)
     tokenizer = AutoTokenizer.from_pretrained(target)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-    if (config.hidden_size, config.vocab_size) != (model.config.hidden_size, model.config.vocab_size):
-        raise ValueError(f"drafter {drafter!r} was trained for another target than {target!r}.")
+    for size in ("hidden_size", "vocab_size"):
+        ours, theirs = getattr(config, size), getattr(model.config, size)
+        if ours != theirs:
+            raise ValueError(
+                f"drafter {drafter!r} has {size} {ours}, but the target {target!r} has {theirs}: it was trained for "
+                "another target. Name a drafter of this one."
+            )
     tokens = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
     if not tokens:
         raise ValueError("--prompt is empty: the drafter starts from the target's state after a prompt.")
