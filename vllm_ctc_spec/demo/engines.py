@@ -59,7 +59,7 @@ class Engines:
             raise ValueError(f"{title} failed: {error} Its log is {self._logs[name]}.") from error
 
 
-def engine_options(
+def options_of_both(
     pair: Pair, method: dict[str, Any], dtype: torch.dtype, max_model_len: int, **both: Any
 ) -> dict[str, dict[str, Any]]:
     """For `Engines.start`, with one request in flight.

@@ -26,7 +26,7 @@ from vllm_ctc_spec.demo.compare import (
     same_in_float32,
     workload,
 )
-from vllm_ctc_spec.demo.engines import CTC, NAMES, Engines, engine_options
+from vllm_ctc_spec.demo.engines import CTC, NAMES, Engines, options_of_both
 from vllm_ctc_spec.demo.pair import Pair, Report
 from vllm_ctc_spec.files import user_cache
 from vllm_ctc_spec.inspection import DrawnTree, draw
@@ -92,11 +92,11 @@ def run_demo(pair: Pair, num_nodes: int, console: Console, report: Report) -> di
 def running_engines(
     pair: Pair, method: dict[str, Any], dtype: torch.dtype, logs: Path, **options: Any
 ) -> Iterator[Engines]:
-    """Plain vLLM and vLLM with CTC trees, started. method, options: see `engine_options`."""
+    """Plain vLLM and vLLM with CTC trees, started. method, options: see `options_of_both`."""
     text = AutoConfig.from_pretrained(str(pair.target)).get_text_config()
     context = min(text.max_position_embeddings, CONTEXT)
     with Engines(logs) as engines:
-        engines.start(str(pair.target), engine_options(pair, method, dtype, context, **options))
+        engines.start(str(pair.target), options_of_both(pair, method, dtype, context, **options))
         yield engines
 
 
