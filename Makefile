@@ -7,7 +7,7 @@ BIN := .venv/bin
 ARGS ?=
 
 # The tests that start no engine.
-UNIT_TESTS ?= $(wildcard tests/algorithm tests/bench tests/demo tests/drafter tests/ops tests/training tests/test_*.py)
+UNIT_TESTS ?= $(wildcard tests/algorithm tests/bench tests/demo tests/drafter tests/ops tests/training tests/verify tests/test_*.py)
 
 # No test needs the Hugging Face hub.
 test coverage check: export HF_HUB_OFFLINE := 1
