@@ -1,22 +1,23 @@
 # Every target but clean and gpu-check sets up .venv first: once, and again when pyproject.toml changes.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo drafter test check gpu-check format clean
+.PHONY: help setup demo drafter test coverage check gpu-check format clean
 
 BIN := .venv/bin
 ARGS ?=
 
 # The tests that start no engine.
-UNIT_TESTS ?= $(wildcard tests/algorithm tests/bench tests/demo tests/drafter tests/ops tests/training tests/test_*.py)
+UNIT_TESTS ?= $(wildcard tests/algorithm tests/bench tests/demo tests/drafter tests/ops tests/training tests/verify tests/test_*.py)
 
 # No test needs the Hugging Face hub.
-test check: export HF_HUB_OFFLINE := 1
+test coverage check: export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
 help:
 	@echo 'make demo    serve a chat model with and without CTC trees and compare (ARGS="--json out.json")'
 	@echo 'make drafter train the demo drafter again, hours (OUTPUT=FOLDER PROMPTS=FILE ARGS="--minutes 30")'
 	@echo 'make test    run all tests (ARGS="-k walk")'
+	@echo 'make coverage  run all tests and list the lines of the package that none of them runs'
 	@echo 'make check   formatting, lint, types and unit tests: what every change must pass'
 	@echo 'make gpu-check  kernels and steps on a GPU, without vLLM and without .venv (PYTHON=python3 RESULTS=FOLDER)'
 	@echo 'make format  format the code and fix what lint can fix'
@@ -36,10 +37,14 @@ drafter: setup
 # Three tests at a time, because most of one with an engine is its start, on one core, and waits for disks and messages.
 # A process that has done its share takes of another's, so that the long ones are not left to one at the end. vLLM would
 # bind the threads of all engines to the same cores.
-test: export VLLM_CPU_OMP_THREADS_BIND := nobind
-test: export OMP_NUM_THREADS := 1
+test coverage: export VLLM_CPU_OMP_THREADS_BIND := nobind
+test coverage: export OMP_NUM_THREADS := 1
 test: setup
 	$(BIN)/pytest --numprocesses 3 --dist worksteal $(ARGS)
+
+# Not part of `make test`, because counting lines slows the tests down.
+coverage: setup
+	$(BIN)/pytest --numprocesses 3 --dist worksteal --cov --cov-report=term-missing $(ARGS)
 
 check: setup
 	$(BIN)/ruff format --check
@@ -56,5 +61,5 @@ format: setup
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build dist *.egg-info
 	find vllm_ctc_spec tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec`: demo, chat, train, bench, verify, inspect. Each command imports what it needs when it runs."""
+"""The command `vllm-ctc-spec`. Each of its commands imports what it needs when it runs, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the next run goes on from where this one stopped.", file=sys.stderr)
+        print(
+            f"{parser.prog}: interrupted. train and bench resume when the same command is run again.", file=sys.stderr
+        )
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vllm-ctc-spec", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="vllm-ctc-spec", description="Token-tree speculative decoding for vLLM.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -38,24 +40,27 @@ def _parser() -> argparse.ArgumentParser:
     add_bench(commands)
     add_verify(commands)
 
-    inspect = commands.add_parser("inspect", help="draw the token tree of one prompt")
-    inspect.add_argument("target", help="folder or hub name of the target")
+    inspect = commands.add_parser("inspect", help="draw the token tree of one decoding step")
+    inspect.add_argument("target", help="model folder, or name on the Hugging Face hub")
     inspect.add_argument("drafter", help="folder of its CTC drafter")
-    inspect.add_argument("--prompt", required=True)
+    inspect.add_argument("--prompt", required=True, help="text that the target continues, greedily and in float32")
     inspect.add_argument("--nodes", type=int, default=32, help="node budget, 1 to 63 (default %(default)s)")
     inspect.add_argument("--tree", default="prefix", help="prefix, template or chain (default %(default)s)")
-    inspect.add_argument("--candidates", type=int, default=32, help="candidates per frame (default %(default)s)")
-    inspect.add_argument("--skip", type=int, default=0, help="decoding steps before the tree (default %(default)s)")
-    inspect.add_argument("--png", type=Path, metavar="PATH", help="also draw it into this file")
+    inspect.add_argument(
+        "--candidates", type=int, default=32, help="tokens that the tree may contain, 1 to 64 (default %(default)s)"
+    )
+    inspect.add_argument(
+        "--skip", type=int, default=0, help="draw the tree after so many decoding steps (default %(default)s)"
+    )
+    inspect.add_argument("--png", type=Path, metavar="PATH", help="also write a PNG (needs matplotlib)")
     inspect.set_defaults(run=_inspect)
     return parser
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from vllm_ctc_spec.config import SpecOptions, check_node_budget
     from vllm_ctc_spec.inspection import draw, summary, to_png, to_terminal
+    from vllm_ctc_spec.tables import console
 
     drawn = draw(
         options.target,
@@ -65,12 +70,12 @@ def _inspect(options: argparse.Namespace) -> int:
         SpecOptions(tree=options.tree, candidates=options.candidates),
         options.skip,
     )
-    console = Console()
-    console.print(to_terminal(drawn))
-    console.print(summary(drawn))
+    terminal = console()
+    terminal.print(to_terminal(drawn))
+    terminal.print(summary(drawn))
     if options.png is not None:
         to_png(drawn, options.png)
-        console.print(f"drawn into {options.png}")
+        terminal.print(f"drawn into {options.png}")
     return 0
 
 

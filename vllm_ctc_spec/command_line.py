@@ -1,4 +1,4 @@
-"""Types of command-line arguments that several commands take."""
+"""Argument types that several commands share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, the value read as JSON where it is JSON, else as a string."""
+    """(key, value) of KEY=VALUE; the value is parsed as JSON, or a string where it is no JSON."""
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r}: write KEY=VALUE")

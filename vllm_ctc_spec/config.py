@@ -42,7 +42,7 @@ class CTCDrafterConfig(PretrainedConfig):
     shares its embedding and LM head and keeps its keys and values in the same paged cache.
     `emission` names the family (see algorithm/ctc.py): "independent" (CTC, repeats merge) or "conditioned"
     (one label per frame, each emission conditioned on the emitted tokens through tables of rank `condition_rank`).
-    `draft_vocab_size` tokens, which stand beside the weights, are all that is ever drafted; None for every token.
+    Only `draft_vocab_size` tokens are drafted, whose ids are stored with the weights; None drafts every token.
     `target_layers` are the layers of the target whose outputs the drafter reads beside the last hidden state, counted
     as vLLM counts auxiliary hidden states: 0 stands for the embeddings, i for the output of the i-th layer.
     """
@@ -111,7 +111,7 @@ class CTCDrafterConfig(PretrainedConfig):
         self.target_layers = layers
 
     def _check_numbers(self) -> None:
-        """Raises ValueError. A sentence of one form for each field, so that the checks after it meet numbers only."""
+        """Raises ValueError that names the field. The other checks rely on the types that this one ensures."""
         needs = {name: (is_integer(getattr(self, name), 1), "an integer of at least 1") for name in _COUNTS}
         needs["condition_rank"] = is_integer(self.condition_rank, 0), "an integer of at least 0"
         optional = self.draft_vocab_size is None or is_integer(self.draft_vocab_size)
@@ -130,7 +130,7 @@ class CTCDrafterConfig(PretrainedConfig):
 
     @property
     def has_blank(self) -> bool:
-        """Whether a frame may be blank: conditioned labels without slack stand at a frame each."""
+        """False where every frame holds one label: conditioned emissions with as many labels as frames."""
         return self.emission == "independent" or self.label_length < self.num_frames
 
 
@@ -138,12 +138,12 @@ class CTCDrafterConfig(PretrainedConfig):
 class SpecOptions:
     """Our keys of `speculative_config`, beside vLLM's `method`, `model` and `num_speculative_tokens`.
 
-    tree: how the frames become a token tree; "template" (the paper's) and "chain" are for comparison.
-    candidates: tokens that the tree is made of, for each frame; the others are one mass of probability.
-    min_prefix_probability: nodes that the drafter believes less likely than this are not verified.
-    adaptive_budget: verify only those nodes, up to the node budget, that make the batch faster (engine/adaptive/);
-        a template tree is always verified whole.
-    attention_kernel: what attends for trees and the drafter's frames; "xformers" on CUDA only.
+    tree: "prefix" is the optimal tree; "template" (arXiv 2412.00061) and "chain" (greedy path) are for comparison.
+    candidates: how many tokens a tree may contain: those with the largest probability in any one frame.
+    min_prefix_probability: nodes with a smaller prefix probability are not verified.
+    adaptive_budget: verify as many nodes, up to the node budget, as make the batch faster (engine/adaptive/); a
+        template tree is always verified whole.
+    attention_kernel: kernel for tree attention and for the drafter's frames; "xformers" on CUDA only.
     """
 
     tree: Literal["prefix", "template", "chain"] = "prefix"
@@ -154,6 +154,7 @@ class SpecOptions:
 
     @property
     def adapts(self) -> bool:
+        """Whether the node budget is adaptive."""
         return self.adaptive_budget and self.tree != "template"
 
     def __post_init__(self) -> None:
@@ -179,7 +180,7 @@ class SpecOptions:
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> SpecOptions:
-        """Raises ValueError that names every key that is not an option and the nearest one that is."""
+        """Raises ValueError that names the first unknown key and the option nearest to it."""
         for key in options:
             if key not in cls.names():
                 hint = did_you_mean(key, cls.names())
@@ -188,13 +189,13 @@ class SpecOptions:
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """A sentence for the end of an error, with a space before it; nothing where no known name is near."""
+    """A sentence to append to an error, with a leading space; empty if no known name is similar."""
     near = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def check_node_budget(num_nodes: Any) -> int:
-    """`num_speculative_tokens` is the node budget N."""
+    """num_nodes: of `num_speculative_tokens`. Raises ValueError unless it is an integer from 1 to MAX_NODES."""
     if not is_integer(num_nodes, 1) or num_nodes > MAX_NODES:
         raise ValueError(
             f"num_speculative_tokens={num_nodes!r}: the node budget of a token tree is an integer "
@@ -204,7 +205,7 @@ def check_node_budget(num_nodes: Any) -> int:
 
 
 def is_integer(value: Any, least: int | None = None) -> bool:
-    """Not true and false, which are integers to Python."""
+    """Booleans, which Python counts as integers, are none. least: smallest value allowed."""
     return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 
 

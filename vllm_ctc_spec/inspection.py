@@ -1,4 +1,4 @@
-"""One prompt's token tree, for people: what was drafted, how much it was believed, what the target took."""
+"""The token tree of one decoding step, drawn: draft tokens, prefix probabilities and the accepted path."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DrawnTree:
-    """Node 0 is the anchor; node i in 1..N is entry i of every list."""
+    """Entry i of every list is node i; node 0 is the anchor."""
 
     labels: list[str]
+    """Decoded tokens."""
     parents: list[int]
     depths: list[int]
     probabilities: list[float]
     """Prefix probabilities; 1 for the anchor."""
     accepted: set[int]
-    """Node indices of the path that the target took, the anchor included."""
+    """Nodes of the accepted path, the anchor included."""
     emitted: str
     """The text of the step: the accepted path and the target's own token after it."""
 
     @property
     def expected_length(self) -> float:
-        """Tokens that the drafter expects the step to emit: the sum of psi over all nodes, the anchor's 1 included."""
+        """Tokens that the step emits by the drafter's own probabilities: the sum of psi, the anchor's 1 included."""
         return sum(self.probabilities)
 
 
@@ -54,8 +55,13 @@ def draw(
     config = check_drafter(drafter)
     tokenizer = AutoTokenizer.from_pretrained(target)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-    if (config.hidden_size, config.vocab_size) != (model.config.hidden_size, model.config.vocab_size):
-        raise ValueError(f"drafter {drafter!r} was trained for another target than {target!r}.")
+    for size in ("hidden_size", "vocab_size"):
+        ours, theirs = getattr(config, size), getattr(model.config, size)
+        if ours != theirs:
+            raise ValueError(
+                f"drafter {drafter!r} has {size} {ours}, but the target {target!r} has {theirs}: it was trained for "
+                "another target. Name a drafter of this one."
+            )
     tokens = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
     if not tokens:
         raise ValueError("--prompt is empty: the drafter starts from the target's state after a prompt.")
@@ -76,11 +82,11 @@ def draw(
 
 
 def to_terminal(drawn: DrawnTree) -> Tree:
+    """Accepted nodes in green, and marked by a word for terminals without colours."""
     branches: list[Tree] = []
     for node, parent in enumerate(drawn.parents):
         is_taken = node in drawn.accepted
         style = "bold green" if is_taken else "dim"
-        # In words, too, for terminals without colours.
         role = "anchor" if node == 0 else f"{drawn.probabilities[node]:.3f}" + ", taken" * is_taken
         label = Text.assemble((repr(drawn.labels[node]), style), f"  {role}")
         branches.append(Tree(label) if node == 0 else branches[parent].add(label))
@@ -95,7 +101,7 @@ def summary(drawn: DrawnTree) -> str:
 
 
 def to_png(drawn: DrawnTree, path: Path) -> None:
-    """Depth from left to right; the accepted path in green, edges as wide as the prefix is probable."""
+    """Depth from left to right, the accepted path in green; the width of an edge shows psi. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     rows = _rows(drawn.parents)
@@ -118,7 +124,7 @@ def to_png(drawn: DrawnTree, path: Path) -> None:
 
 
 def _rows(parents: list[int]) -> list[float]:
-    """Vertical place of each node: leaves one below the other, a parent level with its first child."""
+    """Vertical position of each node, downwards: leaves below one another, a parent level with its first child."""
     children: list[list[int]] = [[] for _ in parents]
     for node, parent in enumerate(parents[1:], 1):
         children[parent].append(node)

@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""This machine: what measurements and model cards say of it, and the number type that is fast on it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Machine:
     memory_gib: float
     gpu: str | None
     versions: dict[str, str]
+    """By distribution: vLLM, torch, transformers and this package."""
 
 
 def this_machine() -> Machine:
@@ -33,6 +34,19 @@ def this_machine() -> Machine:
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         versions={"vllm-ctc-spec": __version__, **versions},
     )
+
+
+def bf16_is_fast() -> bool:
+    """True where matrix products have native bfloat16 instructions; emulated, they are slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+
+
+def target_dtype() -> torch.dtype:
+    """The number type of a target where the user names none."""
+    return torch.bfloat16 if bf16_is_fast() else torch.float32
 
 
 def _cpu_name() -> str:

@@ -1,7 +1,7 @@
-"""The whole method on a Hugging Face target: slow, short, and the specification that the engine is held to.
+"""The whole method on a Hugging Face model, greedy, without cache or batching: short, slow, easy to read.
 
-No cache and no batching. Every step runs the target once over [verified text, anchor, tree nodes], with a mask that
-lets each node see the text and its ancestors, then walks the tree along the target's own greedy choices.
+Every step runs the target once over [verified text, anchor, tree nodes], with a mask that lets each node see the text
+and its ancestors, then walks the tree along the target's greedy choices. The engine's tests compare with it.
 
 Letters: P positions of the text with the anchor, N nodes, H hidden size, V vocabulary without blank.
 """
@@ -27,15 +27,19 @@ class ReferenceStep:
     tree: TokenTrees
     """One request's tree; R = 1."""
     accepted_nodes: list[int]
+    """Node indices from the anchor's child downwards."""
     tokens: list[int]
-    """What the step emitted: the accepted path and the target's token after it."""
+    """Emitted by the step: the accepted path, then the target's own token."""
 
 
 @torch.inference_mode()
 def decode(
     target: Any, drafter: CTCDrafter, prompt: list[int], num_nodes: int, options: SpecOptions
 ) -> Iterator[ReferenceStep]:
-    """Greedy decoding without end; the first step has no tree yet. target: a transformers causal LM."""
+    """Greedy decoding that never ends; the first step reads the prompt and has no tree.
+
+    target: a transformers causal LM.
+    """
     set_tables_from(drafter, target)
     size, layers = drafter.config.hidden_size, drafter.config.target_layers
     hidden = run_target(target, layers, torch.tensor([prompt]))
@@ -59,7 +63,7 @@ def decode(
 def run_target(
     target: Any, layers: Sequence[int], tokens: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
 ) -> Tensor:
-    """[1, P, (1 + k) H] of tokens [1, P]: last hidden states, after the final norm, and those of k `layers`."""
+    """[1, P, (1 + k) H] for tokens [1, P]: last hidden states after the final norm, then the outputs of k `layers`."""
     options = {"attention_mask": mask, "position_ids": positions, "output_hidden_states": True, "use_cache": False}
     outputs = target.model(tokens, **options)
     return torch.cat((outputs.last_hidden_state, *(outputs.hidden_states[layer] for layer in layers)), dim=-1)
@@ -81,7 +85,10 @@ def tree_inputs(text: list[int], tree: TokenTrees) -> tuple[Tensor, Tensor, Tens
 def draft(
     target: Any, drafter: CTCDrafter, hidden: Tensor, last_tokens: list[int], num_nodes: int, options: SpecOptions
 ) -> TokenTrees:
-    """The tree after verified positions with hidden states [1, n + 1, (1 + k) H]; last_tokens: at n, and the anchor."""
+    """The tree for the next step.
+
+    hidden: [1, n + 1, (1 + k) H] of positions 0..n; last_tokens: those at n and n + 1, the latter is the anchor.
+    """
     hidden, length = drafter.fuse(hidden), hidden.shape[1]
     context = drafter.context(hidden, torch.arange(length)[None])
     last = torch.tensor([last_tokens])

@@ -1,4 +1,4 @@
-"""A target's shape, read from its Hugging Face config in one place: for training, for the K/V cache and for serving."""
+"""Sizes of a target, from its Hugging Face config, whose field names differ between model families."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 INTERMEDIATE_SIZE = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-"""Names that families have for it."""
+"""The field's names in different model families."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class TargetShape:
     intermediate_size: int
     max_position_embeddings: int
     rope_theta: float
-    """Of the drafter's own positions where the target has none of that kind."""
+    """The target's, or 10000, for the drafter alone, if the target has no rotary positions."""
 
 
 def target_shape(config: PretrainedConfig) -> TargetShape:
-    """Raises ValueError where a field has none of the names that are known."""
+    """Raises ValueError if the config has a field under no known name."""
     text = config.get_text_config()
     heads, hidden_size = _first(text, "num_attention_heads"), _first(text, "hidden_size")
     return TargetShape(
@@ -33,8 +33,8 @@ def target_shape(config: PretrainedConfig) -> TargetShape:
         num_attention_heads=heads,
         num_key_value_heads=_num_key_value_heads(text, heads),
         head_dim=getattr(text, "head_dim", None) or hidden_size // heads,
-        # GPT-2 and Falcon leave it out, which means four times the width.
-        intermediate_size=_first(text, *INTERMEDIATE_SIZE, or_else=4 * hidden_size),
+        # GPT-2 and Falcon may omit it, which means 4 * hidden_size.
+        intermediate_size=_first(text, *INTERMEDIATE_SIZE, default=4 * hidden_size),
         max_position_embeddings=_first(text, "max_position_embeddings"),
         rope_theta=_rope_theta(text),
     )
@@ -46,7 +46,7 @@ def _num_key_value_heads(text: PretrainedConfig, heads: int) -> int:
         return 1 if text.multi_query else heads
     if text.model_type == "gpt_bigcode":
         return 1 if text.multi_query else heads
-    return _first(text, "num_key_value_heads", "num_kv_heads", or_else=heads)
+    return _first(text, "num_key_value_heads", "num_kv_heads", default=heads)
 
 
 def _rope_theta(text: PretrainedConfig) -> float:
@@ -54,13 +54,13 @@ def _rope_theta(text: PretrainedConfig) -> float:
     return float(parameters.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0)
 
 
-def _first(text: PretrainedConfig, *names: str, or_else: int | None = None) -> int:
+def _first(text: PretrainedConfig, *names: str, default: int | None = None) -> int:
     for name in names:
         if getattr(text, name, None):
             return int(getattr(text, name))
-    if or_else is None:
+    if default is None:
         raise ValueError(
             f"target of model_type {text.model_type!r}: its config.json has no {names[0]!r}. Use a decoder-only "
             "language model whose config has it."
         )
-    return or_else
+    return default

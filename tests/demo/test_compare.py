@@ -19,7 +19,7 @@ from vllm_ctc_spec.bench.records import Drafts, Gap, Pass, Request
 from vllm_ctc_spec.demo import show
 from vllm_ctc_spec.demo.compare import (
     PROOF_QUESTIONS,
-    Answered,
+    AnsweredTurn,
     Comparison,
     acceptance_length,
     ask_in_turns,
@@ -64,7 +64,7 @@ class FakeEngines:
         return Pass(seconds, (Request(tokens, len(tokens), seconds, 0.1, 0.5, drafts),) * count)
 
 
-def answered(engines: FakeEngines, tokenizer: PreTrainedTokenizerFast) -> list[Answered]:
+def answered(engines: FakeEngines, tokenizer: PreTrainedTokenizerFast) -> list[AnsweredTurn]:
     return list(ask_in_turns(engines, read_demo_questions(tokenizer), tokenizer))
 
 

@@ -9,7 +9,7 @@ from tests.engine.conftest import IN_CORE
 from vllm_ctc_spec.demo.pair import default_target
 from vllm_ctc_spec.engine.lifetime import started
 from vllm_ctc_spec.kv_cache import kv_cache_options
-from vllm_ctc_spec.precision import target_dtype
+from vllm_ctc_spec.machine import target_dtype
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def _bench(options: argparse.Namespace) -> int:
     from vllm_ctc_spec.bench.report import render, to_terminal
     from vllm_ctc_spec.bench.run import Bench
     from vllm_ctc_spec.files import write_atomically
-    from vllm_ctc_spec.terminal import console
+    from vllm_ctc_spec.tables import console
 
     config = load_config(options.config, options.set, options.only, options.preset)
     bench = Bench(config, options.output)

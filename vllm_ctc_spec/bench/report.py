@@ -15,7 +15,7 @@ from vllm_ctc_spec.bench.config import PLAIN
 from vllm_ctc_spec.bench.equality import NEAR_TIE_STEPS
 from vllm_ctc_spec.bench.ratio import CONFIDENCE
 from vllm_ctc_spec.bench.sampling import Sampling
-from vllm_ctc_spec.markdown import markdown_table
+from vllm_ctc_spec.tables import markdown_table
 
 MAX_LISTED = 20
 """Answers of one method in one cell that the report lists."""

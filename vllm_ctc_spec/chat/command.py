@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec chat`: options in, a conversation out."""
+"""`vllm-ctc-spec chat`: its options, and the set-up of tokenizer, engine and terminal."""
 
 from __future__ import annotations
 
@@ -16,32 +16,34 @@ if TYPE_CHECKING:
     from vllm_ctc_spec.chat.screen import Screen
 
 MAX_CONTEXT = 8192
-"""Tokens of a conversation, where the user names no `max_model_len`: its cache is reserved at start."""
+"""Largest default of `max_model_len`, in tokens: the KV cache of a whole conversation is reserved at the start."""
 
 
 def add_chat(commands: Any) -> None:
     chat = commands.add_parser(
-        "chat", help="talk to a target; each decoding step's tokens have a tint of their own",
+        "chat", help="chat with a target; each decoding step's tokens have their own background colour",
         description="A conversation in the terminal. Without a terminal: one message per line of the standard input, "
         "answers to the standard output, everything else to the standard error.",
     )  # fmt: skip
     chat.add_argument("target", nargs="?", help="folder or hub name of a chat model (default: the demo's)")
     chat.add_argument("drafter", nargs="?", help="folder of its CTC drafter (default: the demo's)")
-    chat.add_argument("--target", dest="named_target", metavar="TARGET", help="the same, as demo has it")
-    chat.add_argument("--drafter", dest="named_drafter", metavar="DRAFTER", help="the same, as demo has it")
+    chat.add_argument("--target", dest="named_target", metavar="TARGET", help="same as the positional argument")
+    chat.add_argument("--drafter", dest="named_drafter", metavar="DRAFTER", help="same as the positional argument")
     chat.add_argument("--nodes", type=int, default=32, help="node budget, 1 to 63 (default %(default)s)")
     chat.add_argument(
         "--no-adaptive-budget", action="store_true",
-        help="verify as many nodes as the budget allows in every step, also where fewer are faster",
+        help="verify the whole node budget in every step, even where fewer nodes are faster",
     )  # fmt: skip
     chat.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    chat.add_argument("--top-p", type=float, default=1.0, help="(default %(default)s)")
-    chat.add_argument("--seed", type=int, help="of every answer's sampling (default: none)")
-    chat.add_argument("--max-tokens", type=int, default=1024, help="of one answer (default %(default)s)")
-    chat.add_argument("--system", metavar="TEXT", help="system message (default: what the chat template says)")
+    chat.add_argument(
+        "--top-p", type=float, default=1.0, help="nucleus sampling; 1 keeps all tokens (default %(default)s)"
+    )
+    chat.add_argument("--seed", type=int, help="sampling seed of each answer (default: none)")
+    chat.add_argument("--max-tokens", type=int, default=1024, help="most tokens of an answer (default %(default)s)")
+    chat.add_argument("--system", metavar="TEXT", help="system message (default: the chat template's)")
     chat.add_argument(
         "--engine", type=setting, nargs="+", default=[], action="extend", metavar="KEY=VALUE",
-        help="for vllm.LLM: enforce_eager=true starts sooner and answers slower",
+        help="options of vllm.LLM, such as enforce_eager=true: starts sooner, answers more slowly",
     )  # fmt: skip
     chat.set_defaults(run=_chat)
 
@@ -85,9 +87,9 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _engine_settings(options: argparse.Namespace, target: str, drafter: str) -> dict[str, Any]:
-    """For `vllm.LLM`."""
+    """Options for `vllm.LLM`."""
     from vllm_ctc_spec.kv_cache import engine_options
-    from vllm_ctc_spec.precision import target_dtype
+    from vllm_ctc_spec.machine import target_dtype
 
     given = dict(options.engine)
     for key in ("speculative_config", "worker_extension_cls"):
@@ -112,7 +114,7 @@ def _log_file() -> Path:
 
 @contextmanager
 def _progress(screen: Screen, text: str) -> Iterator[None]:
-    """One line: with the seconds passed in a terminal with colours."""
+    """Show `text` while the body runs; in a terminal with colours, with a spinner and the seconds passed."""
     if not (screen.is_interactive and screen.has_colours):
         screen.note(text)
         yield

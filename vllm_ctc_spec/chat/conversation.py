@@ -1,4 +1,4 @@
-"""The messages so far, and what the target is given to read."""
+"""A conversation's messages, rendered to token ids by the target's chat template."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 class Conversation:
     def __init__(self, tokenizer: Any, system: str | None = None) -> None:
-        """tokenizer: of transformers. Raises ValueError if it has no chat template, or one that refuses `system`."""
+        """tokenizer: from transformers. Raises ValueError if it has no chat template, or one that refuses `system`."""
         self.tokenizer = tokenizer
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self._messages: list[dict[str, str]] = []
@@ -21,9 +21,9 @@ class Conversation:
         self._render([{"role": "user", "content": "?"}])
 
     def prompt(self, message: str) -> list[int]:
-        """Token ids of the conversation and the user's next message, which `add` keeps."""
+        """Token ids of the conversation with the user's next message, which is not kept before `add`."""
         text = self._render([*self._messages, {"role": "user", "content": message}])
-        # The chat template has written the special tokens already.
+        # The chat template writes the special tokens itself.
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens
 
@@ -31,7 +31,7 @@ class Conversation:
         self._messages += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
 
     def clear(self) -> None:
-        """The system message stays."""
+        """Forget all messages but the system message."""
         self._messages.clear()
 
     def _render(self, messages: list[dict[str, str]]) -> str:
@@ -52,7 +52,7 @@ class Conversation:
 
 
 def load_tokenizer(target: str) -> Any:
-    """target: folder or hub name. Raises ValueError."""
+    """target: folder or hub name. Raises ValueError if it has no tokenizer that can be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -60,6 +60,6 @@ def load_tokenizer(target: str) -> Any:
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"target {target!r}: its tokenizer cannot be loaded ({reason}). Name a model's folder, or its name on the "
-            "hub if there is a network."
+            f"target {target!r}: its tokenizer cannot be loaded ({reason}). Give a model folder, or a name "
+            "on the Hugging Face hub."
         ) from error

@@ -1,4 +1,4 @@
-"""The terminal's side of the engine's process."""
+"""The engine's process, as the terminal's process sees it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STOP_SECONDS = 20
 
 
 class ChatEngine:
-    """A process of its own, which logs to `log`. Methods raise ValueError with vLLM's own reason where it fails."""
+    """Starts the process, which logs to `log`. Methods raise ValueError with vLLM's own reason if it fails."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -47,17 +47,17 @@ class ChatEngine:
                 start_new_session=True,
                 env=os.environ | {"VLLM_LOGGING_LEVEL": "INFO"},
             )
-        # Only the child may hold the other end, or its death would go unnoticed.
+        # Only the child may hold the other end: `recv` then raises EOFError when the child ends.
         theirs.close()
 
     def start(self, target: str, options: dict[str, Any]) -> Started:
-        """options: for `vllm.LLM`. Returns when the engine is ready, which takes seconds to minutes."""
+        """Returns when the engine is ready, which takes seconds to minutes. options: for `vllm.LLM`."""
         started: Started = self._ask(Start(target, options))
         self._is_ready = True
         return started
 
     def answer(self, question: Question) -> Iterator[Chunk | Ended]:
-        """A Chunk for each step as it ends, and Ended."""
+        """A Chunk after each decoding step, then Ended."""
         message: Chunk | Ended = self._ask(question)
         yield message
         while not isinstance(message, Ended):
@@ -65,7 +65,7 @@ class ChatEngine:
             yield message
 
     def stop_answer(self) -> None:
-        """Its Ended comes soon."""
+        """Ask the engine to end the answer; `answer` still yields until Ended."""
         self._send(StopAnswer())
 
     def last_tree(self) -> VerifiedTree | None:
@@ -73,10 +73,10 @@ class ChatEngine:
         return tree
 
     def close(self) -> None:
-        """End the engine, or kill what does not end."""
+        """End the engine; after STOP_SECONDS its processes are killed."""
         self._connection.close()
         if not self._is_ready:
-            # It would see the end of the pipe only when it has started.
+            # Before it is ready, it does not read the pipe and would not see that it is closed.
             terminate_group(self._process)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_SECONDS if self._is_ready else 0)
@@ -89,7 +89,7 @@ class ChatEngine:
         return self._receive()
 
     def _send(self, message: Any) -> None:
-        # Why the other side is gone stands in the log, where `_receive` finds it.
+        # If the process is gone, `_receive` reports why, from the log.
         with suppress(ConnectionError):
             self._connection.send(message)
 
@@ -103,7 +103,7 @@ class ChatEngine:
         return message
 
     def _reason(self, raised: str) -> str:
-        """One line. What vLLM raises may only point at its log."""
+        """One line: the cause from vLLM's log where the exception only refers to it."""
         line = " ".join(raised.split())
         cause = root_cause(line) or root_cause(self._log.read_text(errors="replace"))
         return cause.removeprefix("ValueError: ") or line or "vLLM's process ended without a message."

@@ -1,4 +1,4 @@
-"""What the terminal's process and the engine's process send each other."""
+"""Messages between the terminal's process and the engine's process."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Failed:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Raises ValueError that names the option."""
+    """Sampling options of the command line. Raises ValueError that names the option."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
-    """Of every answer."""
+    """Used anew for each answer."""
     max_tokens: int = 1024
-    """Of one answer."""
+    """Most tokens of an answer."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -61,7 +61,7 @@ class Chunk:
     """One decoding step."""
 
     text: str
-    """Whole characters only: what a step leaves incomplete comes with a later one."""
+    """Whole characters only: the bytes of an incomplete one come with a later chunk."""
     num_tokens: int
 
 
@@ -79,7 +79,7 @@ class StopAnswer:
 
 @dataclass(frozen=True)
 class ShowTree:
-    """Answered by a VerifiedTree, or None if no step has drafted one."""
+    """Answered by a VerifiedTree, or None if no step has verified one."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ class VerifiedTree:
     """The last token tree that the target verified. Node i in 1..N is entry i - 1 of the lists, node 0 the anchor."""
 
     anchor: int
-    """Token id of the text's last token."""
+    """Token id of the anchor."""
     tokens: list[int]
     parents: list[int]
     depths: list[int]
     probabilities: list[float]
     """Prefix probabilities."""
     accepted: list[int]
-    """Nodes of the path that the target took."""
+    """Nodes of the accepted path."""
     emitted: list[int]
-    """Token ids of that path and of the target's own token after it."""
+    """Token ids of that path, then of the target's own token."""

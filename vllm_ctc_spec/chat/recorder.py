@@ -1,4 +1,4 @@
-"""Runs inside vLLM's worker process (`worker_extension_cls`): keeps the last tree that the target verified."""
+"""Runs in vLLM's worker process (`worker_extension_cls`) and keeps the last tree that the target verified."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ChatWorkerExtension:
     model_runner: Any
 
     def chat_record_trees(self) -> None:
-        """Keep what each walk takes and returns from now on."""
+        """From now on keep the input and output of each walk over a tree."""
         walk = self.model_runner.walker
         self.chat_last_walk: Any = None
 
@@ -29,7 +29,7 @@ class ChatWorkerExtension:
         self.model_runner.walker = recording
 
     def chat_last_tree(self) -> dict[str, Any] | None:
-        """The fields of a VerifiedTree: between its processes vLLM carries no classes but its own."""
+        """The fields of a VerifiedTree, as a dict: vLLM does not send classes of others between its processes."""
         if self.chat_last_walk is None:
             return None
         [anchor], tree, walked = self.chat_last_walk

@@ -1,4 +1,4 @@
-"""What the user sees: with tints in a terminal that has colours, else the plain text."""
+"""Terminal output and input: a background colour per decoding step, or plain text without colours."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rich.style import Style
 from vllm_ctc_spec.inspection import DrawnTree, summary, to_terminal
 
 TINTS = tuple(Style.parse(f"black on {colour}") for colour in ("#c8dcf4", "#f6dcc0", "#cfe8cc"))
-"""One for each step in turn; the text is black, so that they are legible whatever the terminal's own colours are."""
+"""Styles of successive steps. The text is black, so that it is legible on them in any colour scheme."""
 
 FEW_COLOURS = tuple(Style.parse(colour) for colour in ("cyan", "magenta"))
-"""For terminals with 16 colours, which have no soft ones."""
+"""For terminals with 16 colours, which have no light backgrounds."""
 
 DIM = Style(dim=True)
 
@@ -25,8 +25,8 @@ _BREAKS = re.compile(r"([\n\t]+)")
 
 
 class Screen:
-    """Answers and trees go to the standard output. So do notes in a terminal; else they go to the standard error, so
-    that what a program reads are the answers.
+    """Answers and trees go to the standard output. Notes do so only in a terminal; otherwise they go to the standard
+    error, so that a program reads nothing but answers.
     """
 
     def __init__(self, is_interactive: bool) -> None:
@@ -44,7 +44,7 @@ class Screen:
         self._at_line_start = True
 
     def show_step(self, text: str) -> None:
-        """One step's text, in the next tint."""
+        """Print the text of one step, in the next tint."""
         tint = next(self._next_tint)
         if self.is_interactive:
             text = without_control_characters(text)
@@ -56,13 +56,13 @@ class Screen:
             return
         for part in _BREAKS.split(text):
             if _BREAKS.match(part):
-                # In the tint, a line break would colour the rest of the line.
+                # A line break within a tint would colour the rest of the line.
                 self._write(part)
             else:
                 self.console.out(part, end="", style=tint)
 
     def _write(self, text: str) -> None:
-        """As it is, where rich would put spaces in the place of tabs."""
+        """Without rich, which would replace tabs by spaces."""
         self.console.file.write(text)
         self.console.file.flush()
 
@@ -85,7 +85,7 @@ class Screen:
 
 
 def without_control_characters(text: str) -> str:
-    """A target may write what a terminal takes for a command."""
+    """Without characters that a terminal may take for a command; line breaks and tabs stay."""
     return "".join(character for character in text if character in "\n\t" or unicodedata.category(character) != "Cc")
 
 
@@ -96,7 +96,7 @@ def is_interactive() -> bool:
 def line_reader(is_interactive: bool) -> Callable[[], str]:
     """Each call returns the next line that the user writes, and raises EOFError after the last.
 
-    What is not UTF-8 is replaced: no tokenizer takes it.
+    Bytes that are not UTF-8 are replaced, because no tokenizer takes them.
     """
     return _edited_line() if is_interactive else _piped_line()
 
@@ -111,7 +111,7 @@ def _edited_line() -> Callable[[], str]:
             try:
                 return session.prompt().encode(errors="replace").decode()
             except KeyboardInterrupt:
-                # As in a shell, the line is dropped.
+                # Ctrl-C drops the line, as in a shell.
                 continue
 
     return read

@@ -1,4 +1,4 @@
-"""The conversation's loop: read a line, obey a command or stream an answer."""
+"""The conversation's loop: read a line, then run a command or stream an answer."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from vllm_ctc_spec.chat.screen import Screen
 from vllm_ctc_spec.inspection import DrawnTree
 
 HELP = """\
-/tree    the last token tree that the target verified: prefix probabilities, and what the target took
+/tree    the last token tree that the target verified: prefix probabilities and accepted tokens
 /clear   begin a new conversation
 /help    this text
 /exit    end, as Ctrl-D does
-Ctrl-C stops an answer. Each decoding step's tokens have a tint of their own.
+Ctrl-C stops an answer. Each decoding step's tokens have their own background colour.
 tokens/s counts from the question to the answer's last token; the acceptance length is the mean number of tokens per
 decoding step, steps without a draft included."""
 
 
 class Engine(Protocol):
-    """As ChatEngine."""
+    """What a session needs of `ChatEngine`."""
 
     def answer(self, question: Question) -> Iterator[Chunk | Ended]: ...
 
@@ -38,12 +38,12 @@ class Answer:
     text: str
     num_tokens: int
     num_steps: int
-    """Those that emitted tokens; the first has read the prompt."""
+    """Decoding steps that emitted tokens; the first one read the prompt."""
     end: Ended
 
     @property
     def acceptance_length(self) -> float:
-        """Mean tokens per decoding step. The step that reads the prompt cannot draft and is not counted."""
+        """Mean tokens per decoding step, without the step that read the prompt, which cannot draft."""
         return (self.num_tokens - 1) / (self.num_steps - 1) if self.num_steps > 1 else 1.0
 
     def __str__(self) -> str:
@@ -57,6 +57,8 @@ class Answer:
 
 
 class Session:
+    """max_model_len: the context, in tokens; a message that does not fit is left out."""
+
     def __init__(
         self, engine: Engine, conversation: Conversation, screen: Screen, sampling: Sampling, max_model_len: int
     ) -> None:
@@ -67,7 +69,7 @@ class Session:
         self._max_model_len = max_model_len
 
     def run(self, read: Callable[[], str]) -> None:
-        """Until /exit or the end of the input. read: see `screen.line_reader`."""
+        """Runs until /exit or the end of the input. read: see `screen.line_reader`."""
         while True:
             try:
                 line = read().strip()
@@ -108,14 +110,14 @@ class Session:
             return
         answer = self._stream(Question(prompt, self._sampling))
         self._conversation.add(message, answer.text)
-        self._screen.end_answer(f"{answer}{self._why_cut(answer, len(prompt))}")
+        self._screen.end_answer(f"{answer}{self._ending(answer, len(prompt))}")
 
     def _stream(self, question: Question) -> Answer:
         text: list[str] = []
         num_tokens = 0
         is_stopped = False
         self._screen.begin_answer()
-        # Without a terminal, nobody is there to go on after Ctrl-C.
+        # Without a terminal, Ctrl-C ends the whole command.
         with interrupts() if self._screen.is_interactive else nullcontext(lambda: False) as wants_stop:
             for message in self._engine.answer(question):
                 if isinstance(message, Ended):
@@ -128,7 +130,7 @@ class Session:
                     is_stopped = True
         raise AssertionError("an answer without an end")
 
-    def _why_cut(self, answer: Answer, prompt_length: int) -> str:
+    def _ending(self, answer: Answer, prompt_length: int) -> str:
         if answer.end.reason == "abort":
             return "; stopped by Ctrl-C"
         if answer.end.reason != "length":
@@ -144,7 +146,7 @@ class Session:
 def interrupts() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C was pressed; a second press raises KeyboardInterrupt.
 
-    Raised at the first press, it could cut a message of the engine's process in two.
+    Raising at the first press could leave a message of the engine's process half read.
     """
     num_presses = 0
 
@@ -162,6 +164,7 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def drawn(tree: VerifiedTree, tokenizer: Any) -> DrawnTree:
+    """`tree` with decoded tokens, for `Screen.show_tree`."""
     return DrawnTree(
         [tokenizer.decode([token]) for token in (tree.anchor, *tree.tokens)],
         [0, *tree.parents],

@@ -36,7 +36,7 @@ REQUEST_ID = "answer"
 
 def main() -> None:
     connection: Connection = Connection(int(sys.argv[1]))
-    # The pipe ends when the terminal's process does, however that ends.
+    # The pipe is closed when the terminal's process ends, whatever the reason.
     with suppress(EOFError, ConnectionError):
         try:
             _serve(connection)
@@ -66,7 +66,7 @@ def _serve(connection: Connection) -> None:
                     [fields] = llm.collective_rpc("chat_last_tree")
                     connection.send(None if fields is None else VerifiedTree(**fields))
                 case StopAnswer():
-                    # It has ended meanwhile by itself.
+                    # The answer ended before the request to stop it arrived.
                     pass
     finally:
         llm.llm_engine.engine_core.shutdown(timeout=0)
@@ -100,7 +100,6 @@ def _sampling_params(sampling: Sampling) -> SamplingParams:
         top_p=sampling.top_p,
         seed=sampling.seed,
         max_tokens=sampling.max_tokens,
-        # One output per step.
         output_kind=one_output_per_step(),
     )
 

@@ -19,11 +19,13 @@ def add_demo(commands: Any) -> None:
         description="Fetches a public chat model of 135 M parameters once (93 MB) and serves it with the drafter that "
         "this package ships. Exit status: 1 if the two engines' tokens differ in float32.",
     )  # fmt: skip
-    demo.add_argument("--target", help="another target: a model folder, or a name on the Hugging Face hub")
-    demo.add_argument("--drafter", help="the CTC drafter of that target")
+    demo.add_argument("--target", help="another target: model folder, or name on the Hugging Face hub")
+    demo.add_argument("--drafter", help="folder of that target's CTC drafter")
     demo.add_argument("--nodes", type=int, default=NUM_NODES, help="node budget, 1 to 63 (default %(default)s)")
     demo.add_argument("--json", type=Path, metavar="PATH", help="also write the comparison as JSON")
-    demo.add_argument("--print-paths", action="store_true", help="print only the two models, one per line")
+    demo.add_argument(
+        "--print-paths", action="store_true", help="print the folders of target and drafter, one per line, and exit"
+    )
     demo.set_defaults(run=_demo)
 
 
@@ -39,11 +41,11 @@ def _demo(options: argparse.Namespace) -> int:
     num_nodes = check_node_budget(options.nodes)
     if importlib.util.find_spec("vllm") is None:
         raise ValueError('demo needs vLLM: pip install "vllm-ctc-spec[cpu]".')
-    # Imported for its checks here; its own log lines would tear the output.
+    # vLLM is imported here, for checks of settings; its log lines would disturb the output.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_ctc_spec.demo.run import Stages, run_demo
     from vllm_ctc_spec.files import write_atomically
-    from vllm_ctc_spec.terminal import console
+    from vllm_ctc_spec.tables import console
 
     terminal = console()
     report = Stages(terminal)

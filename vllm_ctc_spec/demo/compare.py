@@ -1,4 +1,4 @@
-"""The demo's questions, answered by both engines: speed, acceptance length, and whether the texts are equal."""
+"""The demo's questions, answered by both engines: speed, acceptance length, equality of texts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ QUESTIONS = Path(__file__).with_name("questions.jsonl")
 MAX_TOKENS = 96
 PROOF_TOKENS = 64
 PROOF_QUESTIONS = (0, 4, 6)
-"""Rows of the main run, of different kinds, that are answered in float32 as well."""
+"""Indices of turns of different kinds that are answered in float32 as well."""
 
-Sameness = Literal["equal", "near_tie", "different"]
+TextMatch = Literal["equal", "near_tie", "different"]
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredTurn:
     """One turn of a question, answered by both engines."""
 
     question: str
@@ -38,7 +38,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Row:
-    """What the table and the JSON say of one turn."""
+    """One turn, as the table and the JSON have it."""
 
     question: str
     category: str
@@ -48,22 +48,22 @@ class Row:
     speedup: float
     acceptance_length: float | None
     """vLLM's: 1 + accepted / steps that had a draft; None where nothing was drafted."""
-    text: Sameness
+    text: TextMatch
     parts_at: int | None
     """The first token that differs, from 0."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of all turns."""
+    """All turns, as the table and the JSON have them."""
 
     dtype: str
-    texts: dict[Sameness, int]
+    texts: dict[TextMatch, int]
     acceptance_length: float | None
     tokens_per_second: dict[str, float]
     """All tokens / the time of all answers, by engine."""
     speedup: float
-    """ctc / plain of these."""
+    """tokens_per_second of ctc / plain."""
     rows: tuple[Row, ...]
 
 
@@ -73,18 +73,18 @@ def read_demo_questions(tokenizer: PreTrainedTokenizerBase) -> list[Question]:
 
 def ask_in_turns(
     engines: Engines, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Answered]:
-    """Each turn, greedily. A second turn follows plain vLLM's answer to the first, for both engines."""
+) -> Iterator[AnsweredTurn]:
+    """Every turn of every question, greedily, by both engines; later turns follow plain vLLM's answers."""
     number = 0
     for question in questions:
         answers: list[tuple[int, ...]] = []
         while (prompt := turn_prompt(question, answers, tokenizer)) is not None:
-            # Whoever is first meets what the machine did before; so each is first in turn.
+            # What the machine did before may slow the first of the two, so they alternate.
             order = NAMES if number % 2 == 0 else NAMES[::-1]
             work = workload([prompt], MAX_TOKENS)
             requests = {name: engines.one(name, "run", workload=work).requests[0] for name in order}
             turn = f", turn {len(answers) + 1}" if question.later_turns else ""
-            yield Answered(question.name + turn, str(question.category), prompt, requests)
+            yield AnsweredTurn(question.name + turn, str(question.category), prompt, requests)
             answers.append(requests[PLAIN].token_ids)
             number += 1
 
@@ -93,16 +93,16 @@ def workload(prompts: Sequence[tuple[int, ...]], max_tokens: int) -> Workload:
     return Workload(tuple(prompts), (max_tokens,) * len(prompts), temperature=0.0, seed=0, batch_size=1)
 
 
-def same_in_float32(engines: Engines, answered: Sequence[Answered]) -> bool:
-    """Both engines answer the prompts at once; whether all tokens are the same."""
+def same_in_float32(engines: Engines, answered: Sequence[AnsweredTurn]) -> bool:
+    """Whether both engines give the same tokens; all prompts are in one batch, and both engines run at once."""
     work = {"workload": workload([each.prompt for each in answered], PROOF_TOKENS)}
     passes: dict[str, Pass] = engines.both("run", dict.fromkeys(NAMES, work))
     plain, ctc = ([request.token_ids for request in passes[name].requests] for name in NAMES)
     return plain == ctc
 
 
-def compare(engines: Engines, answered: Sequence[Answered], dtype: torch.dtype) -> Comparison:
-    """Asks the plain engine how near the tokens are at which texts part. dtype: the engines'."""
+def compare(engines: Engines, answered: Sequence[AnsweredTurn], dtype: torch.dtype) -> Comparison:
+    """Also asks plain vLLM for the logits where two texts first differ. dtype: that of both engines."""
     equality = judge(
         [each.prompt for each in answered],
         [each.requests[PLAIN].token_ids for each in answered],
@@ -123,9 +123,9 @@ def compare(engines: Engines, answered: Sequence[Answered], dtype: torch.dtype) 
     )
 
 
-def _row(answered: Answered, difference: Difference | None) -> Row:
+def _row(answered: AnsweredTurn, difference: Difference | None) -> Row:
     speeds = {name: speed([answered.requests[name]]) for name in NAMES}
-    text: Sameness = "equal"
+    text: TextMatch = "equal"
     if difference is not None:
         text = "near_tie" if difference.is_near_tie else "different"
     return Row(

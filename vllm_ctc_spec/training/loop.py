@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from vllm_ctc_spec.config import did_you_mean
-from vllm_ctc_spec.precision import bf16_is_fast
+from vllm_ctc_spec.machine import bf16_is_fast
 from vllm_ctc_spec.training.budget import Budget, BudgetBar, BudgetCallback
 from vllm_ctc_spec.training.resume import MarkWhole, last_whole_checkpoint
 from vllm_ctc_spec.training.timing import StepTimes

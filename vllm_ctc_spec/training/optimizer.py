@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.overrides import TorchFunctionMode
 
-from vllm_ctc_spec.precision import bf16_is_fast
+from vllm_ctc_spec.machine import bf16_is_fast
 
 
 class MuonAdamW(Optimizer):

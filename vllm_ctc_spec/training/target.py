@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from vllm_ctc_spec.drafter import CTCDrafterConfig
 from vllm_ctc_spec.engine.target_layers import hands_out_layers
-from vllm_ctc_spec.precision import target_dtype
+from vllm_ctc_spec.machine import target_dtype
 from vllm_ctc_spec.target_shape import target_shape
 from vllm_ctc_spec.training.data import num_frequent
 

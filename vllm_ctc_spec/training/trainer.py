@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, Tr
 
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
 from vllm_ctc_spec.files import atomic_folder, claim, is_finished, write_atomically
-from vllm_ctc_spec.precision import target_dtype
+from vllm_ctc_spec.machine import target_dtype
 from vllm_ctc_spec.training.budget import Budget, BudgetCallback
 from vllm_ctc_spec.training.cache import HiddenCache, write_cache
 from vllm_ctc_spec.training.calibrate import calibrate, split_rows

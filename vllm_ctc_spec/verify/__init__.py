@@ -1,1 +1,1 @@
-"""`vllm-ctc-spec verify`: the same requests with and without a speculative method, and what differs."""
+"""`vllm-ctc-spec verify`: compares the answers of a speculative method with plain vLLM's."""

@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec verify`: does a speculative method change what the target says?"""
+"""`vllm-ctc-spec verify`: its options, checked before an engine starts, and its output."""
 
 from __future__ import annotations
 
@@ -15,29 +15,35 @@ from vllm_ctc_spec.command_line import setting
 if TYPE_CHECKING:
     from vllm_ctc_spec.verify.run import Task, Verification
 
-OUR_KEYS = ("model", "speculative_config", "disable_log_stats", "worker_extension_cls")
+RESERVED_KEYS = ("model", "speculative_config", "disable_log_stats", "worker_extension_cls")
+"""Options of `vllm.LLM` that verify sets itself."""
+
 NUM_NODES = 32
 EXAMPLE = """--speculative-config '{"method": "ctc", "model": "path/to/drafter", "num_speculative_tokens": 32}'"""
 
 
 def add_verify(commands: Any) -> None:
     verify = commands.add_parser(
-        "verify", help="the same requests with and without a speculative method, and what differs",
-        description="Asks plain vLLM and vLLM with a speculative method, ours or one of vLLM's own, the same requests: "
+        "verify", help="compare a speculative method's answers with plain vLLM's",
+        description="Sends the same requests to plain vLLM and to vLLM with a speculative method, ours or vLLM's own: "
         "greedy and seeded, with penalties, bans, stop strings, limits and log probabilities, in one batch and alone. "
-        "Exit status: 0 if nothing differs that must not, else 1; 2 for what cannot be run.",
+        "Exit status: 0 if nothing differs that must be equal, 1 if something does, 2 if it cannot run.",
     )  # fmt: skip
-    verify.add_argument("target", nargs="?", help="folder or hub name of the target (default: the demo's)")
+    verify.add_argument("target", nargs="?", help="model folder, or name on the Hugging Face hub (default: the demo's)")
     verify.add_argument(
         "--speculative-config", metavar="JSON",
-        help="as for `vllm serve`, of any method (default, for the demo's target: ours, with its drafter)",
+        help="as for `vllm serve`, any method (default, with the demo's target: ctc with its drafter)",
     )  # fmt: skip
-    verify.add_argument("--prompts", type=Path, metavar="FILE", help="JSON lines, as for train and bench")
-    verify.add_argument("--num-prompts", type=int, default=24, help="of a group (default %(default)s)")
-    verify.add_argument("--max-tokens", type=int, default=64, help="of an answer (default %(default)s)")
+    verify.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="JSON lines, as for train and bench (default: built-in prompts)"
+    )
+    verify.add_argument(
+        "--num-prompts", type=int, default=24, help="prompts, and so requests of most groups (default %(default)s)"
+    )
+    verify.add_argument("--max-tokens", type=int, default=64, help="most tokens of an answer (default %(default)s)")
     verify.add_argument(
         "--engine", type=setting, nargs="+", default=[], action="extend", metavar="KEY=VALUE",
-        help="for vllm.LLM: dtype=bfloat16 (default float32), enforce_eager=true starts sooner",
+        help="options of vllm.LLM, such as dtype=bfloat16 (default float32) or enforce_eager=true",
     )  # fmt: skip
     verify.add_argument("--json", type=Path, metavar="PATH", help="also write every difference as JSON")
     verify.set_defaults(run=_verify)
@@ -46,26 +52,25 @@ def add_verify(commands: Any) -> None:
 def _verify(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("vllm") is None:
         raise ValueError('verify needs vLLM: pip install "vllm-ctc-spec[cpu]".')
-    # Imported for its checks here; its own log lines would tear the progress lines.
+    # vLLM is imported here, for checks of settings; its log lines would disturb the progress bars.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from rich.console import Console
-
     from vllm_ctc_spec.files import write_atomically
+    from vllm_ctc_spec.tables import console
     from vllm_ctc_spec.verify.report import as_json, lines, to_table
 
-    console = Console()
-    task = _task(options, console)
-    verification = _run(task, console)
-    console.print(to_table(verification))
+    terminal = console()
+    task = _task(options, terminal)
+    verification = _run(task, terminal)
+    terminal.print(to_table(verification))
     for line in lines(verification):
-        console.print(line, markup=False, highlight=False)
+        terminal.print(line, markup=False, highlight=False)
     if options.json is not None:
         write_atomically(options.json, json.dumps(as_json(task, verification), indent=1).encode())
     return 0 if verification.holds else 1
 
 
 def _task(options: argparse.Namespace, console: Any) -> Task:
-    """Raises ValueError for all that can be known before an engine starts."""
+    """Raises ValueError for every mistake that shows before an engine starts."""
     from vllm_ctc_spec.bench.vllm_keys import check_engine_keys, check_speculative_keys
     from vllm_ctc_spec.verify.groups import MIN_MAX_TOKENS
     from vllm_ctc_spec.verify.prompts import read_verify_prompts
@@ -76,7 +81,7 @@ def _task(options: argparse.Namespace, console: Any) -> Task:
     if options.num_prompts < 1:
         raise ValueError(f"--num-prompts {options.num_prompts}: use at least 1.")
     given = dict(options.engine)
-    for key in OUR_KEYS:
+    for key in RESERVED_KEYS:
         if key in given:
             raise ValueError(f"--engine {key}: verify sets it itself. See TARGET and --speculative-config.")
     check_engine_keys("--engine", given)
@@ -89,7 +94,7 @@ def _task(options: argparse.Namespace, console: Any) -> Task:
 
 
 def _models(options: argparse.Namespace, console: Any) -> tuple[str, dict[str, Any]]:
-    """The target and the speculative configuration, each as named or the demo's."""
+    """The target and its `speculative_config`: as named, else the demo's."""
     from vllm_ctc_spec.demo.pair import HUB_NAME, NAME, default_target, shipped_drafter
     from vllm_ctc_spec.files import user_cache
 
@@ -131,7 +136,7 @@ def _tokenizer_and_context(target: str) -> tuple[Any, int]:
 def _engine(
     target: str, given: dict[str, Any], prompts: tuple[tuple[int, ...], ...], max_tokens: int, context: int
 ) -> dict[str, Any]:
-    """`given` and what it leaves open."""
+    """Options for `vllm.LLM`: `given`, and defaults that fit the prompts. context: tokens that the target can read."""
     from vllm_ctc_spec.kv_cache import engine_options
 
     context = min(context, given.get("max_model_len", context))
@@ -141,7 +146,7 @@ def _engine(
                 f"prompt {number} has {len(prompt)} tokens; with an answer of {max_tokens} it needs 1 to "
                 f"{context - max_tokens}, because the context holds {context}. Leave it out or change --max-tokens."
             )
-    # All prompts of a group in one step: on a CPU vLLM fails where the prompt of a seeded request is cut.
+    # All prompts of a group in one step: on a CPU plain vLLM fails if a seeded request's prompt is split over steps.
     together = {"max_num_batched_tokens": max(8192, sum(map(len, prompts)))}
     lengths = [len(prompt) + max_tokens for prompt in prompts]
     return engine_options(target, lengths, {"dtype": "float32", **together, **given})
@@ -162,7 +167,7 @@ def _run(task: Task, console: Any) -> Verification:
         TimeElapsedColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    # Drawing takes processor time from the engines.
+    # Few refreshes, because they take processor time from the engines.
     with Progress(*columns, console=console, refresh_per_second=1) as progress:
         bars = {
             title: progress.add_task("", total=NUM_GROUPS, start=False, title=f"{title:16}")

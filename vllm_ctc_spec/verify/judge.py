@@ -1,4 +1,4 @@
-"""From answers with and without speculation to counts: equal, parted at a near-tie, different, not promised."""
+"""Compares answers with and without speculation: equal, different at a near-tie, different, not promised."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One request that is answered differently."""
+    """A request whose two answers differ."""
 
     request: int
     """Index in its group."""
     kind: Kind
     what: str
+    """The difference, in words."""
     position: int | None
-    """First token that differs, from 0; None where all tokens are the same."""
+    """Index of the first token that differs; None if all tokens are equal."""
     gap: float | None
-    """Between the two tokens' logits there, see `equality.Difference`; None for sampled requests."""
+    """Of the two tokens' logits there, see `equality.Difference`; None for sampled requests."""
     steps: float | None
+    """The gap in steps of a 16-bit type, see `equality.logit_step`."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,15 @@ class GroupResult:
     near_tie: int
     different: int
     not_promised: int
-    """Differ, and nothing is promised for them."""
+    """Sampled requests that differ, of a method or number type that does not promise them."""
     findings: tuple[Finding, ...] = ()
     largest_gap: float | None = None
     largest_steps: float | None = None
     largest_logprob_difference: float | None = None
     refusal: str | None = None
-    """What vLLM said where the method does not take these parameters; nothing is compared then."""
+    """vLLM's message if the method does not support these parameters; nothing is compared then."""
     failure: str | None = None
-    """Why the engine did not answer; nothing is compared then."""
+    """Cause, if the engine failed; nothing is compared then."""
 
     @classmethod
     def refused(cls, group: Group, refusal: str) -> GroupResult:
@@ -71,9 +73,9 @@ class GroupResult:
 def judge_group(
     group: Group, plain: Sequence[Answer], other: Sequence[Answer], dtype: torch.dtype, promises_sampled: bool
 ) -> GroupResult:
-    """plain: with logits where a greedy request may differ, and with log probabilities where the group asks for them.
+    """plain: greedy answers have logits, and log probabilities if the group asks for them. dtype: the engines'.
 
-    promises_sampled: whether seeded requests must be answered alike, too.
+    promises_sampled: whether seeded requests must have equal answers, too.
     """
     findings = []
     for index, (ask, ours, theirs) in enumerate(zip(group.asks, plain, other, strict=True)):
@@ -81,7 +83,7 @@ def judge_group(
         if (found := _compare(index, ours, theirs, dtype, is_promised)) is not None:
             findings.append(found)
     counts = {kind: sum(found.kind is kind for found in findings) for kind in Kind}
-    apart = [apart for each in zip(plain, other) if (apart := logprob_difference(*each)) is not None]
+    logprob_differences = [largest for each in zip(plain, other) if (largest := logprob_difference(*each)) is not None]
     return GroupResult(
         name=group.name,
         num_requests=len(group.asks),
@@ -92,7 +94,7 @@ def judge_group(
         findings=tuple(findings),
         largest_gap=max((found.gap for found in findings if found.gap is not None), default=None),
         largest_steps=max((found.steps for found in findings if found.steps is not None), default=None),
-        largest_logprob_difference=max(apart, default=None),
+        largest_logprob_difference=max(logprob_differences, default=None),
     )
 
 
@@ -100,8 +102,8 @@ def _compare(index: int, plain: Answer, other: Answer, dtype: torch.dtype, is_pr
     failed = Kind.DIFFERENT if is_promised else Kind.NOT_PROMISED
     position = first_difference(plain.token_ids, other.token_ids)
     if position is None:
-        apart = _apart_after_the_same_tokens(plain, other, dtype)
-        return None if apart is None else Finding(index, failed, apart, None, None, None)
+        what = _difference_beside_tokens(plain, other, dtype)
+        return None if what is None else Finding(index, failed, what, None, None, None)
     if position == min(len(plain.token_ids), len(other.token_ids)):
         what = f"{len(other.token_ids)} tokens, not {len(plain.token_ids)}"
         return Finding(index, failed, what, position, None, None)
@@ -112,27 +114,28 @@ def _compare(index: int, plain: Answer, other: Answer, dtype: torch.dtype, is_pr
     return Finding(index, Kind.NEAR_TIE if place.is_near_tie else failed, what, position, place.gap, place.steps)
 
 
-def _apart_after_the_same_tokens(plain: Answer, other: Answer, dtype: torch.dtype) -> str | None:
+def _difference_beside_tokens(plain: Answer, other: Answer, dtype: torch.dtype) -> str | None:
+    """Of two answers with equal tokens: text, reasons to stop, log probabilities."""
     for name in ("text", "finish_reason", "stop_reason"):
         expected, found = getattr(plain, name), getattr(other, name)
         if expected != found:
             return f"{name} is {found!r}, not {expected!r}"
     if len(plain.logprobs) != len(other.logprobs):
         return f"log probabilities of {len(other.logprobs)} tokens, not {len(plain.logprobs)}"
-    apart = logprob_difference(plain, other)
-    if apart is not None and apart > LOGPROB_TOLERANCE and dtype == torch.float32:
-        return f"log probabilities differ by {apart:.1g}"
+    largest = logprob_difference(plain, other)
+    if largest is not None and largest > LOGPROB_TOLERANCE and dtype == torch.float32:
+        return f"log probabilities differ by {largest:.1g}"
     return None
 
 
 def logprob_difference(plain: Answer, other: Answer) -> float | None:
-    """The largest, in nats, over the shared tokens; None where none were asked for."""
-    apart: list[float] = []
+    """The largest, in nats, over the tokens before the first that differs; None without log probabilities."""
+    differences: list[float] = []
     for ours, theirs, token, other_token in zip(plain.logprobs, other.logprobs, plain.token_ids, other.token_ids):
         if token != other_token:
             break
-        apart.append(abs(ours[token] - theirs[token]))
-        # By place, not by token: rounding may order two equally probable ones either way.
-        places = zip(sorted(ours.values(), reverse=True), sorted(theirs.values(), reverse=True))
-        apart += [abs(mine - reference) for mine, reference in places]
-    return max(apart, default=None)
+        differences.append(abs(ours[token] - theirs[token]))
+        # By rank, not by token: rounding may swap two tokens of equal probability.
+        ranks = zip(sorted(ours.values(), reverse=True), sorted(theirs.values(), reverse=True))
+        differences += [abs(mine - reference) for mine, reference in ranks]
+    return max(differences, default=None)

@@ -1,4 +1,4 @@
-"""What the engines are asked where the user names no prompts."""
+"""The prompts: the user's file, or built-in ones."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ PROMPTS = (
 def read_verify_prompts(
     path: Path | None, count: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[tuple[int, ...], ...]:
-    """Token ids of at most `count` prompts, evenly from `path` (the layouts that `train` and `bench` read) or ours.
+    """Token ids of at most `count` prompts, spread evenly over `path` or the built-in ones.
+
+    path: lines in the layouts that `train` and `bench` read.
 
     Raises ValueError that names the faulty line, or a file without prompts.
     """

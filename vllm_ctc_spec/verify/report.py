@@ -1,4 +1,4 @@
-"""A verification for people: a table with the largest gap of each group, the differences, and what they mean."""
+"""Output of a verification: a table by group, the differences, a conclusion, and the JSON."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from vllm_ctc_spec.verify.judge import LOGPROB_TOLERANCE, Kind
 from vllm_ctc_spec.verify.run import Task, Verification
 
 MAX_LISTED = 10
-"""Differences that the terminal shows; the JSON has all."""
+"""Most differences that the terminal shows; the JSON has all."""
 
-MAX_SAID = 200
-"""Characters of vLLM's message that the terminal shows."""
+MAX_MESSAGE = 200
+"""Most characters of one of vLLM's messages that the terminal shows."""
 
 
 def to_table(verification: Verification) -> Table:
@@ -42,12 +42,12 @@ def to_table(verification: Verification) -> Table:
 
 
 def lines(verification: Verification) -> list[str]:
-    """What is below the table: refusals, differences, and what all of it means."""
+    """Below the table: refused and failed groups, differences, and the conclusion."""
     below = [
-        f"{group.name}: {what}: {shorten(said, MAX_SAID)}"
+        f"{group.name}: {what}: {shorten(message, MAX_MESSAGE)}"
         for group in verification.groups
-        for what, said in (("refused by vLLM", group.refusal), ("failed", group.failure))
-        if said is not None
+        for what, message in (("refused by vLLM", group.refusal), ("failed", group.failure))
+        if message is not None
     ]
     found = [
         f"{group.name}, request {each.request}: {each.what}" + (f" (gap {gap})" if gap else "")
@@ -68,37 +68,37 @@ def conclusion(verification: Verification) -> list[str]:
         sum(getattr(group, name) for group in groups)
         for name in ("num_requests", "equal", "near_tie", "different", "not_promised")
     )
-    said = [f"{facts.method} in {facts.dtype}: {equal} of {total} requests are answered as without speculation."]
+    sentences = [f"{facts.method} in {facts.dtype}: {equal} of {total} requests have the same answer as plain vLLM."]
     if facts.dtype == "float32":
-        apart = max((group.largest_logprob_difference or 0.0 for group in groups), default=0.0)
-        rule = f"In float32 no token may differ, and log probabilities by {LOGPROB_TOLERANCE:g} at most"
-        said.append(f"{rule}; the largest difference is {apart:.1g}.")
+        largest = max((group.largest_logprob_difference or 0.0 for group in groups), default=0.0)
+        rule = f"In float32 no token may differ, and log probabilities may by {LOGPROB_TOLERANCE:g}"
+        sentences.append(f"{rule}; their largest difference is {largest:.1g}.")
     elif tied or different:
-        said.append(
-            f"{tied} part where the two tokens' logits are at most {NEAR_TIE_STEPS} steps of {facts.dtype} apart: "
-            "sums of several rows can round differently there, with speculation and without. "
-            "Run this in float32 (the default) for a proof without rounding."
+        sentences.append(
+            f"{tied} first differ at a near-tie: the two tokens' logits are at most {NEAR_TIE_STEPS} steps of "
+            f"{facts.dtype} apart, and batches of other sizes round differently, with speculation or without. "
+            "Run verify in float32 (the default) to exclude rounding."
         )
     if unpromised:
         reason = (
-            f"in {facts.dtype} a draw that rounding has flipped looks like any other"
+            f"in {facts.dtype} rounding can change a draw, and no rule tells such a draw from a wrong one"
             if verification.is_ours
             else "vLLM's own methods draw other random numbers from the same seed than plain sampling does"
         )
-        said.append(f"{unpromised} sampled requests differ and count for nothing: {reason}.")
+        sentences.append(f"{unpromised} sampled requests differ and are not counted: {reason}.")
     if verification.acceptance_length is None or verification.acceptance_length <= 1:
-        said.append("No draft was accepted in the whole run, so that it says little. Try other prompts.")
+        sentences.append("No draft was accepted in the whole run, so it proves little. Try other prompts.")
     else:
-        said.append(f"Acceptance length over the run: {verification.acceptance_length:.2f}.")
+        sentences.append(f"Acceptance length over the run: {verification.acceptance_length:.2f}.")
     if different:
-        said.append(f"NOT EXACT: {different} requests are answered differently where they must not be.")
+        sentences.append(f"NOT EXACT: {different} requests have another answer where it must be equal.")
     elif not verification.holds:
-        said.append("NOT SUPPORTED: requests were refused, or ended the engine, that plain vLLM answers.")
+        sentences.append("NOT SUPPORTED: some requests that plain vLLM answers were refused, or the engine failed.")
     elif facts.dtype == "float32":
-        said.append("Exact: nothing differs that must not.")
+        sentences.append("Exact: nothing differs that must be equal.")
     else:
-        said.append(f"As exact as {facts.dtype} allows: nothing differs beyond near-ties that must not.")
-    return said
+        sentences.append(f"As exact as {facts.dtype} allows: nothing differs but at near-ties.")
+    return sentences
 
 
 def as_json(task: Task, verification: Verification) -> dict[str, Any]:

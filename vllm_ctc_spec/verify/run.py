@@ -1,4 +1,4 @@
-"""Asks plain vLLM, then vLLM with the speculative method: one engine at a time, each in a process of its own."""
+"""Runs the requests: first on plain vLLM, then with the speculative method, one engine process at a time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from vllm_ctc_spec.verify.judge import GroupResult, judge_group
 
 Prompts = tuple[tuple[int, ...], ...]
 Report = Callable[[str, str, int], None]
-"""Takes the engine's title, what it is doing, and how many groups it has answered since the last call."""
+"""Called with the engine's title, its present work, and the number of groups answered since the last call."""
 
 PLAIN = "plain"
 SPECULATIVE = "speculative"
 TITLES = {PLAIN: "plain vLLM", SPECULATIVE: "with speculation"}
 OUR_METHOD = "ctc"
 MAX_FAILURES = 3
+"""An engine that has failed so often is not started again."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,16 @@ class Verification:
 
     @property
     def holds(self) -> bool:
-        """Nothing differs that must not, and nothing failed. vLLM documents which parameters its own methods refuse."""
+        """Nothing differs that must be equal, and nothing failed. Refusals count for our method only: vLLM documents
+        which parameters its own methods refuse.
+        """
         is_refused = self.is_ours and any(group.refusal is not None for group in self.groups)
         has_failed = any(group.failure is not None for group in self.groups)
         return not is_refused and not has_failed and not any(group.different for group in self.groups)
 
 
 def verify(task: Task, logs: Path, report: Report) -> Verification:
-    """Raises ValueError with vLLM's cause where an engine does not start, or plain vLLM fails."""
+    """Raises ValueError with vLLM's cause if an engine does not start or plain vLLM fails. logs: folder of the logs."""
     with closing(_Engine(PLAIN, task, logs, report)) as plain:
         groups = [greedy_group(task.prompts, task.max_tokens)]
         expected = [_plain_answers(plain, groups[0])]
@@ -73,14 +76,14 @@ def _plain_answers(engine: _Engine, group: Group) -> Sequence[Answer]:
     try:
         answers = engine.ask(group, group.logits_mode)
         if group.asks_logprobs:
-            # vLLM returns log probabilities or logits, not both. In 16 bits the second text may be another one.
+            # vLLM returns either log probabilities or logits. In 16 bits the second answer may be another one.
             answers = [
                 dataclasses.replace(first, logprobs=second.logprobs) if first.token_ids == second.token_ids else first
                 for first, second in zip(answers, engine.ask(group, None))
             ]
     except (Refused, MethodFailed) as error:
         raise ValueError(f"plain vLLM fails in the group {group.name!r}: {error} (log: {engine.log})") from error
-    engine.tell(group)
+    engine.report_done(group)
     return answers
 
 
@@ -92,20 +95,20 @@ def _compare(engine: _Engine, group: Group, expected: Sequence[Answer]) -> Group
     except MethodFailed as error:
         return GroupResult.failed(group, str(error))
     finally:
-        engine.tell(group)
+        engine.report_done(group)
     dtype: torch.dtype = getattr(torch, engine.facts.dtype)
-    # vLLM's rejection sampler draws other random numbers than plain sampling; in 16 bits no rule can tell a draw that
-    # rounding has flipped from a wrong one.
+    # vLLM's rejection sampler draws other random numbers than plain sampling; in 16 bits no rule tells a draw that
+    # rounding has changed from a wrong one.
     promises_sampled = engine.facts.method == OUR_METHOD and dtype == torch.float32
     return judge_group(group, expected, found, dtype, promises_sampled)
 
 
 class Refused(Exception):
-    """What vLLM says about parameters that it does not take."""
+    """vLLM's message about parameters that it does not support."""
 
 
 class _Engine:
-    """One that fails is started again for the next group, MAX_FAILURES times at most."""
+    """An engine process; after a failure it is started again for the next group, MAX_FAILURES times at most."""
 
     def __init__(self, name: str, task: Task, logs: Path, report: Report) -> None:
         self._name, self._task, self._logs, self._report = name, task, logs, report
@@ -120,7 +123,7 @@ class _Engine:
         return self._logs / f"{self._name}-{len(self._failures) + 1}.log"
 
     def ask(self, group: Group, logits_mode: str | None) -> list[Answer]:
-        """Raises Refused, or MethodFailed where the engine fails, or has failed too often before."""
+        """The group's answers. Raises Refused, or MethodFailed if the engine fails or has failed too often before."""
         if len(self._failures) == MAX_FAILURES:
             raise MethodFailed(f"not asked, because the engine has failed {MAX_FAILURES} times")
         if self._process is None:
@@ -139,7 +142,7 @@ class _Engine:
             raise Refused(answers)
         return list(answers)
 
-    def tell(self, group: Group) -> None:
+    def report_done(self, group: Group) -> None:
         self._report(TITLES[self._name], group.name, 1)
 
     def close(self) -> None:
@@ -154,7 +157,7 @@ class _Engine:
             options["speculative_config"] = self._task.speculative_config
         self._process = MethodProcess(self.log)
         try:
-            # As it would be served: what `bench` mends in vLLM's samplers stays here as it is.
+            # As it would be served, without what `bench` corrects in vLLM's rejection sampler.
             arguments = {"target": self._task.target, "options": options, "mends_sampling": False}
             self.facts: EngineFacts = self._process.call("start", **arguments)
         except MethodFailed as error:

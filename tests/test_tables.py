@@ -5,7 +5,7 @@ import sys
 
 CODE = """
 from rich.table import Table
-from vllm_ctc_spec.terminal import console
+from vllm_ctc_spec.tables import console
 table = Table(*["a column of some width"] * 16)
 table.add_row(*["0.5000000 (0.5000000)"] * 16)
 console().print(table)
