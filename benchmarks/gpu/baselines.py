@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.steps import BLOCK_SIZE, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, Step
+from benchmarks.gpu.attention_steps import BLOCK_SIZE, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, Step
 from vllm_ctc_spec.ops.reference import unpack_ancestor_masks
 
 Call = Callable[[], Any]
@@ -51,7 +51,7 @@ def xformers(step: Step) -> Call:
 
 def paged_xformers(step: Step) -> Call:
     """What the engine does with attention_kernel="xformers"."""
-    from vllm_ctc_spec.ops.xformers_attention import pad_batch, tree_attention
+    from vllm_ctc_spec.ops.xformers import pad_batch, tree_attention
 
     batch, out = pad_batch(step.batch, BLOCK_SIZE), torch.empty_like(step.query)
     return lambda: tree_attention(step.query, step.key, step.value, step.kv_cache, batch, SCALE, out)

@@ -11,7 +11,7 @@ key-value, size 128, bfloat16, blocks of 16) is timed, replayed from a CUDA grap
 * xformers' `tree_attention` over a gathered cache, what the engine does with attention_kernel="xformers" (paged), and
   FlashAttention (causal: it knows no trees), where they are installed.
 
-`--tune` tries other launch parameters instead; what wins belongs into vllm_ctc_spec/ops/launch.py.
+`--tune` tries other launch parameters instead; what wins belongs into vllm_ctc_spec/ops/triton/launch.py.
 Exit status: 1 if a kernel is wrong, 2 without a CUDA device.
 """
 
@@ -28,11 +28,11 @@ from typing import Any
 import torch
 import triton
 
+from benchmarks.gpu.attention_steps import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, Step, make_step
 from benchmarks.gpu.baselines import BASELINES, paged_xformers
-from benchmarks.gpu.steps import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, Step, make_step
 from vllm_ctc_spec.ops import kv_move, reference
-from vllm_ctc_spec.ops.launch import Launch
-from vllm_ctc_spec.ops.tree_attention import tree_attention
+from vllm_ctc_spec.ops.triton.attention import tree_attention
+from vllm_ctc_spec.ops.triton.launch import Launch
 
 BATCHES = (1, 8, 32, 64)
 CONTEXTS = (1024, 8192, 32768)

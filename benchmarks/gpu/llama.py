@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_ctc_spec.drafter.modeling import rotate
-from vllm_ctc_spec.ops.tree_attention import tree_attention
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
+from vllm_ctc_spec.ops.triton.attention import tree_attention
 
 EPSILON, THETA = 1e-5, 10000.0
 

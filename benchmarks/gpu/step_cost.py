@@ -32,17 +32,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.attention_steps import BLOCK_SIZE, ancestor_masks
 from benchmarks.gpu.kernel_check import milliseconds
 from benchmarks.gpu.llama import SHAPES, Llama, Shape, store
-from benchmarks.gpu.steps import BLOCK_SIZE, ancestor_masks
 from vllm_ctc_spec.algorithm import TokenTrees, accept_greedy
 from vllm_ctc_spec.config import CTCDrafterConfig, SpecOptions
 from vllm_ctc_spec.drafter import CTCDrafter, Draft, KeyValue
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of
-from vllm_ctc_spec.ops.kv_move import CacheTable, move_slots
-from vllm_ctc_spec.ops.launch import plan_launch
-from vllm_ctc_spec.ops.tree_attention import tree_attention
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
+from vllm_ctc_spec.ops.triton.attention import tree_attention
+from vllm_ctc_spec.ops.triton.launch import plan_launch
+from vllm_ctc_spec.ops.triton.move import CacheTable, move_slots
 from vllm_ctc_spec.training.data import num_frequent
 
 NUM_FRAMES = 10

@@ -13,8 +13,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from vllm_ctc_spec.ops import kv_move, tree_attention  # noqa: E402
-from vllm_ctc_spec.ops.launch import plan_tile  # noqa: E402
+from vllm_ctc_spec.ops.triton import attention, move  # noqa: E402
+from vllm_ctc_spec.ops.triton.launch import plan_tile  # noqa: E402
 
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes per program, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
@@ -80,7 +80,7 @@ def test_tiles_are_loaded_while_others_are_computed(capability: int, dtype: str,
     if cache == dtype:
         constants |= {"k_scale_ptr": None, "v_scale_ptr": None}
     pointees = POINTEES | dict.fromkeys(("out_ptr", "query_ptr", "key_ptr", "value_ptr"), dtype) | {"cache_ptr": cache}
-    kernel = tree_attention._attend_kernel
+    kernel = attention._attend_kernel
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     compiled = compile_kernel(kernel, constants, pointees, capability, **options)
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
@@ -92,11 +92,11 @@ def test_tiles_are_loaded_while_others_are_computed(capability: int, dtype: str,
 
 def test_the_merge_compiles() -> None:
     constants = {"NUM_HEADS": 32, "HEAD_SIZE": 128, "MIN_TILES": 4, "BLOCK_N": 64, "BLOCK_S": 16, "BLOCK_D": 128}
-    compile_kernel(tree_attention._merge_kernel, constants, POINTEES | {"out_ptr": "bf16"}, 90, num_warps=1)
+    compile_kernel(attention._merge_kernel, constants, POINTEES | {"out_ptr": "bf16"}, 90, num_warps=1)
 
 
 def test_the_move_reads_sixteen_bytes_at_a_time_and_waits_before_it_writes() -> None:
-    constants = {"BLOCK_SIZE": 16, "ROW_WORDS": 128, "BLOCK_P": kv_move.NUM_PLACES, "BLOCK_W": 128}
-    ptx = compile_kernel(kv_move._move_kernel, constants, POINTEES, 80, num_warps=4).asm["ptx"]
+    constants = {"BLOCK_SIZE": 16, "ROW_WORDS": 128, "BLOCK_P": move.NUM_PLACES, "BLOCK_W": 128}
+    ptx = compile_kernel(move._move_kernel, constants, POINTEES, 80, num_warps=4).asm["ptx"]
     # Only words of the cache are loaded four at a time; slots are 64 bits wide.
     assert ptx.rindex("ld.global.v4.b32") < ptx.rindex("bar.sync") < ptx.index("st.global.v4.b32")

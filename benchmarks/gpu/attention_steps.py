@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.ops.launch import plan_launch
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
+from vllm_ctc_spec.ops.triton.launch import plan_launch
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 32, 8, 128, 16
 SCALE = HEAD_SIZE**-0.5
