@@ -4,56 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
+from benchmarks.gpu.compiled import POINTEES, compile_attention, compile_kernel, usage  # noqa: E402
 from vllm_ctc_spec.ops.triton import attention, move  # noqa: E402
-from vllm_ctc_spec.ops.triton.launch import plan_tile  # noqa: E402
+from vllm_ctc_spec.ops.triton.launch import HOPPER, plan_for, plan_tile, resident_programs  # noqa: E402
 
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes per program, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
-POINTEES = {
-    "partial_ptr": "fp32",
-    "lse_ptr": "fp32",
-    "masks_ptr": "i64",
-    "row_starts_ptr": "i32",
-    "num_rows_ptr": "i32",
-    "context_lens_ptr": "i32",
-    "block_table_ptr": "i32",
-    "addresses_ptr": "i64",
-    "sources_ptr": "i64",
-    "targets_ptr": "i64",
-    "k_scale_ptr": "fp32",
-    "v_scale_ptr": "fp32",
-}
-SCALARS = {"scale": "fp32", "softcap": "fp32", "num_splits": "i32", "num_places": "i32"}
 
 
 @pytest.fixture(autouse=True)
 def own_compiler_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
-def compile_kernel(kernel: Any, constants: dict[str, Any], pointees: dict[str, str], capability: int, **options: int):
-    """As a launch would with 16-byte aligned tensors and strides."""
-    signature, aligned = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in SCALARS:
-            signature[name] = SCALARS[name]
-        else:
-            signature[name] = f"*{pointees[name]}" if name.endswith("_ptr") else "i64"
-            aligned[(index,)] = [["tt.divisibility", 16]]
-    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, values, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @pytest.mark.parametrize(
@@ -63,31 +29,20 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], pointees: dict[str, s
 def test_tiles_are_loaded_while_others_are_computed(capability: int, dtype: str, cache: str, head_size: int) -> None:
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     tile = plan_tile(128, head_size, torch_dtype, SHARED_MEMORY[capability] - 8 * 1024)
-    constants = {
-        "NUM_KV_HEADS": 8,
-        "GROUP": 4,
-        "HEAD_SIZE": head_size,
-        "BLOCK_SIZE": 16,
-        "HAS_SOFTCAP": False,
-        "FP8_MAX": 448.0 if cache != dtype else 0.0,
-        "IS_SPLIT": True,
-        "MIN_TILES": 4,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_T": 32,
-        "BLOCK_D": triton.next_power_of_2(head_size),
-    }
-    if cache == dtype:
-        constants |= {"k_scale_ptr": None, "v_scale_ptr": None}
-    pointees = POINTEES | dict.fromkeys(("out_ptr", "query_ptr", "key_ptr", "value_ptr"), dtype) | {"cache_ptr": cache}
-    kernel = attention._attend_kernel
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    compiled = compile_kernel(kernel, constants, pointees, capability, **options)
+    compiled = compile_attention(tile, 32, capability, head_size=head_size, dtype=dtype, cache=cache)
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
     loop = compiled.asm["ttgir"].partition("scf.for")[2]
     still_flying = [int(count) for count in re.findall(r"async_wait.*?num = (\d+)", loop)]
     assert still_flying[0] >= 2, "keys and values of the next tile, while this one is waited for"
     assert ("wgmma" in compiled.asm["ptx"]) == (capability == 90)
+
+
+@pytest.mark.parametrize("nodes", [8, 31, 32, 63])
+def test_on_hopper_nothing_is_spilled_and_the_planned_programs_are_resident(nodes: int) -> None:
+    launch = plan_for(HOPPER, 1, nodes + 1, 8192, 32, 8, 128, torch.bfloat16)
+    used = usage(compile_attention(launch, nodes + 1))
+    assert used.spilled == 0
+    assert used.resident * HOPPER.num_processors >= resident_programs(launch, HOPPER)
 
 
 def test_the_merge_compiles() -> None:
