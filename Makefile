@@ -1,7 +1,7 @@
 # Every target but clean and gpu-check sets up .venv first: once, and again when pyproject.toml changes.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo drafter test coverage check gpu-check format clean
+.PHONY: help setup demo drafter test coverage check gpu-check gpu-bundle format clean
 
 BIN := .venv/bin
 ARGS ?=
@@ -20,6 +20,7 @@ help:
 	@echo 'make coverage  run all tests and list the lines of the package that none of them runs'
 	@echo 'make check   formatting, lint, types and unit tests: what every change must pass'
 	@echo 'make gpu-check  kernels and steps on a GPU, without vLLM and without .venv (PYTHON=python3 RESULTS=FOLDER)'
+	@echo 'make gpu-bundle one archive with all that gpu-check needs on a machine without network (OUTPUT=FILE)'
 	@echo 'make format  format the code and fix what lint can fix'
 	@echo 'make setup   only make .venv (PYTHON=python3.12 chooses the interpreter)'
 	@echo 'make clean   remove .venv, caches and build products'
@@ -55,6 +56,9 @@ check: setup
 # On a machine with a GPU and nothing of ours: its own Python has torch and Triton.
 gpu-check:
 	PYTHON='$(PYTHON)' benchmarks/gpu/check.sh $(RESULTS)
+
+gpu-bundle: setup
+	$(BIN)/python -m benchmarks.gpu.bundle $(or $(OUTPUT),gpu-bundle.tar.gz) $(ARGS)
 
 format: setup
 	$(BIN)/ruff format

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu.kernel_check import design_verdict
+
 ROOT = Path(__file__).parents[1]
 CHECK = ROOT / "benchmarks" / "gpu" / "check.sh"
 
@@ -44,6 +46,19 @@ def test_a_stage_that_fails_keeps_its_traceback_and_the_next_ones_run(tmp_path: 
     assert "asked for -m benchmarks.gpu.step_cost --json" in (tmp_path / "results" / "step_cost.log").read_text()
 
 
+def test_the_verdict_names_the_shapes_in_which_two_passes_are_faster() -> None:
+    shape = {"batch": 1, "context": 1024}
+    rows = [
+        {**shape, "nodes": 8, "ours": 1.0, "flash+tail": 2.0, "cudnn+tail": 1.5},
+        {**shape, "nodes": 31, "ours": 3.0, "flash+tail": 2.0, "cudnn+tail": 1.5},
+        {**shape, "nodes": 63, "ours": 3.0, "flash+tail": None, "cudnn+tail": None},
+    ]
+    assert design_verdict(rows).splitlines() == [
+        "one kernel is faster in 1 of 2 shapes; two passes in:",
+        "  batch 1, context 1024, nodes 31: cudnn+tail, 2.00 x",
+    ]
+
+
 def test_nothing_of_it_needs_vllm() -> None:
     """It is imported and its tests are collected where vLLM cannot be."""
     program = f"""
@@ -62,4 +77,4 @@ sys.exit(pytest.main(["--collect-only", "-q", "--no-header", "-m", "gpu", "-p", 
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     [names] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert names == ["test_device_work.py", "test_evaluate.py", "test_gpu.py"]
+    assert names == ["test_device_work.py", "test_evaluate.py", "test_gpu.py", "test_two_pass.py"]

@@ -1,4 +1,4 @@
-"""Other people's kernels on the same steps.
+"""Other attention kernels on the same steps.
 
 Letters: R requests, Q rows per request, L context, H query heads, K key-value heads, G = H / K, D head size.
 """
@@ -12,25 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.steps import BLOCK_SIZE, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, Step
+from benchmarks.gpu import two_pass
+from benchmarks.gpu.attention_steps import BLOCK_SIZE, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, Step, unfold
 from vllm_ctc_spec.ops.reference import unpack_ancestor_masks
 
 Call = Callable[[], Any]
 
 
 def sdpa(step: Step) -> Call:
-    """torch's attention with an explicit mask, keys and values gathered beforehand."""
-    query, gathered, bias = step.by_request(step.query), _gather(step), _bias(step)
-    return lambda: _attend_with_bias(query, *gathered, bias, SCALE)
+    """torch's attention with an explicit mask, over keys and values that were gathered beforehand."""
+    query, gathered, bias = step.folded_query(), _gather(step), _bias(step)
+    return lambda: _attend_with_bias(query, *gathered, bias, step.batch.max_rows)
 
 
 def gather_and_sdpa(step: Step) -> Call:
-    query, bias = step.by_request(step.query), _bias(step)
-    return lambda: _attend_with_bias(query, *_gather(step), bias, SCALE)
+    query, bias = step.folded_query(), _bias(step)
+    return lambda: _attend_with_bias(query, *_gather(step), bias, step.batch.max_rows)
 
 
 def xformers(step: Step) -> Call:
-    """Its own tree attention: context and tail apart, then merged; the cache lies gathered, which is its best case."""
+    """xformers' own tree attention, which needs a contiguous context."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalPaddedKeysMask
     from xformers.ops.tree_attention import tree_attention
 
@@ -41,7 +42,7 @@ def xformers(step: Step) -> Call:
 
     query = step.by_request(step.query).unflatten(2, (NUM_KV_HEADS, -1))
     own = [grouped(step.by_request(rows)) for rows in (step.key, step.value)]
-    cached = [grouped(half[:, :, :context].transpose(1, 2).contiguous()) for half in _gather(step)]
+    cached = [grouped(half.transpose(1, 2).contiguous()) for half in step.gathered_context()]
     prefix = BlockDiagonalPaddedKeysMask.from_seqlens([num_rows] * num_requests, context, [context] * num_requests)
     prefix = prefix.to(query.device)
     allowed = unpack_ancestor_masks(step.by_request(step.batch.ancestor_masks), num_rows)[0]
@@ -50,15 +51,15 @@ def xformers(step: Step) -> Call:
 
 
 def paged_xformers(step: Step) -> Call:
-    """What the engine does with attention_kernel="xformers"."""
-    from vllm_ctc_spec.ops.xformers_attention import pad_batch, tree_attention
+    """The kernel that the engine uses with attention_kernel="xformers"."""
+    from vllm_ctc_spec.ops.xformers import pad_batch, tree_attention
 
     batch, out = pad_batch(step.batch, BLOCK_SIZE), torch.empty_like(step.query)
     return lambda: tree_attention(step.query, step.key, step.value, step.kv_cache, batch, SCALE, out)
 
 
 def flash(step: Step) -> Call:
-    """FlashAttention, causal over context and rows: no tree, so a bound, not an answer."""
+    """FlashAttention, causal over context and rows. It cannot mask a tree, so this only bounds what it could reach."""
     query, lens = step.by_request(step.query), step.batch.context_lens + step.batch.num_rows
     try:
         from flash_attn import flash_attn_with_kvcache
@@ -88,43 +89,38 @@ def _vllm_flash(step: Step, lens: Tensor) -> Call:
 
 
 BASELINES: dict[str, Callable[[Step], Call]] = {
+    "flash ctx": lambda step: two_pass.context_alone(step, two_pass.flash),
+    "flash+tail": lambda step: two_pass.two_pass(step, two_pass.flash),
+    "cudnn+tail": lambda step: two_pass.two_pass(step, two_pass.cudnn),
     "sdpa": sdpa,
     "gather+sdpa": gather_and_sdpa,
     "xformers": xformers,
     "paged xformers": paged_xformers,
     "flash": flash,
 }
-"""All want equally many rows and equally long contexts, and raise ImportError where they are not installed."""
+"""Each takes a step whose requests have equally many rows and equally long contexts, and returns the call to time.
+Raises ImportError where a library is not installed."""
 
 
 def _gather(step: Step) -> list[Tensor]:
-    """Keys and values [R, K, L + Q, D]: context, then own."""
-    context = step.contexts[0]
-    blocks = step.batch.block_table[:, : -(-context // BLOCK_SIZE)].long()
-    paged = step.kv_cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, :context].split(HEAD_SIZE, dim=-1)
+    """Keys and values [R, K, L + Q, D]: of the context, then of the step."""
     own = (step.by_request(rows).transpose(1, 2) for rows in (step.key, step.value))
-    return [torch.cat(halves, dim=2) for halves in zip(paged, own)]
+    return [torch.cat(halves, dim=2) for halves in zip(step.gathered_context(), own)]
 
 
 def _bias(step: Step) -> Tensor:
-    """Additive mask [R, 1, Q * G, L + Q]: 0 where a row may look, -inf elsewhere."""
+    """Additive mask [R, 1, Q * G, L + Q]: 0 where a row sees a position, -inf elsewhere."""
     rows, context = step.batch.max_rows, step.contexts[0]
     own = unpack_ancestor_masks(step.by_request(step.batch.ancestor_masks), rows)
     allowed = F.pad(own, (context, 0), value=True).repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=1)[:, None]
     return _aligned(torch.zeros_like(allowed, dtype=step.query.dtype).masked_fill_(~allowed, -torch.inf))
 
 
-def _attend_with_bias(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Attention of query [R, Q, H, D] to keys and values [R, K, L + Q, D]; returns like query.
-
-    bias: from `_bias`. Grouped heads are folded into the rows, so that keys are never repeated.
-    """
-    num_rows, num_kv_heads = query.shape[1], keys.shape[1]
-    folded = query.unflatten(2, (num_kv_heads, -1)).transpose(1, 2).flatten(2, 3)
-    out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=bias, scale=scale)
-    return out.unflatten(2, (num_rows, -1)).transpose(1, 2).flatten(2, 3)
+def _attend_with_bias(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, num_rows: int) -> Tensor:
+    """Attention of query [R, K, Q * G, D] to keys and values [R, K, L + Q, D], as [R, Q, H, D]. bias: from `_bias`."""
+    return unfold(F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=SCALE), num_rows)
 
 
 def _aligned(bias: Tensor) -> Tensor:
-    """The same with rows that start at multiples of 16 bytes, so that no kernel copies it first."""
+    """The same with rows that start at multiples of 16 bytes; kernels would copy another layout first."""
     return F.pad(bias, (0, -bias.shape[-1] % 8))[..., : bias.shape[-1]]

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# All that a GPU can say about this project without vLLM, in at most eight minutes; `make gpu-check` calls it.
+# Tests and measures the kernels and steps on a GPU, without vLLM, in at most eight minutes. Called by `make gpu-check`.
 #
 #     benchmarks/gpu/check.sh [RESULTS]
 #
-# A stage that fails or takes too long does not keep the next from running. RESULTS (default: gpu-check) gets a log and
-# what the stage measured as JSON, as each one ends, and `summary.txt` with their exit statuses; 124 is the time limit.
-# PYTHON names the interpreter, which needs torch, triton, transformers, numba, pytest and hypothesis.
+# A stage that fails or exceeds its time limit does not keep the next from running. RESULTS (default: gpu-check) gets
+# each stage's log and JSON results, and `summary.txt` with the exit statuses; 124 means that a time limit was exceeded.
+# PYTHON names the interpreter, which needs torch, triton, transformers, numba, pytest and hypothesis. Wheels in
+# `wheels/`, as `make gpu-bundle` packs them, are unpacked into RESULTS/site and used from there.
 #
 # Exit status: 1 if a stage failed, 2 without a CUDA device.
 set -uo pipefail
@@ -32,7 +33,15 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
 fi
 mkdir -p "$results"
 : >"$results/summary.txt"
-stage tests 150 -m pytest -m gpu -p no:cacheprovider tests/ops tests/algorithm tests/training/test_evaluate.py
-stage kernel_check 170 -m benchmarks.gpu.kernel_check --json "$results/kernel_check.json"
+if compgen -G 'wheels/*.whl' >/dev/null; then
+    "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$results/site" wheels/*.whl &&
+        export PYTHONPATH="$results/site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+# Most of the tests' time is Triton's compiler, which runs on one core for each kernel.
+parallel=()
+"$python" -c 'import xdist' 2>/dev/null && parallel=(--numprocesses 8)
+tests=(tests/ops tests/algorithm tests/training/test_evaluate.py)
+stage tests 150 -m pytest -m gpu -p no:cacheprovider "${parallel[@]}" "${tests[@]}"
+stage kernel_check 170 -m benchmarks.gpu.kernel_check --seconds 140 --json "$results/kernel_check.json"
 stage step_cost 140 -m benchmarks.gpu.step_cost --json "$results/step_cost.json"
 exit "$failed"

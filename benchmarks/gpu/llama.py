@@ -1,4 +1,4 @@
-"""A Llama shape with random weights over our paged layout, as vLLM would run it: what a step costs, not what it says.
+"""A Llama with random weights over vLLM's paged cache layout. Its steps cost what a real one's do; its text is noise.
 
 Letters: M rows of the step, H hidden size, V vocabulary, K key-value heads, D head size, B block size.
 """
@@ -11,34 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.shapes import Shape
 from vllm_ctc_spec.drafter.modeling import rotate
-from vllm_ctc_spec.ops.tree_attention import tree_attention
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
+from vllm_ctc_spec.ops.triton.attention import tree_attention
 
 EPSILON, THETA = 1e-5, 10000.0
 
 
-@dataclass(frozen=True)
-class Shape:
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    vocab_size: int
-    head_size: int = 128
-
-
-SHAPES = {
-    "7B": Shape(32, 4096, 11008, 32, 32, 32000),
-    "8B": Shape(32, 4096, 14336, 32, 8, 128256),
-    "tiny": Shape(2, 256, 512, 2, 1, 512),
-}
-
-
 @torch.compile(dynamic=True)
 def _qkv(x: Tensor, norm: Tensor, weight: Tensor, positions: Tensor, shape: Shape) -> tuple[Tensor, ...]:
-    """Query [M, heads, D], key and value [M, K, D] of x [M, H], the first two rotated."""
+    """Query [M, heads, D], key and value [M, K, D] of x [M, H]; query and key with rotary embedding."""
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
     rows = (F.rms_norm(x, x.shape[-1:], norm, EPSILON) @ weight.T).unflatten(-1, (-1, shape.head_size))
     rotated, value = rows.split((heads + kv_heads, kv_heads), dim=1)
@@ -46,7 +29,7 @@ def _qkv(x: Tensor, norm: Tensor, weight: Tensor, positions: Tensor, shape: Shap
 
 
 def store(kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
-    """Keys and values [M, K, D] to slots [M] int64 of a cache [blocks, K, B, 2 * D]."""
+    """Writes keys and values [M, K, D] to slots [M] int64 of a cache [blocks, K, B, 2 * D]."""
     block_size = kv_cache.shape[2]
     kv_cache[slots // block_size, :, slots % block_size] = torch.cat((key, value), dim=-1)
 
@@ -97,7 +80,7 @@ class Llama:
     def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor, batch: TreeBatch) -> tuple[Tensor, Tensor]:
         """Last hidden states [M, H] and logits [M, V] of tokens, positions [M] int64.
 
-        Keys and values of the rows are stored at slots [M] int64 of every layer's cache.
+        Writes the rows' keys and values to slots [M] int64 of every layer's cache.
         """
         x = F.embedding(tokens, self.embedding)
         for layer in self.layers:

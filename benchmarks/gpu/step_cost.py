@@ -1,11 +1,11 @@
-"""What a step costs on a GPU: a Llama shape with random weights, plain decoding against drafting and verifying trees.
+"""What a step costs on a GPU: plain decoding against drafting and verifying trees, a Llama with random weights.
 
     python -m benchmarks.gpu.step_cost [--shape 8B] [--batches 1 8] [--contexts 2048 8192] [--nodes 8 16 32 63]
         [--json PATH]
 
-Needs torch, triton and transformers (whose base classes the drafter has), not vLLM. Both steps are written out with the
-same products and the same attention kernel, so the ratio is that of the method, not of two engines; kernel_check
-compares the kernel with others. Each part is replayed from a CUDA graph, with a cold L2 cache:
+Needs torch, triton and transformers, but not vLLM. Both steps use the same matrix products and attention kernel, so
+their ratio is that of the method, without an engine's overhead; kernel_check compares the kernel with others. Each part
+is replayed from a CUDA graph with a cold L2 cache:
 
     decode   one row per request through the target
     verify   N + 1 rows per request
@@ -14,8 +14,8 @@ compares the kernel with others. Each part is replayed from a CUDA graph, with a
     walk     greedy
     move     four nodes of each request, in all layers
 
-"launched" is draft + build without a graph, which is how the engine runs them for large batches. Exit status 2 without
-a CUDA device.
+"launched" is draft + build without a graph, as the engine runs them for large batches. PATH is rewritten after each
+context. `benchmarks.cpu.step_cost` is the command for a CPU. Exit status 2 without a CUDA device.
 """
 
 from __future__ import annotations
@@ -32,25 +32,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.attention_steps import BLOCK_SIZE, ancestor_masks
 from benchmarks.gpu.kernel_check import milliseconds
-from benchmarks.gpu.llama import SHAPES, Llama, Shape, store
-from benchmarks.gpu.steps import BLOCK_SIZE, ancestor_masks
+from benchmarks.gpu.llama import Llama, store
+from benchmarks.shapes import SHAPES, Shape
 from vllm_ctc_spec.algorithm import TokenTrees, accept_greedy
 from vllm_ctc_spec.config import CTCDrafterConfig, SpecOptions
 from vllm_ctc_spec.drafter import CTCDrafter, Draft, KeyValue
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of
-from vllm_ctc_spec.ops.kv_move import CacheTable, move_slots
-from vllm_ctc_spec.ops.launch import plan_launch
-from vllm_ctc_spec.ops.tree_attention import tree_attention
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
+from vllm_ctc_spec.ops.triton.attention import tree_attention
+from vllm_ctc_spec.ops.triton.launch import plan_launch
+from vllm_ctc_spec.ops.triton.move import CacheTable, move_slots
 from vllm_ctc_spec.training.data import num_frequent
 
 NUM_FRAMES = 10
 NUM_LAYERS = 3
-"""Of the target, that the drafter reads beside the last hidden state."""
+"""Layers of the target that the drafter reads beside the last hidden state."""
 
 NUM_ACCEPTED = 4
-"""Nodes of each request, and with the anchor one more row, which the drafter's context gets."""
+"""Nodes per request. With the anchor, the drafter's context grows by one row more."""
 
 Time = Callable[[Callable[[], Any]], float]
 
@@ -76,11 +77,11 @@ class Cost:
 
 
 class Setting:
-    """Target, drafter and cache for `batch` requests that stand at position `context`."""
+    """Target, drafter and cache for `batch` requests, each with `context` positions."""
 
     def __init__(self, shape: Shape, batch: int, context: int, device: torch.device) -> None:
         self.shape, self.batch, self.context, self.device = shape, batch, context, device
-        # Rows of a tree lie behind the context until they are moved.
+        # The rows of a tree occupy slots after the context until the accepted ones are moved.
         self.width = -(-(context + 64) // BLOCK_SIZE)
         self.target = Llama(shape, batch * self.width, BLOCK_SIZE, device)
         self.block_table = torch.arange(batch * self.width, dtype=torch.int32, device=device).view(batch, -1)
@@ -114,7 +115,7 @@ class Setting:
         return torch.arange(self.context, self.context + num_rows, device=self.device).repeat(self.batch)
 
     def slots(self, rows: Tensor) -> Tensor:
-        """[R, n] int64 from positions [n] behind the context, the same for each request."""
+        """[R, n] int64: slots of positions context + rows, for rows [n] that are the same for each request."""
         first = self.width * BLOCK_SIZE * torch.arange(self.batch, device=self.device)[:, None]
         return first + self.context + rows.to(self.device)
 
@@ -200,18 +201,17 @@ def main() -> int:
     import triton
 
     device = torch.device("cuda", torch.cuda.current_device())
+    time_launched = partial(triton.testing.do_bench, return_mode="median")
     costs: list[Cost] = []
     for batch in options.batches:
         for context in options.contexts:
             torch.manual_seed(0)
             setting = Setting(SHAPES[options.shape], batch, context, device)
-            costs += measure(
-                setting, options.nodes, milliseconds, partial(triton.testing.do_bench, return_mode="median")
-            )
+            costs += measure(setting, options.nodes, milliseconds, time_launched)
             del setting
-    if options.json:
-        rows = [{**asdict(cost), "ratio": cost.ratio} for cost in costs]
-        options.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "costs": rows}, indent=1))
+            if options.json:
+                rows = [{**asdict(cost), "ratio": cost.ratio} for cost in costs]
+                options.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "costs": rows}, indent=1))
     print(f"{torch.cuda.get_device_name()}, {options.shape}, bfloat16, milliseconds")
     print_table(costs)
     return 0

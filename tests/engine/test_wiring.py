@@ -15,7 +15,7 @@ from vllm_ctc_spec.drafter.checkpoint import load_drafter
 from vllm_ctc_spec.drafter.drafting import set_tables_from
 from vllm_ctc_spec.engine.attention.cpu import ISA, write_cache
 from vllm_ctc_spec.engine.host_tree import HostTree
-from vllm_ctc_spec.ops.cpu_kernels import tree_attention
+from vllm_ctc_spec.ops.cpu.kernels import tree_attention
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 from vllm_ctc_spec.reference import draft, run_target
 

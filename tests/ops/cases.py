@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_ctc_spec.ops import reference
-from vllm_ctc_spec.ops.launch import Launch
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
+from vllm_ctc_spec.ops.triton.launch import Launch
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 UNTOUCHED = 7.0
@@ -80,7 +80,7 @@ def attend_with_xformers(
     query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, **optional: Any
 ) -> Tensor:
     """For `Case.check`, of cases without softcap and scales."""
-    from vllm_ctc_spec.ops.xformers_attention import pad_batch, tree_attention
+    from vllm_ctc_spec.ops.xformers import pad_batch, tree_attention
 
     assert optional.pop("softcap") == 0.0 and optional.pop("k_scale") is optional.pop("v_scale") is None
     slots = kv_cache.transpose(1, 2).contiguous().transpose(1, 2)

@@ -9,7 +9,7 @@ import torch
 
 from tests.ops.cases import DTYPES, UNTOUCHED, Moves, Shape, attend_with_xformers, make_case, make_moves
 from vllm_ctc_spec.ops import reference
-from vllm_ctc_spec.ops.launch import plan_launch
+from vllm_ctc_spec.ops.triton.launch import plan_launch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +34,7 @@ def planned(shape: Shape, num_splits: int):
 def test_compiled_attention_equals_its_plain_twin(
     dtypes: tuple[torch.dtype, torch.dtype], head_size: int, softcap: float, num_splits: int
 ) -> None:
-    from vllm_ctc_spec.ops.tree_attention import tree_attention
+    from vllm_ctc_spec.ops.triton.attention import tree_attention
 
     if dtypes[1].itemsize == 1 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("a float8 cache needs compute capability 8.9")
@@ -52,7 +52,7 @@ def test_compiled_xformers_equals_its_plain_twin(dtype: torch.dtype, head_size: 
 
 
 def test_a_captured_step_reads_what_was_written_into_its_buffers() -> None:
-    from vllm_ctc_spec.ops.tree_attention import tree_attention
+    from vllm_ctc_spec.ops.triton.attention import tree_attention
 
     case = make_case(SHAPE, planned(SHAPE, 3), "cuda")
     out, batch = torch.empty_like(case.query), case.batch
@@ -78,7 +78,7 @@ def test_a_captured_step_reads_what_was_written_into_its_buffers() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_compiled_move_equals_its_plain_twin(dtype: torch.dtype, seed: int) -> None:
-    from vllm_ctc_spec.ops.kv_move import CacheTable, move_slots
+    from vllm_ctc_spec.ops.triton.move import CacheTable, move_slots
 
     moves: Moves = make_moves(5, 40, 11, dtype, seed, "cuda")
     moves.check(lambda caches, sources, targets: move_slots(CacheTable.of(caches), sources, targets))

@@ -91,7 +91,7 @@ def test_missing_xformers_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPat
 
 def test_the_kernels_import_neither_vllm_nor_transformers() -> None:
     code = (
-        "import sys, vllm_ctc_spec.ops.kv_move, vllm_ctc_spec.ops.tree_attention, vllm_ctc_spec.ops.reference\n"
+        "import sys, vllm_ctc_spec.ops.triton.move, vllm_ctc_spec.ops.triton.attention, vllm_ctc_spec.ops.reference\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules} & {'vllm', 'transformers'}))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Tree attention over a paged context and a dense masked tail, and the move of accepted keys and values, in PyTorch.
+"""Plain PyTorch versions of the kernels: tree attention, and the move of accepted keys and values.
 
 Letters: R requests, Q query rows per request, M query rows of the whole step, H query heads, K key-value heads,
 G = H / K, D head size, L context, B block size, P places of a path.
@@ -30,7 +30,7 @@ def tree_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """The plain twin of `ops.tree_attention.tree_attention`: same arguments, every request by itself, in float64."""
+    """`ops.triton.attention.tree_attention` with the same arguments, one request at a time, in float64."""
     starts, counts, lens = (field.tolist() for field in (batch.row_starts, batch.num_rows, batch.context_lens))
     block_size, head_size = kv_cache.shape[2], query.shape[2]
     for request, (start, count, length) in enumerate(zip(starts, counts, lens)):
@@ -45,14 +45,14 @@ def tree_attention(
         if softcap > 0:
             logits = softcap * torch.tanh(logits / softcap)
         logits[..., length:].masked_fill_(~unpack_ancestor_masks(batch.ancestor_masks[None, own], count)[0], -torch.inf)
-        # A row that sees nothing is 0, not NaN.
+        # Softmax gives NaN for a row that sees nothing; its result is 0.
         weights = logits.softmax(-1).nan_to_num(0.0)
         out[own] = (weights @ values[:, None]).movedim(2, 0).flatten(1, 2).to(out.dtype)
     return out
 
 
 def _as_cached(rows: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
-    """Float64 rows, before the multiplication with `scale`, as a cache of this dtype will hold them."""
+    """Rows as a cache of this dtype stores them, before the multiplication with `scale`, in float64."""
     if dtype.itemsize > 1:
         return rows.double()
     largest = torch.finfo(dtype).max
@@ -64,7 +64,7 @@ def _factor(scale: Tensor | None) -> Tensor | float:
 
 
 def move_slots(kv_caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
-    """The plain twin of `ops.kv_move.move_slots`. kv_caches: [blocks, K, B, 2 * D] each; sources, targets: [R, P]."""
+    """`ops.triton.move.move_slots` of caches [blocks, K, B, 2 * D]; sources, targets: [R, P] int64."""
     moves = sources >= 0
     block_size = kv_caches[0].shape[2]
     source, target = sources[moves], targets[moves]

@@ -1,4 +1,4 @@
-"""What the Triton kernels can run on, checked once at start-up."""
+"""What the GPU kernels support, checked once at start-up."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def check_supported(
     block_size: int,
     capability: tuple[int, int],
 ) -> None:
-    """Raises ValueError, or ModuleNotFoundError without Triton, if tree attention and the K/V move cannot run.
+    """Raises ValueError if the Triton kernels cannot run, ModuleNotFoundError if Triton is not installed.
 
-    dtype: of queries, keys and values; cache_dtype: of the K/V cache, a float8 cache as float8;
+    dtype: of queries, keys and values. cache_dtype: of the K/V cache; float8 dtypes for a float8 cache.
     capability: from `torch.cuda.get_device_capability`.
     """
     if find_spec("triton") is None:
@@ -59,7 +59,7 @@ def check_supported(
 
 
 def check_xformers(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
-    """What `check_supported` allows and `ops.xformers_attention` lacks. Raises ValueError or ModuleNotFoundError."""
+    """Raises ValueError if `ops.xformers` lacks what `check_supported` allows, ModuleNotFoundError without xformers."""
     if find_spec("xformers") is None:
         raise ModuleNotFoundError(
             "speculative_config attention_kernel='xformers' needs xformers, which is not installed. "

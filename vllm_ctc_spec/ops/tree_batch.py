@@ -1,4 +1,4 @@
-"""What tree attention knows about a step: which rows, which context, who sees whom. Made once for all layers.
+"""The tree rows of a step, their contexts and their ancestor masks: made once and used by all layers.
 
 Letters: R requests, M query rows of the whole step, B block size.
 """
@@ -9,31 +9,31 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vllm_ctc_spec.ops.launch import Launch
+from vllm_ctc_spec.ops.triton.launch import Launch
 
 MAX_ROWS = 64
-"""Rows of a request: one bit of an int64 each."""
+"""Most rows of a request: a row's ancestor mask is an int64 with one bit per row."""
 
 
 @dataclass(frozen=True)
 class TreeBatch:
     """The tree rows of one step.
 
-    All fields but the tensors' contents are fixed by shapes, so that a captured CUDA graph may hold the tensors and
-    be replayed after they were overwritten in place.
+    Everything except the tensors' contents depends on shapes only, so a captured CUDA graph can hold the tensors and be
+    replayed after they have been overwritten in place.
     """
 
     row_starts: Tensor
-    """[R] int32, index of each request's first row among the M rows of the step."""
+    """[R] int32, index of each request's first row in the M rows of the step."""
     num_rows: Tensor
-    """[R] int32, rows of each request, at most `max_rows`; 0 skips a request (padding, or a prefill beside it)."""
+    """[R] int32, rows of each request, at most `max_rows`; requests with 0 (padding, prefill) are skipped."""
     ancestor_masks: Tensor
     """[M] int64, bit j: the row sees row j of its own request."""
     context_lens: Tensor
-    """[R] int32, positions of each request that lie in the cache and that all its rows see."""
+    """[R] int32, positions of each request in the cache; all its rows see all of them."""
     block_table: Tensor
-    """[R, blocks] int32, cache block of positions i * B to (i + 1) * B - 1."""
+    """[R, blocks] int32: entry i is the cache block of positions i * B to (i + 1) * B - 1."""
     max_rows: int
     """Upper bound of `num_rows`, at most MAX_ROWS."""
     launch: Launch | None = None
-    """How the Triton kernels are launched, from ops.launch.plan_launch; of no use to others."""
+    """From `ops.triton.launch.plan_launch`; only the Triton kernels use it."""

@@ -9,17 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.llama import SHAPES
 from benchmarks.gpu.step_cost import Setting, measure
+from benchmarks.shapes import Shape
 
 CONTEXT = 40
+SHAPE = Shape(2, 256, 512, 2, 1, 512, 128)
 
 
 @pytest.fixture
 def setting() -> Iterator[Setting]:
     torch.manual_seed(0)
     with torch.compiler.set_stance("force_eager"):
-        yield Setting(SHAPES["tiny"], 2, CONTEXT, torch.device("cpu"))
+        yield Setting(SHAPE, 2, CONTEXT, torch.device("cpu"))
 
 
 def logits(setting: Setting, tokens: Tensor, depths: list[int], masks: list[int]) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vllm_ctc_spec.ops import reference
-from vllm_ctc_spec.ops.launch import Launch
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
+from vllm_ctc_spec.ops.triton.launch import Launch
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK = 4, 2, 64, 16
 SCALE = HEAD_SIZE**-0.5
@@ -187,7 +187,7 @@ def test_a_float8_cache_and_query_are_read_with_their_scales() -> None:
 
 def test_no_batch_needs_a_kernel_that_was_not_warmed_up() -> None:
     from vllm_ctc_spec.engine.attention.interface import PagedContext
-    from vllm_ctc_spec.ops.tree_attention import kernels_of
+    from vllm_ctc_spec.ops.triton.attention import kernels_of
 
     attention = Step().attention
     seen = []

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from tests.ops.cases import Shape, attend_with_xformers, make_case, shapes
-from vllm_ctc_spec.ops.launch import Launch
+from vllm_ctc_spec.ops.triton.launch import Launch
 
 DTYPES = [(torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16)]
 

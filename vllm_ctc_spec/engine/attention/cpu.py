@@ -1,7 +1,7 @@
 """vLLM's CPU attention backend, with rows of token trees attending to their ancestors.
 
 Plain prefill, decode and chain rows keep vLLM's kernel; rows of branching trees, and those decoded beside them, go to
-`ops.cpu_kernels`. The cache of a layer is [blocks, K, B, 2 * D] (vllm/v1/attention/backends/cpu_attn.py). How keys and
+`ops.cpu.kernels`. The cache of a layer is [blocks, K, B, 2 * D] (vllm/v1/attention/backends/cpu_attn.py). How keys and
 values lie in it depends on the isa that vLLM's builder chooses for its kernel: in bfloat16 "amx" where the processor
 has it, which we keep, and else one of many that differ by processor, in place of which we take "vec". `check_layout`
 proves it at start-up.
@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_ctc_spec.engine.attention.interface import TreeAttention, features_of, refuse_features, tree_rows
-from vllm_ctc_spec.ops import cpu_kernels
+from vllm_ctc_spec.ops.cpu import kernels as cpu_kernels
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
 TILED_ISA, ISA = "amx", "vec"

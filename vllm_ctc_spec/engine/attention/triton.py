@@ -1,7 +1,7 @@
 """vLLM's FLASH_ATTN and TRITON_ATTN backends, with rows of token trees attending to their ancestors.
 
 Prefill, plain decode and chains keep vLLM's kernels; rows of branching trees, and those decoded beside them, go to
-`ops.tree_attention`. Both backends keep a layer's cache as [blocks, K, B, 2 * D], keys before values in the last
+`ops.triton.attention`. Both backends keep a layer's cache as [blocks, K, B, 2 * D], keys before values in the last
 dimension (vllm/v1/kv_cache_interface.py), in any physical order: our kernels follow the strides. `_check_layout` proves
 it at start-up.
 
@@ -34,17 +34,17 @@ from vllm_ctc_spec.engine.attention.interface import (
     tree_rows,
 )
 from vllm_ctc_spec.engine.row_counts import doublings
-from vllm_ctc_spec.ops.kv_move import CacheTable, move_slots
-from vllm_ctc_spec.ops.launch import most_splits, next_power_of_2, plan_launch
-from vllm_ctc_spec.ops.tree_attention import kernels_of, tree_attention
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
+from vllm_ctc_spec.ops.triton.attention import kernels_of, tree_attention
+from vllm_ctc_spec.ops.triton.launch import most_splits, next_power_of_2, plan_launch
+from vllm_ctc_spec.ops.triton.move import CacheTable, move_slots
 
 
 class TreeAttentionImpl(AttentionImpl):
     """Before one of vLLM's implementations in the order of base classes."""
 
     kernel: Callable[..., Tensor] = staticmethod(tree_attention)
-    """Takes what `ops.tree_attention.tree_attention` takes."""
+    """Takes what `ops.triton.attention.tree_attention` takes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -8,7 +8,7 @@ import torch
 
 from vllm_ctc_spec.engine.attention.triton import TritonTreeAttention
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
-from vllm_ctc_spec.ops.xformers_attention import PaddedBatch, has_slots, pad_batch, tree_attention
+from vllm_ctc_spec.ops.xformers import PaddedBatch, has_slots, pad_batch, tree_attention
 
 
 class XformersTreeAttention(TritonTreeAttention):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ctc_spec.ops.launch import (
+from vllm_ctc_spec.ops.triton.launch import (
     MIN_EFFICIENCY,
     MIN_TILES_PER_SPLIT,
     choose_num_splits,

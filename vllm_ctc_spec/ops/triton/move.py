@@ -1,6 +1,7 @@
-"""Keys and values of accepted nodes move to consecutive slots: every layer in one Triton launch.
+"""Moves keys and values of accepted nodes to consecutive slots, in all layers with one Triton launch.
 
-A layer's cache is found through a table of addresses, made once. The plain twin is `ops.reference.move_slots`.
+The kernel finds the layers' caches through a table of addresses that is made once. The plain twin is
+`ops.reference.move_slots`.
 
 Letters: R requests, P places of a path, L layers, K key-value heads, B block size, D head size.
 """
@@ -17,26 +18,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_ctc_spec.ops.launch import MOVE_WARPS
+from vllm_ctc_spec.ops.triton.launch import MOVE_WARPS
 
 WORD = torch.int32
-"""Bytes move as words of this type, whatever the cache holds."""
+"""The cache is copied in words of this type, whatever its dtype."""
 NUM_PLACES = 16
-"""Of a path, that one compiled kernel is for: no drafter has more frames."""
+"""Paths of up to this many places share one compiled kernel; drafters have fewer frames."""
 
 
 @dataclass(frozen=True)
 class CacheTable:
-    """Where the caches of L layers lie. All have one shape, dtype and stride, and live at least as long as this."""
+    """Addresses of the caches of L layers, which have equal shapes, dtypes and strides."""
 
     kv_caches: tuple[Tensor, ...]
-    """L tensors [blocks, K, B, 2 * D]; kept so that the addresses stay good."""
+    """L tensors [blocks, K, B, 2 * D]; held so that the addresses stay valid."""
     addresses: Tensor
     """[L] int64"""
 
     @classmethod
     def of(cls, kv_caches: list[Tensor]) -> CacheTable:
-        """A cache that several layers share counts once. Raises ValueError for caches that differ."""
+        """Caches that several layers share are moved once. Raises ValueError if the layers' caches differ."""
         unique = tuple({kv_cache.data_ptr(): kv_cache for kv_cache in kv_caches}.values())
         layouts = {(kv_cache.shape[1:], kv_cache.stride(), kv_cache.dtype) for kv_cache in unique}
         if len(layouts) > 1:
@@ -51,10 +52,10 @@ class CacheTable:
 
 
 def move_slots(table: CacheTable, sources: Tensor, targets: Tensor) -> None:
-    """Copy keys and values of slot sources[r, p] to slot targets[r, p], in every layer.
+    """Copy keys and values from slot sources[r, p] to slot targets[r, p], in every layer.
 
-    sources, targets: [R, P] int64, slot = block * B + place in the block; a source of -1 moves nothing. A request reads
-    all of its sources before it writes, so they may overlap with its own targets, not with those of another request.
+    sources, targets: [R, P] int64, slot = block * B + offset in the block; a source of -1 is skipped. All sources of a
+    request are read before its targets are written, so these may overlap. Slots of different requests may not.
     """
     first = table.kv_caches[0]
     _, num_kv_heads, block_size, packed = first.shape
@@ -77,7 +78,7 @@ def move_slots(table: CacheTable, sources: Tensor, targets: Tensor) -> None:
     )
 
 
-# One kernel for all steps, whatever their sizes and however their tensors are aligned.
+# Not specialized, so that one compiled kernel serves all sizes and alignments.
 @triton.jit(do_not_specialize=["sources_ptr", "targets_ptr", "sources_row", "targets_row", "num_places"])
 def _move_kernel(
     addresses_ptr,
@@ -108,6 +109,6 @@ def _move_kernel(
     to_words = (targets // BLOCK_SIZE) * cache_block + (targets % BLOCK_SIZE) * cache_slot
     exists = moves[:, None] & (words < ROW_WORDS)[None, :]
     moved = tl.load(cache_ptr + from_words[:, None] + words[None, :], mask=exists)
-    # A slot may be both source and target, in the hands of different threads.
+    # One thread's target may be another thread's source.
     tl.debug_barrier()
     tl.store(cache_ptr + to_words[:, None] + words[None, :], moved, mask=exists)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ops.cases import DTYPES, Shape, make_case, shapes
-from vllm_ctc_spec.ops.launch import Launch
-from vllm_ctc_spec.ops.tree_attention import tree_attention
+from vllm_ctc_spec.ops.triton.attention import tree_attention
+from vllm_ctc_spec.ops.triton.launch import Launch
 
 SMALL = Shape((5, 3), (70, 33), 2, 2, 64, 16, torch.float32, torch.float32, 0.0, seed=1)
 

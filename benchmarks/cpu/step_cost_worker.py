@@ -1,4 +1,4 @@
-"""What `step_cost.py` runs inside vLLM's worker: a clock, and a forced outcome of every walk."""
+"""What `benchmarks.cpu.step_cost` runs in vLLM's worker: a clock, and a forced outcome of every walk."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FORCED_PATH = 3
 class Step:
     started: float
     rows: list[int]
-    """Of each request."""
+    """Number of rows of each request."""
     stages: dict[str, float] = field(default_factory=dict)
     """Seconds"""
 
 
 class StepClock:
-    """Lives in the worker: when each step began, and what its stages took."""
+    """Records when each step began and how long its stages took."""
 
     def __init__(self, runner: Any) -> None:
         self.steps: list[Step] = []
@@ -42,7 +42,7 @@ class StepClock:
         inner = getattr(owner, name)
 
         def outer(*args: Any, **kwargs: Any) -> Any:
-            # The drafter uses the target's head, too.
+            # The drafter calls the target's LM head too; that time belongs to drafting.
             if stage == "target" and self._is_drafting:
                 return inner(*args, **kwargs)
             self._is_drafting = stage == "draft and build" or self._is_drafting
@@ -62,7 +62,7 @@ def start_clock(worker: Any) -> None:
 
 
 def force_acceptance(worker: Any) -> None:
-    """Runs in the worker: trees of one shape, a fixed path through them, and a clock around each stage."""
+    """Gives all trees one shape, lets every walk accept the same path, and times each stage."""
     runner, proposer = worker.model_runner, worker.model_runner.drafter
     walk, propose = runner.walker, proposer.propose
 
@@ -77,7 +77,7 @@ def force_acceptance(worker: Any) -> None:
         return dataclasses.replace(walked, sampler_output=sampled, accepted_nodes=paths)
 
     def reshaped(*args: Any) -> Any:
-        """Every node a child of the anchor, but for the last ones, which are the path."""
+        """All nodes are children of the anchor, except the last ones, which extend one of them to the path."""
         trees = []
         for tree in propose(*args):
             num_roots, below = len(tree.tokens) - FORCED_PATH + 1, range(1, FORCED_PATH)
@@ -95,16 +95,16 @@ def force_acceptance(worker: Any) -> None:
 
 
 def set_nodes(worker: Any, nodes: int) -> None:
-    """Trees are drafted with this node budget from now on."""
+    """Sets the node budget of the following steps."""
     proposer = worker.model_runner.drafter
     proposer.settings = dataclasses.replace(proposer.settings, num_nodes=nodes)
 
 
 def read_clock(worker: Any, batch: int, nodes: int) -> tuple[float, dict[str, float]]:
-    """Mean milliseconds, since the last call, of steps in which all requests decode, and of their stages."""
+    """Mean milliseconds of the steps since the last call in which all requests decode, and of their stages."""
     clock = worker.model_runner.clock
     steps, clock.steps = clock.steps, []
-    # Requests reach the engine one by one, so that the first and last steps lack some.
+    # Requests arrive and finish one by one, so the first and last steps do not hold all of them.
     whole = [(step, after) for step, after in pairwise(steps) if step.rows == [1 + nodes] * batch]
     if not whole:
         raise RuntimeError(f"no step of {batch} requests with {nodes} nodes, but {[step.rows for step in steps]}")
@@ -113,7 +113,7 @@ def read_clock(worker: Any, batch: int, nodes: int) -> tuple[float, dict[str, fl
 
 
 def gemm_ms(worker: Any, num_rows: int) -> float:
-    """Milliseconds of the target's matrix products alone, with vLLM's own kernel, at `num_rows` rows."""
+    """Milliseconds of the target's matrix products alone, with vLLM's kernel, for `num_rows` rows."""
     layers = [module for module in worker.model_runner.model.modules() if hasattr(module, "cpu_linear")]
     dtype = worker.model_runner.dtype
     inputs = {size: torch.randn(num_rows, size, dtype=dtype) for size in {layer.input_size for layer in layers}}

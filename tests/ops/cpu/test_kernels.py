@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.cases import Case, Moves, Shape, make_case, random_moves, shapes
-from vllm_ctc_spec.ops import cpu_kernels
+from vllm_ctc_spec.ops.cpu import kernels
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
-DTYPES = [(dtype, dtype) for dtype in cpu_kernels.DTYPES]
+DTYPES = [(dtype, dtype) for dtype in kernels.DTYPES]
 BFLOAT16 = [(torch.bfloat16, torch.bfloat16)]
 
 
@@ -24,16 +25,16 @@ def as_on_a_cpu(kv_cache: Tensor, is_tiled: bool) -> Tensor:
     """A copy that is laid out as vLLM's CPU backend has it."""
     made = torch.empty_like(kv_cache, memory_format=torch.contiguous_format)
     key, value = kv_cache.chunk(2, dim=-1)
-    for half, own in zip(cpu_kernels.split_cache(made, is_tiled), (key.mT, value)):
+    for half, own in zip(kernels.split_cache(made, is_tiled), (key.mT, value)):
         half.copy_(own.reshape(half.shape))
     return made
 
 
 def move(kv_caches: list[Tensor], sources: Tensor, targets: Tensor, is_tiled: bool) -> None:
     moved = [as_on_a_cpu(kv_cache, is_tiled) for kv_cache in kv_caches]
-    cpu_kernels.move_slots(moved, is_tiled, sources[sources >= 0], targets[sources >= 0])
+    kernels.move_slots(moved, is_tiled, sources[sources >= 0], targets[sources >= 0])
     for kv_cache, now in zip(kv_caches, moved):
-        keys, values = cpu_kernels.joined_cache(now, is_tiled)
+        keys, values = kernels.joined_cache(now, is_tiled)
         kv_cache.copy_(torch.cat((keys.mT, values), dim=-1))
 
 
@@ -48,7 +49,7 @@ def attend(
     is_tiled: bool,
     **_: None,
 ) -> Tensor:
-    return cpu_kernels.tree_attention(query, key, value, as_on_a_cpu(kv_cache, is_tiled), is_tiled, batch, scale, out)
+    return kernels.tree_attention(query, key, value, as_on_a_cpu(kv_cache, is_tiled), is_tiled, batch, scale, out)
 
 
 def check(shape: Shape, is_tiled: bool = False, query_scale: float = 1.0) -> None:
@@ -58,7 +59,7 @@ def check(shape: Shape, is_tiled: bool = False, query_scale: float = 1.0) -> Non
 
 @pytest.fixture(scope="module")
 def amx() -> None:
-    if not cpu_kernels.multiplies_tiles():
+    if not kernels.multiplies_tiles():
         pytest.skip("needs a processor with AMX in bfloat16")
     # In an engine the plugin asks for it.
     torch.cpu._init_amx()
@@ -88,7 +89,7 @@ def check_split(dtype: torch.dtype, num_threads: int, is_tiled: bool) -> None:
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
-@pytest.mark.parametrize("dtype", cpu_kernels.DTYPES)
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
 def test_the_context_may_be_split_between_cores(dtype: torch.dtype, num_threads: int) -> None:
     check_split(dtype, num_threads, is_tiled=False)
 
@@ -105,18 +106,30 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(random_moves(list(cpu_kernels.DTYPES)), st.booleans())
+@given(random_moves(list(kernels.DTYPES)), st.booleans())
 def test_every_layer_moves_alike_and_reads_before_it_writes(moves: Moves, is_tiled: bool) -> None:
     moves.check(partial(move, is_tiled=is_tiled))
+
+
+def test_a_change_in_any_source_or_header_is_compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(kernels.FOLDER, tmp_path, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    monkeypatch.setattr(kernels, "FOLDER", tmp_path)
+    keys = [kernels._cache_key("g++"), kernels._cache_key("clang++")]
+    sources = [path for path in tmp_path.iterdir() if path.suffix != ".py"]
+    for path in sources:
+        path.write_text(path.read_text() + "// changed\n")
+        keys.append(kernels._cache_key("g++"))
+    assert {path.suffix for path in sources} == {".cpp", ".h"}
+    assert len(set(keys)) == 2 + len(sources)
 
 
 def test_without_a_compiler_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    cpu_kernels.kernels.cache_clear()
+    kernels.kernels.cache_clear()
     with pytest.raises(RuntimeError, match=r"'no-such-compiler' failed: .*Install g\+\+"):
-        cpu_kernels.kernels()
+        kernels.kernels()
     assert not list(tmp_path.rglob("*.so"))
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(RuntimeError, match="'false' failed"):
-        cpu_kernels.kernels()
+        kernels.kernels()

@@ -1,8 +1,8 @@
-"""Tree attention by xformers: its paged attention over the context, a dense tail, and its merge of the two.
+"""Tree attention with xformers: its paged attention over the context, dense attention over the rows, and a merge.
 
-Another way to what `ops.tree_attention` does, for requests that all have rows and a context. xformers compiles its
-kernels for numbers of requests, rows and blocks, so all three are rounded up to powers of two; the rows that this adds
-are copies of rows that are there, and write what those write.
+An alternative to `ops.triton.attention` for steps in which every request has rows and a context. xformers compiles a
+kernel for every number of requests, rows and blocks, so these are rounded up to powers of two. The rows added by this
+are copies of existing rows and write the same results to the same places.
 
 Letters: R requests, Q rows of each, M rows of the whole step, H query heads, K key-value heads, G = H / K, D head size,
 B block size.
@@ -20,27 +20,27 @@ from torch import Tensor
 from xformers.ops.fmha import memory_efficient_attention_partial, merge_attentions, triton_splitk
 from xformers.ops.fmha.attn_bias import PagedBlockDiagonalPaddedKeysMask, _PaddedSeqLenInfo, _SeqLenInfo
 
-from vllm_ctc_spec.ops.launch import next_power_of_2
 from vllm_ctc_spec.ops.reference import unpack_ancestor_masks
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
+from vllm_ctc_spec.ops.triton.launch import next_power_of_2
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedBatch(TreeBatch):
-    """A step with R and Q rounded up, as xformers is told of it."""
+    """A step with R and Q rounded up to powers of two."""
 
     rows: Tensor
-    """[R, Q] int64 among the M rows."""
+    """[R, Q] int64, indices into the M rows."""
     sees: Tensor
-    """[R, Q, Q] bool, which of its own request's rows a row sees."""
+    """[R, Q, Q] bool: which rows of its request a row sees."""
     context: Any
-    """xformers' paged bias"""
+    """xformers' attention bias for the paged context."""
 
 
 def pad_batch(batch: TreeBatch, block_size: int) -> PaddedBatch:
-    """Waits for no copy between host and device, and may be captured in a CUDA graph.
+    """Copies nothing between host and device, so it can be captured in a CUDA graph.
 
-    batch: without requests that have no row or no context.
+    batch: every request has at least one row and a context.
     """
     num_requests, num_rows, num_blocks = (
         next_power_of_2(size) for size in (len(batch.row_starts), batch.max_rows, batch.block_table.shape[1])
@@ -53,7 +53,7 @@ def pad_batch(batch: TreeBatch, block_size: int) -> PaddedBatch:
     num_queries = num_requests * num_rows
     table = F.pad(batch.block_table[requests], (0, num_blocks - batch.block_table.shape[1]))
     lens = batch.context_lens[requests]
-    # Its kernels read the lengths on the device; what the host is told of them bounds the grid and need not be exact.
+    # The kernels read lengths on the device; their copies on the host only bound the grid, so upper bounds suffice.
     padding = num_blocks * block_size
     queries = _SeqLenInfo(
         seqstart=num_rows * torch.arange(num_requests + 1, dtype=torch.int32, device=device),
@@ -81,9 +81,9 @@ def pad_batch(batch: TreeBatch, block_size: int) -> PaddedBatch:
 def tree_attention(
     query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: PaddedBatch, scale: float, out: Tensor
 ) -> Tensor:
-    """Like `ops.tree_attention.tree_attention`, of bfloat16 or float16; batch: from `pad_batch`.
+    """`ops.triton.attention.tree_attention` for bfloat16 and float16, without softcap and scales.
 
-    kv_cache: [blocks, K, B, 2 * D] for which `has_slots` is true.
+    kv_cache: [blocks, K, B, 2 * D] with `has_slots(kv_cache)`. batch: from `pad_batch`.
     """
     query, key, value = (own[batch.rows] for own in (query, key, value))
     query = query.unflatten(2, (key.shape[2], -1))
@@ -103,12 +103,12 @@ def tree_attention(
 
 
 def has_slots(kv_cache: Tensor) -> bool:
-    """Whether the slots of a cache [blocks, K, B, 2 * D] are one dimension of memory, which xformers needs."""
+    """Whether the slots of a cache [blocks, K, B, 2 * D] have one stride across blocks, which xformers needs."""
     return kv_cache.stride(0) == kv_cache.shape[2] * kv_cache.stride(2)
 
 
 def _slots(kv_cache: Tensor, group: int) -> list[Tensor]:
-    """Keys and values [1, blocks * B, K, G, D], which lie where they lay."""
+    """Views of keys and values, [1, blocks * B, K, G, D] each."""
     slots = kv_cache.transpose(1, 2)
     slots = slots.view(1, -1, *slots.shape[2:])
     return [half[:, :, :, None].expand(-1, -1, -1, group, -1) for half in slots.chunk(2, dim=-1)]
@@ -116,15 +116,15 @@ def _slots(kv_cache: Tensor, group: int) -> list[Tensor]:
 
 @cache
 def _operator(block_size: int) -> Any:
-    """xformers' only one for pages of vLLM's sizes; it reads as many positions at a time as divide a page."""
+    """The only xformers kernel for vLLM's block sizes, with the largest tile that divides a block."""
     block_n = next(size for size in (64, 32, 16) if block_size % size == 0)
     return type("PagedOp", (triton_splitk.FwOp,), {"BLOCK_N": block_n})
 
 
 def _attend_tail(query: Tensor, key: Tensor, value: Tensor, sees: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As xformers' partial attention returns it: float32 [1, R * Q, K, G, D] and float64 [1, K, G, R * Q].
+    """Attention of the rows to each other and its log-sum-exp, in the shapes of xformers' partial attention.
 
-    query: [R, Q, K, G, D]; key, value: [R, Q, K, D].
+    query: [R, Q, K, G, D]; key, value: [R, Q, K, D]. Returns float32 [1, R * Q, K, G, D], float64 [1, K, G, R * Q].
     """
     query, key, value = query.float().movedim(1, 3), key.float().movedim(1, 2), value.float().movedim(1, 2)
     logits = scale * query @ key[:, :, None].mT

@@ -1,4 +1,4 @@
-"""The cells of `step_cost.py`: their file, their tables and their figure."""
+"""Results of `benchmarks.cpu.step_cost`: their file, tables and figure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STAGES = ("target", *OWN_STAGES)
 
 @dataclass(frozen=True, order=True)
 class Group:
-    """Measured together: one plain step of a round serves all node counts."""
+    """Cells that share their plain steps: all node counts of one shape, dtype, context and batch."""
 
     shape: str
     dtype: str
@@ -43,9 +43,10 @@ class Cost:
     ratio: float
     """Median over rounds of tree / plain."""
     parts: dict[str, float]
-    """Of the tree step, by STAGES; what is missing to `tree` is vLLM's scheduling and preparation."""
+    """Of the tree step, by STAGES. The rest of `tree` is vLLM's scheduling and preparation."""
     floor: float
-    """The target's matrix products for all rows of the trees / for one row per request: the processor's own limit."""
+    """Time of the target's matrix products for all rows of the trees over that for one row per request: the smallest
+    ratio that this processor allows."""
 
     @property
     def own_share(self) -> float:
@@ -61,7 +62,7 @@ Results = dict[Cell, Cost | Failure]
 
 
 def read_results(path: Path) -> Results:
-    """The last line of a cell counts."""
+    """By cell; if a cell has several lines, the last one."""
     results: Results = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         values = json.loads(line)

@@ -1,10 +1,12 @@
-"""Tree attention in Triton: rows of token trees over a paged context and their own dense keys and values.
+"""Tree attention in Triton: the rows of a token tree attend to their paged context and to each other.
 
-One program holds the rows of a request, the query heads of one key-value head folded in, so that keys and values are
-read once per key-value head; it runs over a part of the context with an online softmax. The step's own keys and values,
-under the ancestor masks, are one more tile after the context. Where a part is not the whole, a second kernel merges.
-Everything that changes from step to step is read on the device, so that a launch may be captured in a CUDA graph.
-The plain twin is `ops.reference.tree_attention`.
+Query heads that share a key-value head are rows of the same matrix product, so keys and values are read once per
+key-value head. A program takes up to `block_m` of these rows and one split of the context, and computes an online
+softmax over its tiles. The step's own keys and values, under the ancestor masks, are the last tile of the last split.
+With more than one split, a second kernel merges their results.
+
+All that changes from step to step is read on the device, so a launch can be captured in a CUDA graph. The plain twin
+is `ops.reference.tree_attention`.
 
 Letters: R requests, M query rows of the whole step, H query heads, K key-value heads, G = H / K, D head size,
 B block size, S splits.
@@ -23,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_ctc_spec.ops.launch import MERGE_WARPS, MIN_TILES_PER_SPLIT, Launch
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
+from vllm_ctc_spec.ops.triton.launch import MERGE_WARPS, Launch
 
 
 def tree_attention(
@@ -39,13 +41,14 @@ def tree_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Attention of the tree rows of a step; returns `out`, whose other rows stay as they are.
+    """Attention of the tree rows of a step. Writes these rows of `out` and returns it.
 
-    query, out: [M, H, D]; key, value: [M, K, D], the step's own, with any stride over rows and heads;
+    query, out: [M, H, D]; key, value: [M, K, D], of the step's rows; any strides over rows and heads.
     kv_cache: [blocks, K, B, 2 * D], keys before values in the last dimension, of query's dtype or float8.
-    scale multiplies the logits, then softcap > 0 bounds them: softcap * tanh(logit / softcap).
-    k_scale, v_scale: [1] float32, what a float8 cache must be multiplied with. The step's own keys and values are then
-    rounded as the cache will hold them, so that a row sees the same whether its ancestors are verified or not.
+    batch: with a `launch`.
+    scale multiplies the logits; softcap > 0 then bounds them to softcap * tanh(logit / softcap).
+    k_scale, v_scale: [1] float32, the factors of a float8 cache. The step's own keys and values are rounded as the
+    cache will store them, so that a row's result does not depend on whether its ancestors are already in the cache.
     """
     num_heads, num_kv_heads, head_size = query.shape[1], key.shape[1], query.shape[2]
     group, launch, num_requests = num_heads // num_kv_heads, batch.launch, batch.row_starts.shape[0]
@@ -57,7 +60,7 @@ def tree_attention(
         lse = partial.new_empty(partial.shape[:3])
     sizes = {
         "num_splits": launch.num_splits,
-        "MIN_TILES": MIN_TILES_PER_SPLIT,
+        "MIN_TILES": launch.min_tiles,
         "BLOCK_N": launch.block_n,
         "HEAD_SIZE": head_size,
         "BLOCK_D": triton.next_power_of_2(head_size),
@@ -116,34 +119,34 @@ def tree_attention(
 
 
 def kernels_of(launch: Launch, max_rows: int) -> set[Hashable]:
-    """Names of what is compiled for `tree_attention`, shared by batches of many sizes."""
+    """Keys of the kernels that Triton compiles for `tree_attention`. Batches of many sizes share them."""
     kernels: set[Hashable] = {(replace(launch, num_splits=min(launch.num_splits, 2)), _block_t(max_rows))}
     if launch.num_splits > 1:
-        kernels.add((launch.block_n, triton.next_power_of_2(launch.num_splits)))
+        kernels.add((launch.block_n, launch.min_tiles, triton.next_power_of_2(launch.num_splits)))
     return kernels
 
 
 def _block_t(max_rows: int) -> int:
-    """Rows of the tile of the step's own keys; Triton multiplies no fewer than 16."""
+    """Size of the tile of the step's own keys. Triton's matrix product needs at least 16."""
     return max(16, triton.next_power_of_2(max_rows))
 
 
 @triton.jit
 def _tiles_of_split(context_len, num_splits, MIN_TILES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tiles of the context, and how many tiles a split takes; the tail is one tile after those of the context."""
+    """Number of context tiles, and number of tiles per split. The step's own keys are one tile after the context."""
     num_tiles = tl.cdiv(context_len, BLOCK_N)
     return num_tiles, tl.maximum(tl.cdiv(num_tiles + 1, num_splits), MIN_TILES)
 
 
 @triton.jit
 def _attend_tile(query, keys, values, allowed, scale, softcap, top, total, acc, HAS_SOFTCAP: tl.constexpr):
-    """One step of the online softmax in base 2. top, total: [rows] largest logit and sum of weights so far."""
+    """One tile of the online softmax, in base 2. top, total: [rows] largest logit and sum of weights so far."""
     logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
     if HAS_SOFTCAP:
         logits = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))
     logits = tl.where(allowed, logits * 1.4426950408889634, float("-inf"))
     new_top = tl.maximum(top, tl.max(logits, 1))
-    # A row that has seen nothing yet: -inf - -inf would be NaN.
+    # While a row has seen no key, -inf - -inf would be NaN.
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(logits - shift[:, None])
     decay = tl.exp2(top - shift)
@@ -154,7 +157,7 @@ def _attend_tile(query, keys, values, allowed, scale, softcap, top, total, acc, 
 
 @triton.jit
 def _as_cached(tile, scale_ptr, like, element: tl.constexpr, FP8_MAX: tl.constexpr):
-    """Round a tile as a float8 cache will hold it, as vLLM does: divide, saturate, round."""
+    """A tile as a float8 cache will store it, as vLLM does: divide, saturate, round."""
     scaled = tile.to(tl.float32) / tl.load(scale_ptr)
     return tl.clamp(scaled, -FP8_MAX, FP8_MAX).to(element).to(like.dtype)
 
@@ -203,7 +206,7 @@ def _attend_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Programs that read the same keys are neighbours in launch order and meet in the L2 cache.
+    # Programs that read the same keys are neighbours in launch order, so that all but the first find them in L2.
     kv_head = tl.program_id(1) % NUM_KV_HEADS
     split = tl.program_id(1) // NUM_KV_HEADS
     request = tl.program_id(2)
@@ -229,7 +232,8 @@ def _attend_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # The table is read one tile ahead, so that the loads of keys and values wait for no other load and are pipelined.
+    # The block table is read one tile ahead: loads of keys and values then depend on no other load of their
+    # iteration, which Triton needs to pipeline them.
     table_at = block_table_ptr + request * block_table_row
     positions = first_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     blocks = tl.load(table_at + positions // BLOCK_SIZE, mask=positions < context_len, other=0)
@@ -295,7 +299,7 @@ def _merge_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One row of one head: the splits' results, weighted by their shares of the softmax."""
+    """Merges the splits' results of one row and head, weighted by their shares of the softmax."""
     head = tl.program_id(0)
     request = tl.program_id(2)
     if tl.program_id(1) >= tl.load(num_rows_ptr + request):
@@ -303,7 +307,7 @@ def _merge_kernel(
     row = tl.load(row_starts_ptr + request).to(tl.int64) + tl.program_id(1)
     num_tiles, tiles_per_split = _tiles_of_split(tl.load(context_lens_ptr + request), num_splits, MIN_TILES, BLOCK_N)
     splits = tl.arange(0, BLOCK_S)
-    # Splits that begin after the tail have written nothing.
+    # Splits that would begin after the last tile have written nothing.
     is_split = splits * tiles_per_split <= num_tiles
     dims = tl.arange(0, BLOCK_D)
     is_dim = dims < HEAD_SIZE

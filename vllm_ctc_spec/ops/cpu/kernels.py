@@ -1,7 +1,7 @@
-"""Tree attention and the K/V move on a CPU, in C++ that is compiled for the processor at hand when it is first needed.
+"""Tree attention and the K/V move on a CPU. The C++ sources are compiled for this processor at first use.
 
-A layer's cache is [blocks, K, B, 2 * D]; of each block and head the first half holds the keys, a matrix [D, B], and the
-second the values, [B, D]. Such a matrix [m, n] is stored row by row, or in the tiles that AMX multiplies: as
+A layer's cache is [blocks, K, B, 2 * D]. Of each block and head, the first half holds the keys as a matrix [D, B] and
+the second half the values as [B, D]. A matrix [m, n] is stored row by row or, where AMX is used, in its tiles:
 [n / 16, m / 2, 16, 2] (vLLM: csrc/cpu/cpu_attn_vec.hpp and csrc/cpu/cpu_attn_amx.hpp).
 
 Letters: R requests, M query rows of the whole step, H query heads, K key-value heads, D head size, B block size.
@@ -23,12 +23,12 @@ from torch import Tensor
 from vllm_ctc_spec.files import user_cache
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-# Without -ffast-math, which would change how the whole process computes.
+FOLDER = Path(__file__).parent
+# Without -ffast-math: linking with it changes the floating-point mode of the whole process.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 LANES = 16
-"""Head sizes and block sizes are multiples of it."""
+"""Head size and block size are multiples of it."""
 
 
 class _Rows(ctypes.Structure):
@@ -74,11 +74,11 @@ def tree_attention(
     scale: float,
     out: Tensor,
 ) -> Tensor:
-    """Attention of the tree rows of a step; returns `out`, whose other rows stay as they are.
+    """Attention of the tree rows of a step. Writes these rows of `out` and returns it.
 
-    query, out: [M, H, D]; key, value: [M, K, D], the step's own, with any stride over rows and heads;
-    all and the cache of one dtype of DTYPES; D and B are multiples of LANES. In tiles, where `multiplies_tiles`: of
-    bfloat16, and D and B multiples of 2 * LANES.
+    query, out: [M, H, D]; key, value: [M, K, D], of the step's rows; any strides over rows and heads.
+    kv_cache: [blocks, K, B, 2 * D], of the same dtype, one of DTYPES. D and B are multiples of LANES.
+    is_tiled: the cache is in AMX's layout. Needs `multiplies_tiles()`, bfloat16, and multiples of 2 * LANES.
     """
     (_, num_heads, head_size), num_kv_heads = query.shape, key.shape[1]
     step = _TreeAttention(
@@ -101,9 +101,10 @@ def tree_attention(
 
 
 def move_slots(kv_caches: list[Tensor], is_tiled: bool, sources: Tensor, targets: Tensor) -> None:
-    """Copy keys and values of slots `sources` [n] int64 to slots `targets` [n], in every layer; contiguous both.
+    """Copy keys and values from slots `sources` to slots `targets`, both [n] int64 and contiguous, in every layer.
 
-    Each layer reads all before it writes any, so the two sets may overlap. The caches are alike in all but place.
+    kv_caches: one per layer, of the same shape, strides and dtype. In each, all slots are read before any is written,
+    so sources and targets may overlap.
     """
     first = kv_caches[0]
     _, num_kv_heads, block_size, packed = first.shape
@@ -142,28 +143,35 @@ def joined_cache(kv_cache: Tensor, is_tiled: bool) -> tuple[Tensor, Tensor]:
 
 
 def multiplies_tiles() -> bool:
-    """Whether processor and compiler have AMX in bfloat16."""
+    """Whether processor and compiler support AMX with bfloat16."""
     return hasattr(kernels(), "tree_attention_tiled")
 
 
 @cache
 def kernels() -> ctypes.CDLL:
-    """The compiled kernels. Raises RuntimeError where there is no compiler."""
+    """The compiled kernels, from the user's cache if they are there. Raises RuntimeError without a C++ compiler."""
     compiler = os.environ.get("CXX", "g++")
-    key = hashlib.sha256("\n".join((SOURCE.read_text(), compiler, *FLAGS, _processor())).encode()).hexdigest()
-    path = user_cache("kernels") / f"{key[:16]}.so"
+    path = user_cache("kernels") / f"{_cache_key(compiler)}.so"
     if not path.exists():
         _compile(compiler, path)
     return ctypes.CDLL(str(path))
 
 
+def _cache_key(compiler: str) -> str:
+    """Changes with every source and header, the compiler, its flags and the processor's instruction set."""
+    files = sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")])
+    sources = (text for file in files for text in (file.name, file.read_text()))
+    return hashlib.sha256("\n".join((*sources, compiler, *FLAGS, _instruction_set())).encode()).hexdigest()[:16]
+
+
 def _compile(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Several workers may start at once: each compiles for itself, and the last one's stays.
+    # Workers that start at the same time each compile their own; the last one replaces the others'.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         try:
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
+            command = [compiler, *FLAGS, *map(str, sorted(FOLDER.glob("*.cpp"))), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise RuntimeError(
                 f'speculative method "ctc" on a CPU needs a C++ compiler for its attention kernel, and {compiler!r} '
@@ -172,7 +180,7 @@ def _compile(compiler: str, path: Path) -> None:
         made.replace(path)
 
 
-def _processor() -> str:
-    """What its instruction set is known by: the cache's folder may be shared between machines."""
+def _instruction_set() -> str:
+    """The processor's feature flags. The cache folder may be shared between machines."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from tests.ops.cases import Moves, make_moves, random_moves
-from vllm_ctc_spec.ops.kv_move import CacheTable, move_slots
+from vllm_ctc_spec.ops.triton.move import CacheTable, move_slots
 
 
 def move(kv_caches: list[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor) -> None:

@@ -1,22 +1,22 @@
-"""What one step costs at scale: Llama shapes with random weights, plain decoding against tree verification.
+"""What a step costs on a CPU: plain vLLM against vLLM that drafts and verifies trees, Llama shapes with random weights.
 
-    .venv/bin/python benchmarks/step_cost.py RESULTS.jsonl [--markdown PATH] [--png PATH]
-    .venv/bin/python benchmarks/step_cost.py RESULTS.jsonl --shapes 0.5B --contexts 512 --batches 1 --nodes 32
+    .venv/bin/python -m benchmarks.cpu.step_cost RESULTS.jsonl [--markdown PATH] [--png PATH]
+    .venv/bin/python -m benchmarks.cpu.step_cost RESULTS.jsonl --shapes 0.5B --contexts 512 --batches 1 --nodes 32
 
-measures the whole grid, or one cell of it. RESULTS.jsonl gets one line per cell; cells that are in it are not
-measured again, but those that failed are, so that the grid can be run in pieces. Speed-up at acceptance length beta:
-beta / ratio.
+The first measures the whole grid, the second one cell: a shape, context, batch and number of nodes verified per
+request. RESULTS.jsonl gets one line per cell. Cells that are in it are skipped and failed ones are measured again, so a
+grid can be measured in several runs. The speed-up at acceptance length beta is beta / ratio. `benchmarks.gpu.step_cost`
+is the command for a GPU; it needs no vLLM.
 
-A cell is milliseconds of a step with that many nodes verified per request, next to a step of plain vLLM. One plain
-engine and one with trees serve all cells of a shape; the node budget changes between passes. They take turns in
-rounds, so that a slow minute hits both, and the figure that counts is the median of the rounds' ratios.
+One plain engine and one with trees serve all cells of a shape. They take turns in rounds, so that a slow minute affects
+both, and the result is the median of the rounds' ratios.
 
-Random weights accept almost nothing, so the outcome is forced: every tree has the same shape, and each walk accepts
-three nodes that are not the first ones, so that keys and values move as they do when real text is accepted.
+A drafter with random weights has almost nothing accepted, so the outcome is forced: all trees have the same shape, and
+each walk accepts three nodes that are not the first ones, so that keys and values move as with real text.
 
-The requests of a batch share their context through vLLM's prefix cache and differ in a short tail: prefilling each by
-itself would take most of the time. So the context's blocks are in memory once, and a large batch may find more of them
-in the processor's caches than distinct contexts would leave there.
+The requests of a batch share their context through vLLM's prefix cache and differ in a short tail, because most of the
+time would otherwise be prefill. The context's blocks are therefore in memory once, and a large batch may find more of
+them in the processor's caches than distinct contexts would leave there.
 """
 
 from __future__ import annotations
@@ -35,10 +35,27 @@ os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
-from step_cost_grid import Cell, Cost, Failure, Group, append_result, draw, markdown, read_results
-from step_cost_worker import FORCED_PATH, force_acceptance, gemm_ms, read_clock, set_nodes, start_clock
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.cpu.step_cost_results import (
+    Cell,
+    Cost,
+    Failure,
+    Group,
+    append_result,
+    draw,
+    markdown,
+    read_results,
+)
+from benchmarks.cpu.step_cost_worker import (
+    FORCED_PATH,
+    force_acceptance,
+    gemm_ms,
+    read_clock,
+    set_nodes,
+    start_clock,
+)
+from benchmarks.shapes import SHAPES
 from vllm_ctc_spec.config import MAX_NODES
 from vllm_ctc_spec.drafter import CTCDrafter
 from vllm_ctc_spec.training.target import drafter_config
@@ -47,15 +64,9 @@ BLOCK_SIZE = 128
 TAIL = 8
 """Tokens of a prompt that only this request has."""
 
-SHAPES = {
-    "0.5B": {"hidden_size": 1280, "intermediate_size": 3840, "num_hidden_layers": 24, "num_attention_heads": 20},
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
-    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
-}
-
 
 class CellFailed(Exception):
-    """Its cause is the error; `nodes` 0 is plain decoding."""
+    """A cell could not be measured; the cause is the error. `nodes` is 0 for plain decoding."""
 
     def __init__(self, nodes: int) -> None:
         self.nodes = nodes
@@ -70,16 +81,20 @@ def blaming(nodes: int) -> Iterator[None]:
 
 
 Round = dict[int, tuple[float, dict[str, float]]]
-"""By nodes: milliseconds of a step, and of its stages."""
+"""By number of nodes, with 0 for plain decoding: milliseconds of a step, and of its stages."""
 
 
 def build_models(shape: str, dtype: torch.dtype, folder: Path) -> tuple[Path, Path]:
-    """A target and a drafter with random weights."""
+    """Folders of a target and a drafter with random weights."""
+    sizes = SHAPES[shape]
     config = LlamaConfig(
-        **SHAPES[shape],
-        vocab_size=32000,
-        num_key_value_heads=SHAPES[shape]["num_attention_heads"] // 4,
-        head_dim=64,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_size,
+        vocab_size=sizes.vocab_size,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
@@ -108,7 +123,7 @@ def engine_options(drafter: Path | None, options: argparse.Namespace) -> dict[st
 
 
 class Pair:
-    """Plain vLLM and vLLM with trees, of one shape."""
+    """The two engines of a shape: plain vLLM, and vLLM with trees."""
 
     def __init__(self, engines: Any, plain: Any, trees: Any, tokens: int) -> None:
         self._engines, self._plain, self._trees, self._tokens = engines, plain, trees, tokens
@@ -122,7 +137,7 @@ class Pair:
         with blaming(0):
             for llm in (self._plain, self._trees):
                 self._engines.turn(llm, lambda llm: _generate(llm, group.context, 1, 1))
-        # The first round warms up what each number of rows needs.
+        # The first round warms up every number of rows and does not count.
         passes = [self._round(group, node_counts) for _ in range(1 + rounds)][1:]
         costs = {}
         for nodes in node_counts:
@@ -190,7 +205,7 @@ def started_pair(models: tuple[Path, Path], options: argparse.Namespace) -> Iter
 
 
 def missing_groups(options: argparse.Namespace, shape: str) -> list[tuple[Group, list[int]]]:
-    """With the node counts that are not measured yet."""
+    """Groups of the grid with their node counts that have no result yet."""
     results = read_results(options.results)
     groups = []
     for context, batch in product(options.contexts, options.batches):
@@ -202,7 +217,8 @@ def missing_groups(options: argparse.Namespace, shape: str) -> list[tuple[Group,
 
 
 def measure_shape(shape: str, options: argparse.Namespace) -> None:
-    """Each pass of the loop serves one pair of engines; a failed cell costs a new pair, as it may have ended one."""
+    """Each pass of the outer loop uses one pair of engines. After a failed cell, which may have ended an engine, a new
+    pair is started."""
     todo = missing_groups(options, shape)
     with tempfile.TemporaryDirectory() as folder:
         models = build_models(shape, getattr(torch, options.dtype), Path(folder)) if todo else None
@@ -223,7 +239,7 @@ def measure_shape(shape: str, options: argparse.Namespace) -> None:
                 if kept := [each for each in nodes if each not in lost]:
                     todo.insert(0, (group, kept))
             except Exception as error:
-                # No engine: nothing of this shape can be measured.
+                # The engines did not start, so no cell of this shape can be measured.
                 for group, nodes in todo:
                     for each in nodes:
                         record(options, Cell(group, each), Failure(repr(error)))

@@ -1,0 +1,1 @@
+"""Tree attention and the K/V move on CUDA GPUs, in Triton, and how the kernels are launched."""
