@@ -4,8 +4,8 @@
 
 Without folders it builds the tests' tiny target and drafter (about a minute); their tokens count, their speed means
 nothing. In float32 tokens must be equal, greedy and seeded; in bfloat16, greedy, equal up to near-ties of the top two
-logits. Engines take turns in rounds, as in `vllm-ctc-spec bench`, which is used for this: RESULTS gets a folder with its
-output for each dtype, and engine_check.json with the verdicts.
+logits. `vllm-ctc-spec bench` runs the engines in turns: RESULTS gets a folder with its output for each dtype, and
+engine_check.json with the verdicts.
 
 Exit status: 1 if a token differs, an engine fails or nothing was accepted, 2 without a CUDA device.
 """
