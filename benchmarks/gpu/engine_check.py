@@ -1,11 +1,11 @@
-"""Does the whole engine say on a GPU what plain vLLM says, and how fast? One command, two dtypes.
+"""Checks on a GPU that vLLM with trees generates the tokens of plain vLLM, and measures both, in two dtypes.
 
     python -m benchmarks.gpu.engine_check RESULTS [--target FOLDER --drafter FOLDER --prompts FILE.jsonl]
 
-Without folders it builds the tests' tiny target and drafter (about a minute), whose speed says nothing; it is their
-tokens that count. In float32 they must be plain vLLM's, greedy and seeded; in bfloat16, greedy, up to near-ties of the
-top two logits. Engines take turns in rounds, as in `vllm-ctc-spec bench`, which does the work: RESULTS gets a folder
-for each dtype with what that command writes, and engine_check.json with the verdicts.
+Without folders it builds the tests' tiny target and drafter (about a minute); their tokens count, their speed means
+nothing. In float32 tokens must be equal, greedy and seeded; in bfloat16, greedy, equal up to near-ties of the top two
+logits. `vllm-ctc-spec bench` runs the engines in turns: RESULTS gets a folder with its output for each dtype, and
+engine_check.json with the verdicts.
 
 Exit status: 1 if a token differs, an engine fails or nothing was accepted, 2 without a CUDA device.
 """
@@ -33,7 +33,7 @@ from vllm_ctc_spec.bench.sampling import Sampling
 SAMPLING = {"float32": (Sampling(), Sampling(temperature=1.0)), "bfloat16": (Sampling(),)}
 BATCHES = (1, 8)
 CACHE_BYTES = 2 << 30
-"""Of each engine; two are alive at once."""
+"""K/V cache of each engine; two engines are in memory at the same time."""
 
 
 def bench_config(dtype: str, options: argparse.Namespace) -> BenchConfig:
@@ -59,7 +59,7 @@ def bench_config(dtype: str, options: argparse.Namespace) -> BenchConfig:
 
 
 def verdicts(dtype: str, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """One per cell and method."""
+    """One row per cell and method, with `ok`."""
     rows = []
     for cell in results["cells"]:
         where = {"dtype": dtype, "batch": cell["batch_size"], **cell["sampling"]}

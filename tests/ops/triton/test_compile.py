@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-from benchmarks.gpu.compiled import POINTEES, compile_attention, compile_kernel, usage  # noqa: E402
-from vllm_ctc_spec.ops.triton import attention, move  # noqa: E402
-from vllm_ctc_spec.ops.triton.launch import HOPPER, plan_for, plan_tile, resident_programs  # noqa: E402
+pytest.importorskip("triton")
+from benchmarks.gpu.compiled import POINTEES, compile_attention, compile_kernel, usage
+from vllm_ctc_spec.ops.triton import attention, move
+from vllm_ctc_spec.ops.triton.launch import HOPPER, plan_for, plan_tile, resident_programs
 
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes per program, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
