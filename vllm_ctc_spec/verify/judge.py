@@ -36,7 +36,7 @@ class Finding:
     gap: float | None
     """Of the two tokens' logits there, see `equality.Difference`; None for sampled requests."""
     steps: float | None
-    """The gap in steps of a 16-bit type, see `equality.logit_step`."""
+    """The gap in steps of the engines' number type, see `equality.logit_step`."""
 
 
 @dataclass(frozen=True)
