@@ -18,9 +18,8 @@ from tests.training.tiny_models import VOCAB, tiny_target
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
 from vllm_ctc_spec.training import trainer as trainer_module
-from vllm_ctc_spec.training.budget import Budget
 from vllm_ctc_spec.training.evaluate import evaluate
-from vllm_ctc_spec.training.resume import last_whole_checkpoint
+from vllm_ctc_spec.training.loop import Budget, last_whole_checkpoint
 from vllm_ctc_spec.training.trainer import FitSettings, dry_run, fit
 
 PERIOD = 10

@@ -136,7 +136,7 @@ def _regenerate(options: argparse.Namespace) -> int:
 def _engine(options: argparse.Namespace) -> dict[str, Any]:
     engine = dict(options.engine)
     if engine:
-        from vllm_ctc_spec.bench.vllm_keys import check_engine_keys
+        from vllm_ctc_spec.vllm_keys import check_engine_keys
 
         check_engine_keys("--engine", engine)
     if "seed" in engine:
@@ -163,7 +163,7 @@ def _all_turns(options: argparse.Namespace, questions: list[Question], rows: Pat
 
 def _own_prompts(options: argparse.Namespace, rows: Path) -> list[list[int]]:
     """They are kept beside the rows, so that a run that goes on continues the same ones."""
-    from vllm_ctc_spec.training.own_prompts import write_own_prompts
+    from vllm_ctc_spec.training.regenerate import write_own_prompts
 
     if not options.own_prompts:
         return []
@@ -225,7 +225,7 @@ def _run_fit(options: argparse.Namespace, rows: str | Path | None, drafter: Path
 
 
 def _fit_settings(options: argparse.Namespace) -> FitSettings:
-    from vllm_ctc_spec.training.budget import Budget
+    from vllm_ctc_spec.training.loop import Budget
     from vllm_ctc_spec.training.trainer import FitSettings
 
     vocab = {} if options.draft_vocab_size is None else {"draft_vocab_size": options.draft_vocab_size or None}
@@ -310,8 +310,7 @@ def _run_evaluate(
 
 
 def _all(options: argparse.Namespace) -> int:
-    from vllm_ctc_spec.training.own_prompts import around_user_turn
-    from vllm_ctc_spec.training.regenerate import RegenerateSettings, regenerate
+    from vllm_ctc_spec.training.regenerate import RegenerateSettings, around_user_turn, regenerate
 
     rows, held_out, drafter = (options.output / name for name in ("rows.jsonl", "heldout.jsonl", "drafter"))
     questions, engine = _given_questions(options), _engine(options)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.word_tokenizer import word_tokenizer, words_of
 from vllm_ctc_spec.bench.config import PromptSource
-from vllm_ctc_spec.bench.prompts import Prompt, next_turn, num_turns, select_questions, spread
+from vllm_ctc_spec.bench.run import Prompt, next_turn, num_turns, select_questions, spread
 from vllm_ctc_spec.training.prompts import Question
 
 
