@@ -58,11 +58,11 @@ def loop_arguments(checkpoints: Path, budget: Budget, batch_size: int, **options
 
 def train_or_resume(trainer: Trainer, clock: BudgetCallback) -> None:
     """Go on from the last whole checkpoint, if a killed run left one."""
-    trainer.add_callback(MarkWhole())
+    trainer.add_callback(MarkCompleteCheckpoints())
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(BudgetBar(clock))
     with processes().main_process_first():
-        checkpoint = last_whole_checkpoint(Path(trainer.args.output_dir))
+        checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
@@ -251,7 +251,7 @@ WHOLE = "whole"
 """A file that is written into a checkpoint last. Trainer writes the others one by one, into their final place."""
 
 
-class MarkWhole(TrainerCallback):
+class MarkCompleteCheckpoints(TrainerCallback):
     """Marks each checkpoint once Trainer has written all of it."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -259,7 +259,7 @@ class MarkWhole(TrainerCallback):
             write_atomically(Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE, b"")
 
 
-def last_whole_checkpoint(folder: Path) -> Path | None:
+def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; what a killed run or a full disk left of others is removed."""
     whole = {}
     for checkpoint in folder.glob("checkpoint-*"):
