@@ -64,7 +64,7 @@ class Machine:
     noise: float = 0.08
     """Standard deviation of a step's time; one in a hundred takes five times as long."""
     drift: float = 0.0
-    """Largest share by which the machine gets slower and faster, over some 1,500 steps."""
+    """Amplitude of a sine of 1,500 steps that multiplies the time of a step."""
 
     def target(self, rows: Any) -> Any:
         """What is measured at start-up, elementwise."""
@@ -89,25 +89,25 @@ class Drafter:
     spread: float = 1.3
     """Of that logit, from request to request and from step to step."""
     excess: float = 0.0
-    """Of its own belief over the truth, in the same logit."""
+    """By how much the logit that the drafter reports exceeds the true one."""
 
 
 GOOD = Drafter("good", 0.8)
 FAIR = Drafter("fair", -0.4)
-SURE = Drafter("overconfident", -0.6, excess=1.5)
-SHY = Drafter("underconfident", 0.8, excess=-1.0)
+OVERCONFIDENT = Drafter("overconfident", -0.6, excess=1.5)
+UNDERCONFIDENT = Drafter("underconfident", 0.8, excess=-1.0)
 USELESS = Drafter("useless", -5.0, spread=0.3)
-WRONG = Drafter("useless and sure", -5.0, spread=1.0, excess=5.0)
+USELESS_OVERCONFIDENT = Drafter("useless and sure", -5.0, spread=1.0, excess=5.0)
 
 
 @dataclass(frozen=True)
 class Trees:
     """Of one drafter, for each of a grid of logits."""
 
-    believed: np.ndarray
+    reported: np.ndarray
     """[grid, N] psi, descending."""
-    believed_sum: np.ndarray
-    """[grid, N + 1] of the first nodes."""
+    expected_length: np.ndarray
+    """[grid, N + 1], the sum of psi over the first nodes."""
     accepted: np.ndarray
     """[grid, N + 1, T] chance that a path of at least so many nodes is accepted, by the nodes that are verified."""
 
@@ -117,16 +117,16 @@ GRID = np.linspace(-7, 5, 49)
 
 @cache
 def trees_of(excess: float, num_frames: int = NUM_FRAMES) -> Trees:
-    believed, accepted = np.zeros((len(GRID), NUM_NODES)), np.zeros((len(GRID), NUM_NODES + 1, NUM_FRAMES))
+    reported, accepted = np.zeros((len(GRID), NUM_NODES)), np.zeros((len(GRID), NUM_NODES + 1, NUM_FRAMES))
     for index, logit in enumerate(GRID):
         for node, (psi, truth, depth) in enumerate(_best_tree(logit, excess, num_frames)):
-            believed[index, node] = psi
+            reported[index, node] = psi
             accepted[index, node + 1 :, depth - 1] += truth
-    return Trees(believed, np.pad(believed.cumsum(1), ((0, 0), (1, 0))), accepted)
+    return Trees(reported, np.pad(reported.cumsum(1), ((0, 0), (1, 0))), accepted)
 
 
 def _best_tree(logit: float, excess: float, num_frames: int) -> Iterator[tuple[float, float, int]]:
-    """psi as the drafter believes, as it is, and depth of the N best nodes."""
+    """Reported psi, true psi and depth of the N nodes of largest reported psi."""
     shares = 0.5 ** np.arange(1, 8)
     heap = [(-1.0, 1.0, 0)]
     for node in range(NUM_NODES + 1):
@@ -137,8 +137,8 @@ def _best_tree(logit: float, excess: float, num_frames: int) -> Iterator[tuple[f
             yield -psi, truth, depth
         if depth < num_frames:
             right = _sigmoid(np.array([logit + excess, logit]) - 0.15 * depth)
-            for believed, true in zip(*(np.concatenate(([best], best * (1 - best) * shares)) for best in right)):
-                heapq.heappush(heap, (psi * believed, truth * true, depth + 1))
+            for reported, true in zip(*(np.concatenate(([best], best * (1 - best) * shares)) for best in right)):
+                heapq.heappush(heap, (psi * reported, truth * true, depth + 1))
 
 
 def _sigmoid(logit: Any) -> Any:
@@ -166,14 +166,14 @@ class Case:
         return np.exp(low + np.abs((walk - low) % (2 * (high - low)) - (high - low))).round().astype(int)
 
 
-class World:
-    """One machine, one drafter, and requests whose contexts grow and whose texts are now easy and now hard."""
+class Traffic:
+    """The requests of one case: their contexts grow, and the difficulty of their texts is a random process."""
 
     def __init__(self, case: Case, seed: int = 0) -> None:
         self.case, self.rng = case, np.random.default_rng(seed)
         self.num_requests = case.loads(self.rng, NUM_STEPS)
         most = int(self.num_requests.max())
-        self.hardness = self.rng.normal(size=most)
+        self.difficulty = self.rng.normal(size=most)
         self.prompts = self._new_prompts(most)
         self.emitted = self.rng.uniform(0, ANSWER, most)
 
@@ -187,9 +187,9 @@ class World:
 
     def texts(self, num_requests: int) -> np.ndarray:
         """[R] places in GRID, of the next step."""
-        self.hardness += 0.5 * (self.rng.normal(size=len(self.hardness)) * 3**0.5 - self.hardness)
+        self.difficulty += 0.5 * (self.rng.normal(size=len(self.difficulty)) * 3**0.5 - self.difficulty)
         drafter = self.case.drafter
-        logits = drafter.level + drafter.spread * self.hardness[:num_requests]
+        logits = drafter.level + drafter.spread * self.difficulty[:num_requests]
         return np.clip(np.rint((logits - GRID[0]) / (GRID[1] - GRID[0])), 0, len(GRID) - 1).astype(int)
 
     def emit(self, tokens: np.ndarray) -> None:
@@ -202,28 +202,30 @@ class World:
         slow = 5.0 if self.rng.random() < 0.01 else 1.0
         return slow * math.exp(self.case.machine.noise * self.rng.normal())
 
-    def pace(self, step: int) -> float:
+    def drift(self, step: int) -> float:
         return 1 + self.case.machine.drift * math.sin(2 * math.pi * step / 1500)
 
 
 def fixed_speedups(case: Case) -> tuple[np.ndarray, float]:
     """Expected, without noise: of each of FIXED, and of a table by batch size that is the best of them for each."""
-    world = World(case)
+    traffic = Traffic(case)
     trees = trees_of(case.drafter.excess)
-    places = np.concatenate([world.texts(len(world.hardness)) for _ in range(max(2000 // len(world.hardness), 50))])
+    places = np.concatenate(
+        [traffic.texts(len(traffic.difficulty)) for _ in range(max(2000 // len(traffic.difficulty), 50))]
+    )
     tokens = 1 + trees.accepted[places][:, FIXED].sum(-1).mean(0)
-    emitted, without = np.zeros((2, len(world.num_requests), len(FIXED)))
-    for step, num_requests in enumerate(world.num_requests):
-        world.emit(np.full(num_requests, 5.0))
-        context = world.context(num_requests).sum() / 1000
+    emitted, without = np.zeros((2, len(traffic.num_requests), len(FIXED)))
+    for step, num_requests in enumerate(traffic.num_requests):
+        traffic.emit(np.full(num_requests, 5.0))
+        context = traffic.context(num_requests).sum() / 1000
         per_request = 1 + np.array(FIXED)
         seconds = case.machine.verifying(num_requests, num_requests * per_request, context, context * per_request)
         plain = seconds[0]
         seconds[1:] += case.machine.drafting(num_requests)
         emitted[step], without[step] = num_requests * tokens, num_requests * seconds / plain
-    best = np.zeros(len(world.num_requests), int)
-    for num_requests in np.unique(world.num_requests):
-        here = world.num_requests == num_requests
+    best = np.zeros(len(traffic.num_requests), int)
+    for num_requests in np.unique(traffic.num_requests):
+        here = traffic.num_requests == num_requests
         best[here] = np.argmax(emitted[here].sum(0) / without[here].sum(0))
     steps = np.arange(NUM_FIRST, len(best))
     table = emitted[steps, best[steps]].sum() / without[steps, best[steps]].sum()
@@ -259,37 +261,37 @@ def make_budget(machine: Machine, most_requests: int, rng: np.random.Generator) 
 
 
 def simulate(case: Case, seed: int = 0) -> Run:
-    world, machine = World(case, seed), case.machine
+    traffic, machine = Traffic(case, seed), case.machine
     trees = trees_of(case.drafter.excess)
-    budget = make_budget(machine, len(world.hardness), world.rng)
+    budget = make_budget(machine, len(traffic.difficulty), traffic.rng)
     tokens, without, all_nodes = np.zeros((3, NUM_STEPS))
     places, nodes = np.zeros(0, int), np.zeros(0, int)
-    for step, num_requests in enumerate(world.num_requests):
+    for step, num_requests in enumerate(traffic.num_requests):
         # Those that have come since were not drafted for.
         nodes = np.pad(nodes[:num_requests], (0, max(num_requests - len(nodes), 0)))
         places = np.pad(places[:num_requests], (0, max(num_requests - len(places), 0)))
         reached = trees.accepted[places, nodes]
-        context = world.context(num_requests) / 1000
+        context = traffic.context(num_requests) / 1000
         rows = num_requests + int(nodes.sum())
         plain = machine.verifying(num_requests, num_requests, context.sum(), context.sum())
         seconds = machine.verifying(num_requests, rows, context.sum(), context @ (1 + nodes))
-        accepted = (world.rng.random((num_requests, 1)) < reached).sum(1)
-        believed = float(trees.believed_sum[places, nodes].sum())
+        accepted = (traffic.rng.random((num_requests, 1)) < reached).sum(1)
+        expected = float(trees.expected_length[places, nodes].sum())
         plan = budget.plan(int(num_requests))
         if plan is not None:
             seconds += machine.drafting(num_requests)
-        observed = seconds * world.pace(step) * world.noise()
+        observed = seconds * traffic.drift(step) * traffic.noise()
         budget.observe(
             StepOutcome(
-                int(num_requests), plan is not None, rows - num_requests, int(accepted.sum()), believed, observed
+                int(num_requests), plan is not None, rows - num_requests, int(accepted.sum()), expected, observed
             )
         )
         tokens[step], without[step] = num_requests + reached.sum(), num_requests * seconds / plain
         all_nodes[step] = rows - num_requests
-        world.emit(1 + accepted)
-        places, nodes = world.texts(num_requests), np.zeros(num_requests, int)
+        traffic.emit(1 + accepted)
+        places, nodes = traffic.texts(num_requests), np.zeros(num_requests, int)
         if plan is not None:
-            nodes = np.array(budget.choose(plan, [row[row > 0].tolist() for row in trees.believed[places]]))
+            nodes = np.array(budget.choose(plan, [row[row > 0].tolist() for row in trees.reported[places]]))
     return Run(tokens, without, all_nodes)
 
 
@@ -312,9 +314,13 @@ CASES = [
     *(Case(machine, GOOD, requests) for machine in (FLAT, RISING, TILES, ROOFLINE) for requests in ("4", "16", "64")),
     *(Case(machine, GOOD, "1 to 64") for machine in (FLAT, RISING, TILES, ROOFLINE, LINEAR)),
     *(Case(machine, FAIR, requests) for machine in (FLAT, RISING, TILES) for requests in ("1", "16")),
-    *(Case(RISING, drafter, requests) for drafter in (SURE, SHY) for requests in ("1", "16")),
-    *(Case(machine, drafter, "4") for machine in (FLAT, RISING, LINEAR) for drafter in (USELESS, WRONG)),
-    *(Case(RISING, drafter, "1 to 64") for drafter in (USELESS, WRONG)),
+    *(Case(RISING, drafter, requests) for drafter in (OVERCONFIDENT, UNDERCONFIDENT) for requests in ("1", "16")),
+    *(
+        Case(machine, drafter, "4")
+        for machine in (FLAT, RISING, LINEAR)
+        for drafter in (USELESS, USELESS_OVERCONFIDENT)
+    ),
+    *(Case(RISING, drafter, "1 to 64") for drafter in (USELESS, USELESS_OVERCONFIDENT)),
     Case(dataclasses.replace(RISING, name="rising, a large drafter", draft=1.0), USELESS, "1"),
     Case(dataclasses.replace(RISING, name="rising, a large drafter", draft=0.5), GOOD, "1"),
     *(Case(LONG, drafter, requests) for drafter in (GOOD, USELESS) for requests in ("1", "4", "1 to 64")),

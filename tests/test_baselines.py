@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from tests.training.tiny_models import VOCAB, tiny_target
-from vllm_ctc_spec.training.budget import Budget
-from vllm_ctc_spec.training.target import load_target
+from vllm_ctc_spec.training.loop import Budget
+from vllm_ctc_spec.training.models import load_target
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "baselines"))
 

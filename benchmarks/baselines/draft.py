@@ -12,7 +12,7 @@ from baseline import Baseline, rows_at
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from vllm_ctc_spec.training.target import drafter_config
+from vllm_ctc_spec.training.models import drafter_config
 
 NUM_LAYERS = 2
 

@@ -20,8 +20,8 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from vllm_ctc_spec.drafter.modeling import KeyValue, rotate
+from vllm_ctc_spec.training.models import drafter_config
 from vllm_ctc_spec.training.objective import attend_before_anchor, target_hidden
-from vllm_ctc_spec.training.target import drafter_config
 
 MIN_DEPTH = 7
 """Layers of a target whose EAGLE-3 features (vLLM's default: 2, half, last but three) are three different ones."""

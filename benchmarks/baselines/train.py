@@ -27,12 +27,17 @@ from medusa import Medusa
 from transformers import AutoTokenizer, Trainer
 
 from vllm_ctc_spec.files import atomic_folder, write_atomically
-from vllm_ctc_spec.training.budget import Budget, BudgetCallback
 from vllm_ctc_spec.training.data import AnchorDataset, collate_anchors, read_rows, with_anchors
-from vllm_ctc_spec.training.loop import loop_arguments, report, train_or_resume
-from vllm_ctc_spec.training.optimizer import MuonAdamW
-from vllm_ctc_spec.training.target import load_target
-from vllm_ctc_spec.training.timing import StepTimes
+from vllm_ctc_spec.training.loop import (
+    Budget,
+    BudgetCallback,
+    MuonAdamW,
+    StepTimes,
+    loop_arguments,
+    report,
+    train_or_resume,
+)
+from vllm_ctc_spec.training.models import load_target
 
 KINDS: dict[str, type[Baseline]] = {"medusa": Medusa, "eagle": Eagle, "eagle3": Eagle3, "draft": DraftModel}
 MAX_LENGTH = 512

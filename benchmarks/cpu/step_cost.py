@@ -58,7 +58,7 @@ from benchmarks.cpu.step_cost_worker import (
 from benchmarks.shapes import SHAPES
 from vllm_ctc_spec.config import MAX_NODES
 from vllm_ctc_spec.drafter import CTCDrafter
-from vllm_ctc_spec.training.target import drafter_config
+from vllm_ctc_spec.training.models import drafter_config
 
 BLOCK_SIZE = 128
 TAIL = 8

@@ -26,9 +26,9 @@ from rich.console import Console
 
 from tests.tiny_pair import build_tiny_pair
 from vllm_ctc_spec.bench.config import BenchConfig, Method, PromptSource
+from vllm_ctc_spec.bench.records import Sampling
 from vllm_ctc_spec.bench.report import to_terminal
 from vllm_ctc_spec.bench.run import Bench
-from vllm_ctc_spec.bench.sampling import Sampling
 
 SAMPLING = {"float32": (Sampling(), Sampling(temperature=1.0)), "bfloat16": (Sampling(),)}
 BATCHES = (1, 8)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vllm_ctc_spec.bench.config import BenchConfig, load_config
-from vllm_ctc_spec.bench.sampling import Sampling
+from vllm_ctc_spec.bench.records import Sampling
 from vllm_ctc_spec.cli import main
 from vllm_ctc_spec.config import CTCDrafterConfig
 from vllm_ctc_spec.drafter import CTCDrafter

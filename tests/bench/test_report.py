@@ -8,10 +8,9 @@ from typing import Any
 from rich.console import Console
 
 from tests.bench.samples import BROKEN, EXACT, plain_pass, tree_pass
-from vllm_ctc_spec.bench.clock import STAGES
-from vllm_ctc_spec.bench.plots import draw
-from vllm_ctc_spec.bench.report import render, to_terminal
-from vllm_ctc_spec.bench.summary import summarize
+from vllm_ctc_spec.bench.cells import summarize
+from vllm_ctc_spec.bench.report import draw, render, to_terminal
+from vllm_ctc_spec.bench.worker_extension import STAGES
 
 PLAIN, TREES = [plain_pass(2.0), plain_pass(4.1)], [tree_pass(1.0), tree_pass(2.0)]
 

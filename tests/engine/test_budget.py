@@ -19,7 +19,7 @@ from benchmarks.budget_simulation import (
     NUM_NODES,
     RISING,
     USELESS,
-    WRONG,
+    USELESS_OVERCONFIDENT,
     Case,
     Drafter,
     Machine,
@@ -61,7 +61,7 @@ def test_where_rows_cost_what_a_step_does_only_what_is_nearly_certain_is_verifie
 
 
 @pytest.mark.parametrize("machine", [FLAT, RISING, LINEAR, LONG], ids=lambda machine: machine.name)
-@pytest.mark.parametrize("drafter", [USELESS, WRONG], ids=lambda drafter: drafter.name)
+@pytest.mark.parametrize("drafter", [USELESS, USELESS_OVERCONFIDENT], ids=lambda drafter: drafter.name)
 @pytest.mark.parametrize("draft", [0.15, 1.0])
 def test_a_useless_drafter_is_given_up(machine: Machine, drafter: Drafter, draft: float) -> None:
     """All that it loses is some trials."""

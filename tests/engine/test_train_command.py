@@ -18,8 +18,8 @@ from vllm import SamplingParams
 from tests.engine.conftest import complete, engine
 from tests.tiny_pair import TinyPair
 from vllm_ctc_spec.cli import main
-from vllm_ctc_spec.training.command import held_out_prompts
-from vllm_ctc_spec.training.own_prompts import write_own_prompts
+from vllm_ctc_spec.training.regenerate import write_own_prompts
+from vllm_ctc_spec.training.stages import held_out_prompts
 
 ENGINE = ["--engine", "dtype=float32", "enforce_eager=true", "max_model_len=256", "kv_cache_memory_bytes=134217728"]
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from tests.tiny_pair.corpus import write_corpus
 from tests.tiny_pair.target import train_target
 from vllm_ctc_spec.machine import target_dtype
-from vllm_ctc_spec.training.budget import Budget
+from vllm_ctc_spec.training.loop import Budget
 from vllm_ctc_spec.training.prompts import read_prompts
 from vllm_ctc_spec.training.regenerate import RegenerateSettings, regenerate
 from vllm_ctc_spec.training.trainer import FitSettings, fit

@@ -13,9 +13,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 
 from vllm_ctc_spec.files import atomic_folder
-from vllm_ctc_spec.training.budget import Budget, BudgetCallback
-from vllm_ctc_spec.training.loop import loop_arguments
-from vllm_ctc_spec.training.optimizer import MuonAdamW
+from vllm_ctc_spec.training.loop import Budget, BudgetCallback, MuonAdamW, loop_arguments
 
 VOCAB = 512
 HIDDEN = 128

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.training.tiny_models import VOCAB, tiny_drafter, tiny_target
-from vllm_ctc_spec.drafter.drafting import emission_logits
+from vllm_ctc_spec.drafter.drafting import emission_logits, set_tables_from
 from vllm_ctc_spec.training import calibrate as calibrate_module
 from vllm_ctc_spec.training.calibrate import calibrate, scale_logits, split_rows
 from vllm_ctc_spec.training.data import AnchorDataset, TrainingRow, collate_anchors
@@ -68,7 +68,8 @@ def train(objective: DraftObjective, rows: list[TrainingRow]) -> None:
 
 def beliefs(objective: DraftObjective, rows: list[TrainingRow]) -> tuple[float, float]:
     objective.eval()
-    return calibrate_module._expectations(objective, calibrate_module._draft(objective, rows, 0), 1.0)
+    set_tables_from(objective.drafter, objective.target)
+    return calibrate_module.expected_and_accepted(objective, calibrate_module._draft(objective, rows, 0), 1.0)
 
 
 def test_rows_to_calibrate_on_are_not_trained_on():

@@ -7,9 +7,9 @@ import pytest
 
 from tests.training.tiny_models import tiny_drafter, tiny_target
 from vllm_ctc_spec.training.card import Words, command_line, training_facts, write_card
-from vllm_ctc_spec.training.command import named_sets
 from vllm_ctc_spec.training.data import TrainingRow
 from vllm_ctc_spec.training.evaluate import CHAIN, Evaluation, Rate, TreeAcceptance
+from vllm_ctc_spec.training.stages import named_sets
 
 NO_WORDS = Words()
 

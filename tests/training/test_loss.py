@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig, Draft
 from vllm_ctc_spec.training.data import MISSING
-from vllm_ctc_spec.training.fused import ConditionedCrossEntropy
 from vllm_ctc_spec.training.loss import (
-    IMPOSSIBLE,
+    LOG_ZERO,
+    ConditionedCrossEntropy,
     alignment_loss,
     conditioned_loss,
     gated_states,
@@ -177,7 +177,7 @@ def test_chunks_change_neither_loss_nor_gradient(fields, monkeypatch):
     whole = losses_and_gradients(drafter)
     assert ("blank" in whole) == drafter.config.has_blank
     monkeypatch.setattr("vllm_ctc_spec.training.loss.LOGITS_PER_CHUNK", 11 * 4 * 3)
-    monkeypatch.setattr("vllm_ctc_spec.training.fused.LOGITS_PER_CHUNK", 11 * 4)
+    monkeypatch.setattr("vllm_ctc_spec.training.loss.FUSED_LOGITS_PER_CHUNK", 11 * 4)
     torch.testing.assert_close(losses_and_gradients(drafter), whole)
 
 
@@ -185,7 +185,7 @@ def test_chunks_change_neither_loss_nor_gradient(fields, monkeypatch):
 def test_the_loss_without_slack_is_that_of_the_sum_over_alignments_without_blank(rank):
     drafter = small_drafter(num_frames=3, condition_rank=rank)
     draft, lm_head, labels, embeddings = random_draft(drafter)
-    logits = F.pad(draft.frames @ lm_head.T, (0, 1), value=IMPOSSIBLE)
+    logits = F.pad(draft.frames @ lm_head.T, (0, 1), value=LOG_ZERO)
     states = states_after(drafter, draft, labels)
     expected = conditioned_loss(logits, states, F.pad(drafter.conditioning.logit_out, (0, 0, 0, 1)), labels).mean()
     torch.testing.assert_close(alignment_loss(drafter, draft, lm_head, labels, embeddings).mean, expected)

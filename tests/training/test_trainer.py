@@ -18,9 +18,8 @@ from tests.training.tiny_models import VOCAB, tiny_target
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
 from vllm_ctc_spec.training import trainer as trainer_module
-from vllm_ctc_spec.training.budget import Budget
 from vllm_ctc_spec.training.evaluate import evaluate
-from vllm_ctc_spec.training.resume import last_whole_checkpoint
+from vllm_ctc_spec.training.loop import Budget, last_complete_checkpoint
 from vllm_ctc_spec.training.trainer import FitSettings, dry_run, fit
 
 PERIOD = 10
@@ -124,7 +123,7 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(target_path, rows_
         fit(target_path, rows_path, tmp_path / "resumed", settings(6, save_steps=2))
     monkeypatch.undo()
     checkpoints = tmp_path / "resumed.checkpoints"
-    assert last_whole_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
+    assert last_complete_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
     resumed = fit(target_path, rows_path, tmp_path / "resumed", settings(6, save_steps=2))
     assert all(torch.equal(weight, weights(whole)[name]) for name, weight in weights(resumed).items())
 

@@ -5,7 +5,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_ctc_spec.drafter import CTCDrafter
 from vllm_ctc_spec.drafter.drafting import set_tables_from
-from vllm_ctc_spec.training.target import drafter_config
+from vllm_ctc_spec.training.models import drafter_config
 
 VOCAB = 64
 

@@ -85,7 +85,7 @@ class ConditionedProcess:
         peak = bias.amax(-1, keepdim=True).clamp_(min=0.0)
         lift = bias.sub_(peak).exp_()
         total = lift @ self._labels.mT
-        total = total.addcmul_((-peak).exp_(), self._emissions.outside[:, None]).clamp_(min=_TINY)
+        total = total.addcmul_((-peak).exp_(), self._emissions.tail_mass[:, None]).clamp_(min=_TINY)
         return lift[..., :-1], total, lift[..., -1:] * self._labels[:, None, :, -1] / total
 
     def _children(self, psi: Tensor, states: Tensor, weight: Tensor, lift: Tensor) -> Children:

@@ -34,8 +34,7 @@ def _bench(options: argparse.Namespace) -> int:
     # Imported here already by the checks; its own log lines would tear the progress bar.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_ctc_spec.bench.config import load_config
-    from vllm_ctc_spec.bench.plots import draw
-    from vllm_ctc_spec.bench.report import render, to_terminal
+    from vllm_ctc_spec.bench.report import draw, render, to_terminal
     from vllm_ctc_spec.bench.run import Bench
     from vllm_ctc_spec.files import write_atomically
     from vllm_ctc_spec.tables import console

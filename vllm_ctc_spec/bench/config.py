@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_ctc_spec.bench.sampling import Sampling
-from vllm_ctc_spec.bench.yaml_file import override, read_yaml
-from vllm_ctc_spec.config import SpecOptions, check_node_budget, did_you_mean
+from vllm_ctc_spec.bench.records import Sampling
+from vllm_ctc_spec.config import did_you_mean
+from vllm_ctc_spec.vllm_keys import check_ctc
 
 PLAIN = "plain"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -189,22 +189,6 @@ def _method(name: str, value: Any, folder: Path) -> Method:
     return Method(name, spec or None, engine)
 
 
-def check_ctc(where: str, spec: dict[str, Any]) -> None:
-    """Raises ValueError that names what is wrong in a `speculative_config` of our method."""
-    from vllm_ctc_spec.drafter.checkpoint import check_drafter
-
-    own = {key: value for key, value in spec.items() if key not in ("method", "model", "num_speculative_tokens")}
-    try:
-        SpecOptions.from_dict(own)
-        if "num_speculative_tokens" in spec:
-            check_node_budget(spec["num_speculative_tokens"])
-        if "model" not in spec:
-            raise ValueError("no 'model': set it to the folder of a trained CTC drafter.")
-        check_drafter(spec["model"])
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
 def _engine(where: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
@@ -286,3 +270,46 @@ def _check_numbers(config: BenchConfig) -> None:
         raise ValueError(f"batch_sizes={list(sizes)}: give each value once, and at least one.")
     if not isinstance(config.ignore_eos, bool):
         raise ValueError(f"ignore_eos={config.ignore_eos!r}: use true or false.")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Raises ValueError if the file cannot be read, is no mapping, or writes a key twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """PyYAML lets a key that is written twice win silently."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    line = key_node.start_mark.line + 1
+                    raise ValueError(f"{path}, line {line}: {key!r} is there twice. Leave one out.")
+                seen.add(key)
+            return dict(super().construct_mapping(node, deep))
+
+    try:
+        fields = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be read ({error.strerror}). Give the path of a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{str(path)!r} is not YAML: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{str(path)!r} must hold a mapping of settings.")
+    return fields
+
+
+def override(fields: dict[str, Any], setting: str) -> None:
+    """setting: "key.key=value", the value in YAML. Raises ValueError if there is nothing to set it in."""
+    import yaml
+
+    name, equals, value = setting.partition("=")
+    *above, key = name.split(".")
+    for step in above:
+        if not isinstance(fields.get(step), dict):
+            raise ValueError(f"--set {setting}: there is no {step!r} to set it in. Write KEY.KEY=VALUE.")
+        fields = fields[step]
+    if not equals:
+        raise ValueError(f"--set {setting}: write KEY=VALUE.")
+    fields[key] = yaml.safe_load(value)

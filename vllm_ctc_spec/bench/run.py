@@ -1,4 +1,4 @@
-"""A run: engines start once, each cell (prompts, batch size, sampling) is measured in rounds and written at once."""
+"""A run: engines start once, each cell (prompts, batch size, sampling) is measured and written at once."""
 
 from __future__ import annotations
 
@@ -6,47 +6,25 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from vllm_ctc_spec.bench.config import PLAIN, BenchConfig, Method
-from vllm_ctc_spec.bench.equality import Equality, judge
-from vllm_ctc_spec.bench.fleet import Fleet
-from vllm_ctc_spec.bench.prompts import Prompt, next_turn, num_turns, select_questions, spread
-from vllm_ctc_spec.bench.records import Pass, Workload
-from vllm_ctc_spec.bench.sampling import Sampling
-from vllm_ctc_spec.bench.summary import summarize
-from vllm_ctc_spec.bench.vllm_keys import check_engine_keys, check_speculative_keys
+from vllm_ctc_spec.bench.cells import Cell, Measurement, Prompt, Report, workload
+from vllm_ctc_spec.bench.config import PLAIN, BenchConfig, PromptSource
+from vllm_ctc_spec.bench.processes import Fleet
+from vllm_ctc_spec.bench.records import Pass, Sampling
 from vllm_ctc_spec.files import claim, write_atomically
 from vllm_ctc_spec.kv_cache import engine_options, fitting_model_len
 from vllm_ctc_spec.machine import this_machine
-from vllm_ctc_spec.training.prompts import Question
+from vllm_ctc_spec.training.prompts import Question, read_questions, turn_prompt
+from vllm_ctc_spec.training.sources import Line, read_dataset, read_lines
+from vllm_ctc_spec.vllm_keys import check_engine_keys, check_speculative_keys
 
 TEMPLATE_TOKENS = 64
 """Allowance for what the chat template puts around a turn."""
-
-Report = Callable[[str, int], None]
-"""Takes what is being done and how many passes have ended since the last call."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    prompts: str
-    batch_size: int
-    sampling: Sampling
-
-    @property
-    def file_name(self) -> str:
-        return f"{self.prompts}-batch{self.batch_size}-{self.sampling.file_part}.json"
-
-    def __str__(self) -> str:
-        return f"{self.prompts}, batch {self.batch_size}, {self.sampling}"
 
 
 class Bench:
@@ -95,7 +73,8 @@ class Bench:
                 fleet.start(lambda method: report(f"starting {method.name}", 0))
                 prompts = {name: self._prompts(name, fleet, report) for name in self.config.prompts}
                 for cell in pending:
-                    measured = _Cell(self, cell, prompts[cell.prompts], fleet, report).measure()
+                    here = prompts[cell.prompts]
+                    measured = Measurement(self.config, self.context, cell, here, fleet, report).measure()
                     write_atomically(self.path(cell), json.dumps(measured, indent=1).encode())
         results = as_json(
             {
@@ -176,90 +155,12 @@ class Bench:
                 prompt = next_turn(name, question, answers[index], self.tokenizer)
                 if turn < len(question.later_turns) and prompt and len(prompt.token_ids) < self.context - 1:
                     asked[index] = prompt
-            work = self.workload(list(asked.values()), max(self.config.batch_sizes), Sampling())
+            work = workload(self.config, self.context, list(asked.values()), max(self.config.batch_sizes), Sampling())
             done: Pass = fleet.call(PLAIN, "run", workload=work)
             for index, request in zip(asked, done.requests):
                 answers[index].append(list(request.token_ids))
         write_atomically(path, json.dumps(answers).encode())
         return answers
-
-    def workload(self, prompts: Sequence[Prompt], batch_size: int, sampling: Sampling) -> Workload:
-        config = self.config
-        return Workload(
-            prompts=tuple(prompt.token_ids for prompt in prompts),
-            max_tokens=tuple(min(config.max_tokens, self.context - len(prompt.token_ids)) for prompt in prompts),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=config.seed,
-            batch_size=batch_size,
-            ignore_eos=config.ignore_eos,
-        )
-
-
-class _Cell:
-    """One cell's measurement."""
-
-    def __init__(self, bench: Bench, cell: Cell, prompts: list[Prompt], fleet: Fleet, report: Report) -> None:
-        self.config, self.cell, self.fleet, self.report = bench.config, cell, fleet, report
-        count = max(self.config.num_prompts or len(prompts), cell.batch_size)
-        self.prompts = spread(prompts, min(count, len(prompts)))
-        self.work = {"workload": bench.workload(self.prompts, cell.batch_size, cell.sampling)}
-        self.passes: dict[str, list[Pass]] = {}
-        """The first one warms up."""
-
-    def measure(self) -> dict[str, Any]:
-        load = os.getloadavg()[0]
-        for method in self.fleet.alive:
-            self.fleet.call(method.name, "reset_memory")
-        # A B C, A B C, ...: a slow minute of the machine hits all methods of a round.
-        for number in range(1 + self.config.rounds):
-            for method in self.fleet.alive:
-                self._pass(method, f"round {number} of {self.config.rounds}" if number else "warm-up")
-        memory = {method.name: self.fleet.call(method.name, "peak_memory") for method in self.fleet.alive}
-        methods = {method.name: self._result(method, memory[method.name]) for method in self.fleet.alive}
-        return {
-            **dataclasses.asdict(self.cell),
-            "prompt_names": [prompt.name for prompt in self.prompts],
-            "load_average": load,
-            "methods": methods,
-            "errors": self.fleet.errors,
-        }
-
-    def _pass(self, method: Method, title: str) -> None:
-        self.report(f"{self.cell}: {method.name}, {title}", 0)
-        done = self.fleet.call(method.name, "run", **self.work)
-        if done is not None:
-            self.passes.setdefault(method.name, []).append(done)
-        self.report(f"{self.cell}: {method.name}, {title}", 1)
-
-    def _result(self, method: Method, peak_memory: int) -> dict[str, Any]:
-        stages = None
-        if method.is_ctc:
-            self.report(f"{self.cell}: {method.name}, stages", 0)
-            stages = self.fleet.stage_times(method.name, self.work)
-            self.report(f"{self.cell}: {method.name}, stages", 1)
-        plain, passes = self.passes[PLAIN], self.passes[method.name]
-        categories = [prompt.category for prompt in self.prompts]
-        result = summarize(categories, plain[1:], passes[1:], self._equality(method), peak_memory, stages)
-        return dataclasses.asdict(result) | {"engine": dataclasses.asdict(self.fleet.facts[method.name])}
-
-    def _equality(self, method: Method) -> Equality:
-        is_greedy = self.cell.sampling.is_greedy
-        dtype: torch.dtype = getattr(torch, self.fleet.facts[PLAIN].dtype)
-        answers = {
-            name: [[request.token_ids for request in each.requests] for each in self.passes[name]]
-            for name in (PLAIN, method.name)
-        }
-        return judge(
-            self.work["workload"].prompts,
-            answers[PLAIN][0],
-            answers[method.name],
-            dtype,
-            (lambda branchings: self.fleet.call(PLAIN, "gaps", branchings=branchings)) if is_greedy else None,
-            # vLLM's rejection sampler draws other random numbers than plain sampling; in 16 bits no rule can tell a
-            # draw that rounding has flipped from a wrong one.
-            is_promised=is_greedy or (dtype == torch.float32 and (method.is_ctc or method.speculative_config is None)),
-        )
 
 
 def as_json(fields: dict[str, Any]) -> dict[str, Any]:
@@ -287,3 +188,37 @@ def check_vllm_keys(config: BenchConfig) -> None:
         check_engine_keys(f"methods.{method.name}.engine", method.engine)
         if method.speculative_config is not None and not method.is_ctc:
             check_speculative_keys(f"methods.{method.name}", method.speculative_config)
+
+
+def select_questions(name: str, source: PromptSource, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+    """The rows that `source` selects, see `read_questions`. Raises ValueError that names the line."""
+    lines = list(_lines(source))
+    stop = None if source.limit is None else source.skip + source.limit
+    chosen = lines[-source.last :] if source.last is not None else lines[source.skip : stop]
+    if not chosen:
+        raise ValueError(f"prompts.{name}: none of its {len(lines)} rows is selected. Change skip, limit or last.")
+    return read_questions(chosen, tokenizer, prefix=source.prefix)
+
+
+def _lines(source: PromptSource) -> Iterator[Line]:
+    if source.subset is None and source.split is None:
+        return read_lines(source.source)
+    return read_dataset(source.source, source.split or "test", source.subset)
+
+
+def num_turns(questions: Sequence[Question]) -> int:
+    return max(1 + len(question.later_turns) for question in questions)
+
+
+def next_turn(
+    name: str, question: Question, answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
+) -> Prompt | None:
+    """The prompt of turn len(answers) + 1 after plain vLLM's `answers` (token ids); None where there is none.
+
+    name: of the source, the category of a question without one.
+    """
+    token_ids = turn_prompt(question, answers, tokenizer)
+    if token_ids is None:
+        return None
+    turn = f"{question.name}, turn {len(answers) + 1}" if question.later_turns else question.name
+    return Prompt(turn, question.category or name, token_ids)

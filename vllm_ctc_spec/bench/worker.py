@@ -28,7 +28,7 @@ from vllm_ctc_spec.bench.records import Answer, Ask, Branching, Drafts, EngineFa
 if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
 
-EXTENSION = "vllm_ctc_spec.bench.clock.BenchWorkerExtension"
+EXTENSION = "vllm_ctc_spec.bench.worker_extension.BenchWorkerExtension"
 NUM_LOGPROBS = 20
 """vLLM's default limit."""
 

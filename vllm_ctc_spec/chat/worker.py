@@ -50,7 +50,7 @@ def _serve(connection: Connection) -> None:
     start: Start = connection.recv()
     from vllm import LLM
 
-    from vllm_ctc_spec.bench.vllm_keys import check_engine_keys
+    from vllm_ctc_spec.vllm_keys import check_engine_keys
 
     check_engine_keys("--engine", start.options)
     llm = LLM(start.target, worker_extension_cls=EXTENSION, **start.options)

@@ -1,9 +1,8 @@
-"""One factor on all logits, after training, that makes the drafter believe what the target accepts.
+"""One factor on all logits, fitted after training, so that a tree's expected accepted length is the measured one.
 
-Cross-entropy calibrates each token on average. A path's probability is a product, and easy text is easy at every
-token of it, so the product believes too little until the drafter tells easy text from hard; trees come out too bushy.
-One temperature mends most of it (Guo et al. 2017, arXiv 1706.04599), here fitted on what matters: that the sum of psi
-over a tree's nodes, its expected accepted length, is the accepted length.
+The expected length is the sum of psi, the prefix probability, over a tree's nodes. Cross-entropy calibrates single
+tokens; a path's probability is a product of correlated ones, so an uncalibrated drafter's psi is too small at depth,
+and its trees are too wide. One temperature corrects most of it (Guo et al. 2017, arXiv 1706.04599).
 
 Letters: S anchors, T frames.
 """
@@ -25,9 +24,9 @@ from vllm_ctc_spec.training.evaluate import walk_text
 from vllm_ctc_spec.training.objective import DraftObjective
 
 NUM_NODES = 32
-LARGEST_FACTOR = 2.0
+MAX_FACTOR = 2.0
 NUM_HALVINGS = 7
-"""Of the interval from 1 / LARGEST_FACTOR to LARGEST_FACTOR: to about one percent."""
+"""Of the interval from 1 / MAX_FACTOR to MAX_FACTOR: to about one percent."""
 
 ANCHORS_PER_ROW = 8
 BATCH_SIZE = 16
@@ -60,17 +59,21 @@ def _prompt(row: TrainingRow) -> tuple[int, ...]:
 
 
 def calibrate(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int = 0) -> float:
-    """Scale the drafter's logits so that it believes on `rows`, not trained on, what is accepted; return the factor."""
+    """Scale the drafter's logits so that expected and accepted length agree on `rows`; returns the factor.
+
+    rows: not trained on. Without any, the factor is 1.
+    """
     drafter, target = objective.drafter, objective.target
     served = DraftObjective(copy.deepcopy(drafter).to(target.dtype), target).eval()
+    set_tables_from(served.drafter, target)
     drafts = _draft(served, rows, seed)
     if not drafts:
         return 1.0
-    low, high = 1 / LARGEST_FACTOR, LARGEST_FACTOR
+    low, high = 1 / MAX_FACTOR, MAX_FACTOR
     for _ in range(NUM_HALVINGS):
         factor = (low * high) ** 0.5
-        believed, accepted = _expectations(served, drafts, factor)
-        low, high = (factor, high) if believed < accepted else (low, factor)
+        expected, accepted = expected_and_accepted(served, drafts, factor)
+        low, high = (factor, high) if expected < accepted else (low, factor)
     factor = (low * high) ** 0.5
     scale_logits(drafter, factor)
     return factor
@@ -102,17 +105,20 @@ def _draft(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int) ->
 
 
 @torch.no_grad()
-def _expectations(objective: DraftObjective, drafts: Sequence[_Drafted], factor: float) -> tuple[float, float]:
-    """Drafts believed to be accepted, and accepted, with all logits multiplied by `factor`."""
+def expected_and_accepted(objective: DraftObjective, drafts: Sequence[_Drafted], factor: float) -> tuple[float, float]:
+    """Sums over all anchors, in tokens, with all logits multiplied by `factor`. The drafter's tables must be set."""
     scaled = copy.deepcopy(objective.drafter)
     scale_logits(scaled, factor)
-    set_tables_from(scaled, objective.target)
+    if scaled.config.emission == "conditioned":
+        # The factor scales table A alone; table B stays as it is.
+        tokens = torch.arange(scaled.config.vocab_size, device=scaled.device)
+        scaled.state_in_table = scaled.condition_last(objective.target.get_input_embeddings()(tokens).to(scaled.dtype))
     head = head_of(scaled, objective.target.get_output_embeddings().weight)
-    believed = accepted = 0.0
+    expected = accepted = 0.0
     for draft, labels in drafts:
-        louder = Draft(draft.frames * factor, draft.start * factor, draft.gate)
-        logits = emission_logits(scaled, louder.frames, head)
-        trees = draft_trees(scaled, louder, logits, NUM_NODES, SpecOptions())
-        believed += float(trees.prefix_logp.exp().sum())
+        scaled_draft = Draft(draft.frames * factor, draft.start * factor, draft.gate)
+        logits = emission_logits(scaled, scaled_draft.frames, head)
+        trees = draft_trees(scaled, scaled_draft, logits, NUM_NODES, SpecOptions())
+        expected += float(trees.prefix_logp.exp().sum())
         accepted += float(walk_text(trees, labels).num_accepted.sum())
-    return believed, accepted
+    return expected, accepted

@@ -18,17 +18,19 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from vllm_ctc_spec.training.fields import (
+from vllm_ctc_spec.training.sources import (
     ANY_VOCAB_SIZE,
+    FaultyLine,
+    Line,
     checked,
     each_line,
     encode,
     messages_of,
+    read_lines,
     render,
     string_of,
     token_ids_of,
 )
-from vllm_ctc_spec.training.sources import FaultyLine, Line, read_lines
 
 ROW_KINDS = "'messages', 'conversations', 'text', or 'prompt_token_ids' with 'token_ids'"
 FEWEST_FREQUENT, FREQUENT_SHARE = 2048, 4

@@ -28,8 +28,8 @@ from vllm_ctc_spec.drafter import CTCDrafter, Draft
 from vllm_ctc_spec.drafter.checkpoint import check_drafter, load_drafter
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of, over_all_tokens, set_tables_from
 from vllm_ctc_spec.training.data import AnchorDataset, collate_anchors, read_rows, with_anchors
+from vllm_ctc_spec.training.models import load_target
 from vllm_ctc_spec.training.objective import DraftObjective
-from vllm_ctc_spec.training.target import load_target
 
 TreeChoice = tuple[SpecOptions, int]
 """How a tree is built, and its node budget."""

@@ -1,22 +1,29 @@
-"""What training asks of transformers' Trainer."""
+"""What every training here shares: its length, its optimizer, its checkpoints, and transformers' Trainer."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.overrides import TorchFunctionMode
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from vllm_ctc_spec.config import did_you_mean
+from vllm_ctc_spec.files import write_atomically
 from vllm_ctc_spec.machine import bf16_is_fast
-from vllm_ctc_spec.training.budget import Budget, BudgetBar, BudgetCallback
-from vllm_ctc_spec.training.resume import MarkWhole, last_whole_checkpoint
-from vllm_ctc_spec.training.timing import StepTimes
 
 
 def processes() -> PartialState:
@@ -51,11 +58,11 @@ def loop_arguments(checkpoints: Path, budget: Budget, batch_size: int, **options
 
 def train_or_resume(trainer: Trainer, clock: BudgetCallback) -> None:
     """Go on from the last whole checkpoint, if a killed run left one."""
-    trainer.add_callback(MarkWhole())
+    trainer.add_callback(MarkCompleteCheckpoints())
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(BudgetBar(clock))
     with processes().main_process_first():
-        checkpoint = last_whole_checkpoint(Path(trainer.args.output_dir))
+        checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
@@ -72,3 +79,192 @@ def report(trainer: Trainer, clock: BudgetCallback, times: StepTimes) -> dict[st
 def drop_checkpoints(folder: Path) -> None:
     """To be called once the result is in place."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+FINAL_RATE = 0.05
+"""Learning rate at the end of the budget, relative to the peak."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    max_steps: int
+    max_seconds: float = math.inf
+    warmup: float = 0.05
+    """Share of the budget over which the learning rate rises."""
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1 or self.max_seconds <= 0:
+            raise ValueError(f"training budget {self}: both max_steps and max_seconds must be positive.")
+
+
+class BudgetCallback(TrainerCallback, ExportableState):
+    """Keeps the clock, also across checkpoints; its progress drives the schedule and the end of training.
+
+    A schedule over steps alone would be cut off at a high learning rate on a machine that is too slow for them.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.elapsed = 0.0
+        self._tick = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this object, in the form that ExportableState asks for."""
+        return {"args": {}, "attributes": {"elapsed": self.elapsed}}
+
+    def progress(self, step: int) -> float:
+        return max(step / self.budget.max_steps, self.elapsed / self.budget.max_seconds)
+
+    def rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to FINAL_RATE."""
+        progress = min(self.progress(step), 1.0)
+        if progress < self.budget.warmup:
+            return max(progress / self.budget.warmup, 0.02)
+        descent = (progress - self.budget.warmup) / (1 - self.budget.warmup)
+        return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * descent)) / 2
+
+    def schedule(self, optimizer: Optimizer) -> LambdaLR:
+        return LambdaLR(optimizer, self.rate)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Trainer's own restoring would replace this object, which the schedule holds.
+        self.elapsed = state.stateful_callbacks[type(self).__name__]["attributes"]["elapsed"]
+        self._tick = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.monotonic()
+        self.elapsed = _latest(self.elapsed + now - self._tick)
+        self._tick = now
+        if self.progress(state.global_step) >= 1:
+            control.should_training_stop = True
+
+
+class BudgetBar(ProgressCallback):
+    """Trainer's own bar, over as many steps as the budget will allow at the speed so far."""
+
+    def __init__(self, clock: BudgetCallback) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            self.training_bar.total = round(state.global_step / min(self.clock.progress(state.global_step), 1.0))
+        super().on_step_end(args, state, control, **kwargs)
+
+
+def _latest(elapsed: float) -> float:
+    """Processes that train together must agree on when the budget ends, or the others wait for ever."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return elapsed
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    latest = torch.tensor(elapsed, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(latest, torch.distributed.ReduceOp.MAX)
+    return float(latest)
+
+
+class MuonAdamW(Optimizer):
+    """Muon (Jordan et al. 2024) where its orthogonal updates are meant, that is in linear layers.
+
+    Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
+    """
+
+    def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float = 0.01) -> None:
+        trained = {id(p) for p in model.parameters() if p.requires_grad}
+        matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) in trained]
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        # A tied LM head is a linear layer, but its weight is a table.
+        matrices = [weight for weight in matrices if id(weight) not in tables]
+        others = [p for p in model.parameters() if p.requires_grad and all(p is not weight for weight in matrices)]
+        self._parts: tuple[Optimizer, ...] = (
+            Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        )
+        super().__init__([group for part in self._parts for group in part.param_groups], {"lr": learning_rate})
+        self._share()
+
+    def _share(self) -> None:
+        """The parts work on this optimizer's groups and state, which schedules change and checkpoints hold."""
+        for part, group in zip(self._parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        with nullcontext() if bf16_is_fast() else _InFloat32():
+            for part in self._parts:
+                part.step()
+        return loss
+
+
+class _InFloat32(TorchFunctionMode):
+    """Muon always orthogonalises in bfloat16 (torch/optim/_muon.py); emulated, that took half of a training step."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # A copy, like the conversion: Muon writes into it.
+        return args[0].to(torch.float32, copy=True) if func is Tensor.bfloat16 else func(*args, **kwargs or {})
+
+
+PARTS = ("data", "forward_backward", "optimizer", "rest")
+
+
+class StepTimes(TrainerCallback):
+    """Seconds spent on batches, on forward and backward passes, on the optimizer, and on logs and checkpoints."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._tick: float | None = None
+
+    def _spent_on(self, part: str) -> None:
+        now = time.monotonic()
+        if self._tick is not None:
+            self.seconds[part] += now - self._tick
+        self._tick = now
+
+    def shares(self) -> dict[str, float]:
+        total = sum(self.seconds.values()) or 1.0
+        return {part: seconds / total for part, seconds in self.seconds.items()}
+
+    # Trainer calls on_step_begin after it has fetched the step's batches.
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._spent_on("data")
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._spent_on("forward_backward")
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._spent_on("optimizer")
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        self._spent_on("rest")
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self._spent_on("rest")
+
+
+WHOLE = "whole"
+"""A file that is written into a checkpoint last. Trainer writes the others one by one, into their final place."""
+
+
+class MarkCompleteCheckpoints(TrainerCallback):
+    """Marks each checkpoint once Trainer has written all of it."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            write_atomically(Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE, b"")
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; what a killed run or a full disk left of others is removed."""
+    whole = {}
+    for checkpoint in folder.glob("checkpoint-*"):
+        if (checkpoint / WHOLE).exists():
+            whole[int(checkpoint.name.removeprefix("checkpoint-"))] = checkpoint
+        else:
+            shutil.rmtree(checkpoint)
+    return whole[max(whole)] if whole else None

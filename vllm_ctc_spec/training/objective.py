@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from vllm_ctc_spec.drafter import CTCDrafter, Draft, KeyValue
 from vllm_ctc_spec.training.loss import AlignmentLoss, alignment_loss
 
-ALONE = 1 / 8
-"""Share of anchors that are trained without conditioning: the tree's candidates are chosen by the frames alone."""
+UNCONDITIONED_SHARE = 1 / 8
+"""Share of anchors trained with a gate of 0: a tree's candidates are chosen by the frames without conditioning."""
 
 
 class DraftObjective(nn.Module):
@@ -47,7 +47,7 @@ class DraftObjective(nn.Module):
         """input_ids: [B, L]; anchors: [B, M] positions; valid: [B, M] bool; labels: [B, M, U]; hidden:
         [B, L, (1 + k) H] of `target_hidden`, computed where they are not given."""
         draft = self.draft(input_ids, anchors, hidden).of(valid)
-        conditioned = torch.rand(len(draft.gate), 1, device=draft.gate.device) >= ALONE
+        conditioned = torch.rand(len(draft.gate), 1, device=draft.gate.device) >= UNCONDITIONED_SHARE
         draft = draft._replace(gate=draft.gate * conditioned)
         lm_head, labels = self.target.get_output_embeddings().weight, labels[valid]
         label_embeddings = self.target.get_input_embeddings()(labels.clamp(min=0))

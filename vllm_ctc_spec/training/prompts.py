@@ -9,18 +9,20 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from vllm_ctc_spec.training.fields import (
+from vllm_ctc_spec.training.sources import (
     ANY_VOCAB_SIZE,
+    FaultyLine,
+    Line,
     checked,
     each_line,
     encode,
     has_chat_template,
     messages_of,
+    read_lines,
     render,
     string_of,
     token_ids_of,
 )
-from vllm_ctc_spec.training.sources import FaultyLine, Line, read_lines
 
 PROMPT_KINDS = "'turns', 'question', 'messages', 'conversations', 'prompt_token_ids', 'prompt' or 'text'"
 

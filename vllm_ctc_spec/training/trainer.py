@@ -19,8 +19,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, Tr
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
 from vllm_ctc_spec.files import atomic_folder, claim, is_finished, write_atomically
 from vllm_ctc_spec.machine import target_dtype
-from vllm_ctc_spec.training.budget import Budget, BudgetCallback
-from vllm_ctc_spec.training.cache import HiddenCache, write_cache
 from vllm_ctc_spec.training.calibrate import calibrate, split_rows
 from vllm_ctc_spec.training.card import training_facts, training_record
 from vllm_ctc_spec.training.data import (
@@ -33,12 +31,20 @@ from vllm_ctc_spec.training.data import (
     read_rows,
     with_anchors,
 )
-from vllm_ctc_spec.training.loop import drop_checkpoints, loop_arguments, processes, report, train_or_resume
+from vllm_ctc_spec.training.hidden_cache import HiddenCache, write_cache
+from vllm_ctc_spec.training.loop import (
+    Budget,
+    BudgetCallback,
+    MuonAdamW,
+    StepTimes,
+    drop_checkpoints,
+    loop_arguments,
+    processes,
+    report,
+    train_or_resume,
+)
+from vllm_ctc_spec.training.models import check_target, drafter_config, load_target, start_from
 from vllm_ctc_spec.training.objective import DraftObjective
-from vllm_ctc_spec.training.optimizer import MuonAdamW
-from vllm_ctc_spec.training.target import check_target, drafter_config, load_target
-from vllm_ctc_spec.training.timing import StepTimes
-from vllm_ctc_spec.training.warm_start import start_from
 
 DRY_RUN_LINES = 1000
 LABEL_DECAY = 0.8

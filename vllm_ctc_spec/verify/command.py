@@ -70,11 +70,11 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _task(options: argparse.Namespace, console: Any) -> Task:
-    """Raises ValueError for every mistake that shows before an engine starts."""
-    from vllm_ctc_spec.bench.vllm_keys import check_engine_keys, check_speculative_keys
+    """Raises ValueError for all that can be known before an engine starts."""
     from vllm_ctc_spec.verify.groups import MIN_MAX_TOKENS
     from vllm_ctc_spec.verify.prompts import read_verify_prompts
     from vllm_ctc_spec.verify.run import Task
+    from vllm_ctc_spec.vllm_keys import check_engine_keys, check_speculative_keys
 
     if options.max_tokens < MIN_MAX_TOKENS:
         raise ValueError(f"--max-tokens {options.max_tokens}: use at least {MIN_MAX_TOKENS}.")

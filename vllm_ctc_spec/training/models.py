@@ -1,14 +1,18 @@
-"""What training needs of a Hugging Face target, and the drafter that fits it."""
+"""The target as training loads it, the drafter's configuration for it, and a drafter's first weights."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from vllm_ctc_spec.drafter import CTCDrafterConfig
+from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
+from vllm_ctc_spec.drafter.checkpoint import WEIGHTS, check_drafter
 from vllm_ctc_spec.engine.target_layers import hands_out_layers
 from vllm_ctc_spec.machine import target_dtype
 from vllm_ctc_spec.target_shape import target_shape
@@ -55,7 +59,7 @@ def drafter_config(target: PretrainedConfig, **overrides: Any) -> CTCDrafterConf
     fields = {**dataclasses.asdict(shape), "draft_vocab_size": num_frequent(shape.vocab_size)}
     text = target.get_text_config()
     if "target_layers" not in overrides and hands_out_layers(target.architectures or ()):
-        fields["target_layers"] = three_layers(text.num_hidden_layers)
+        fields["target_layers"] = default_target_layers(text.num_hidden_layers)
     known = CTCDrafterConfig().to_dict()
     for name in overrides:
         if name not in known:
@@ -69,9 +73,42 @@ def drafter_config(target: PretrainedConfig, **overrides: Any) -> CTCDrafterConf
     return config
 
 
-def three_layers(num_layers: int) -> list[int]:
+def default_target_layers(num_layers: int) -> list[int]:
     """A low, a middle and a high one of the target's layers, those that EAGLE-3 reads in vLLM; fewer of a small target.
 
     As `target_layers` of CTCDrafterConfig.
     """
     return sorted({layer for layer in (2, num_layers // 2, num_layers - 3) if 0 < layer < num_layers})
+
+
+DRAFT_VOCAB = "draft_vocab"
+TARGET_LAYER_WEIGHTS = ("layer_norms.", "layers_proj.")
+SHAPE_FIELDS = (
+    "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "num_hidden_layers", "num_frames", "emission", "condition_rank", "has_blank",
+)  # fmt: skip
+"""Fields that the weights' names and shapes depend on."""
+
+
+@torch.no_grad()
+def start_from(drafter: CTCDrafter, folder: str | Path) -> None:
+    """Give `drafter` the weights of the one in `folder`, which may read the target's last hidden state alone.
+
+    The product of layers that the other does not read starts at zero, so that both draft alike at first. The tokens
+    that are drafted stay those of `drafter`. Raises ValueError that names the setting in which the two differ.
+    """
+    other, config = check_drafter(str(folder)), drafter.config
+    for field in ("target_layers", *SHAPE_FIELDS):
+        theirs, ours = getattr(other, field), getattr(config, field)
+        if theirs != ours and not (field == "target_layers" and not theirs):
+            raise ValueError(
+                f"--init {str(folder)!r}: that drafter has {field} {theirs}, this one {ours}. Give the same, or leave "
+                "--init out."
+            )
+    weights = load_file(Path(folder) / WEIGHTS)
+    own = {name: weight for name, weight in drafter.state_dict().items() if name != DRAFT_VOCAB}
+    if config.target_layers and not other.target_layers:
+        nn.init.zeros_(drafter.layers_proj.weight)
+        own = {name: weight for name, weight in own.items() if not name.startswith(TARGET_LAYER_WEIGHTS)}
+    for name, weight in own.items():
+        weight.copy_(weights[name])

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_ctc_spec.bench import clock
-from vllm_ctc_spec.bench.clock import STAGES, BenchWorkerExtension
+from vllm_ctc_spec.bench import worker_extension
+from vllm_ctc_spec.bench.worker_extension import STAGES, BenchWorkerExtension
 
 
 class Drafter:
@@ -33,7 +33,7 @@ def test_stages_do_their_work_while_they_are_timed_and_are_themselves_again_afte
     monkeypatch: pytest.MonkeyPatch,
 ):
     seconds = itertools.count()
-    monkeypatch.setattr(clock, "_now", lambda: next(seconds))
+    monkeypatch.setattr(worker_extension, "_now", lambda: next(seconds))
     worker, runner = BenchWorkerExtension(), Runner()
     worker.model_runner = runner
     before, walker = dict(vars(runner)), runner.walker

@@ -1,12 +1,11 @@
-"""Options that go to vLLM as they are, checked by name before an engine starts."""
+"""Options for vLLM, checked by name before an engine starts: those of `vllm.LLM` and of `speculative_config`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from vllm_ctc_spec.bench.config import check_ctc
-from vllm_ctc_spec.config import did_you_mean
+from vllm_ctc_spec.config import SpecOptions, check_node_budget, did_you_mean
 from vllm_ctc_spec.engine.vllm_api import engine_options, speculative_options
 
 
@@ -29,3 +28,19 @@ def check_speculative_keys(where: str, config: dict[str, Any]) -> None:
             raise ValueError(
                 f"unknown key {key!r} in {where}: vLLM's speculative_config has none.{did_you_mean(key, known)}"
             )
+
+
+def check_ctc(where: str, spec: dict[str, Any]) -> None:
+    """Raises ValueError that names what is wrong in a `speculative_config` of our method."""
+    from vllm_ctc_spec.drafter.checkpoint import check_drafter
+
+    own = {key: value for key, value in spec.items() if key not in ("method", "model", "num_speculative_tokens")}
+    try:
+        SpecOptions.from_dict(own)
+        if "num_speculative_tokens" in spec:
+            check_node_budget(spec["num_speculative_tokens"])
+        if "model" not in spec:
+            raise ValueError("no 'model': set it to the folder of a trained CTC drafter.")
+        check_drafter(spec["model"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.training.tiny_models import VOCAB, tiny_target
-from vllm_ctc_spec.training import cache as cache_module
-from vllm_ctc_spec.training.cache import HiddenCache, plan_shards, write_cache
+from vllm_ctc_spec.training import hidden_cache as cache_module
 from vllm_ctc_spec.training.data import TrainingRow
+from vllm_ctc_spec.training.hidden_cache import HiddenCache, plan_shards, write_cache
 from vllm_ctc_spec.training.objective import target_hidden
 
 SHARD_BYTES = 40 * 32 * 4

@@ -1,9 +1,15 @@
+"""The figures of a method in one cell, and the interval of its ratio to plain vLLM."""
+
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
+from scipy import stats
 
 from tests.bench.samples import EXACT, plain_pass, tree_pass
-from vllm_ctc_spec.bench.summary import summarize
+from vllm_ctc_spec.bench.cells import paired_ratio, summarize
 
 PLAIN = [plain_pass(2.0), plain_pass(4.0)]
 TREES = [tree_pass(1.0), tree_pass(2.0)]
@@ -41,3 +47,27 @@ def test_answers_of_one_token_divide_by_nothing():
     short = [Pass(1.0, (request(1, 1, 0.01),))] * 2
     result = summarize(["a"], short, short, EXACT, 1, None)
     assert (result.overall.beta, result.per_token_ms) == (1.0, 0.0)
+
+
+def test_the_interval_is_that_of_the_paired_t_test():
+    rng = np.random.default_rng(0)
+    baseline = rng.uniform(50, 150, 10)
+    values = baseline * rng.lognormal(0.4, 0.05, 10)
+    ratio = paired_ratio(list(values), list(baseline))
+    expected = stats.ttest_rel(np.log(values), np.log(baseline)).confidence_interval(0.95)
+    assert (math.log(ratio.low), math.log(ratio.high)) == pytest.approx((expected.low, expected.high))
+    assert ratio.mean == pytest.approx(stats.gmean(values / baseline))
+
+
+def test_a_slow_round_that_hits_both_leaves_the_interval_alone():
+    assert paired_ratio([20.0, 2.0, 40.0], [10.0, 1.0, 20.0]).low == pytest.approx(2.0)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(2000):
+        values = rng.lognormal(math.log(1.5), 0.2, 10)
+        ratio = paired_ratio(list(values), [1.0] * 10)
+        covered += ratio.low <= 1.5 <= ratio.high
+    assert covered / 2000 == pytest.approx(0.95, abs=0.015)

@@ -8,8 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tests.word_tokenizer import word_tokenizer, words_of
+from vllm_ctc_spec.bench.cells import Prompt, spread
 from vllm_ctc_spec.bench.config import PromptSource
-from vllm_ctc_spec.bench.prompts import Prompt, next_turn, num_turns, select_questions, spread
+from vllm_ctc_spec.bench.run import next_turn, num_turns, select_questions
 from vllm_ctc_spec.training.prompts import Question
 
 
