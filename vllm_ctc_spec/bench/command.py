@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_ctc_spec.bench.run import Bench, Report
+    from vllm_ctc_spec.bench.cells import Report
+    from vllm_ctc_spec.bench.run import Bench
 
 
 def add_bench(commands: Any) -> None:
