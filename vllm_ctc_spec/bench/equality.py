@@ -1,4 +1,4 @@
-"""Whether a method says what plain vLLM says: the same tokens, or apart at a near-tie, or different.
+"""Whether a method's answers are plain vLLM's: equal, different at a near-tie only, or different.
 
 A near-tie: in a 16-bit type the logits of two tokens lie so close together that rounding decides between them.
 """

@@ -112,7 +112,9 @@ def expected_and_accepted(objective: DraftObjective, drafts: Sequence[_Drafted],
     if scaled.config.emission == "conditioned":
         # The factor scales table A alone; table B stays as it is.
         tokens = torch.arange(scaled.config.vocab_size, device=scaled.device)
-        scaled.state_in_table = scaled.condition_last(objective.target.get_input_embeddings()(tokens).to(scaled.dtype))
+        scaled.state_in_table = scaled.condition_last(
+            objective.target.get_input_embeddings()(tokens).to(scaled.norm.weight.dtype)
+        )
     head = head_of(scaled, objective.target.get_output_embeddings().weight)
     expected = accepted = 0.0
     for draft, labels in drafts:

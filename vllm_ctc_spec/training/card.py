@@ -30,7 +30,7 @@ NOT_RECORDED = "not recorded"
 
 @dataclass(frozen=True)
 class Words:
-    """What only the user knows, or None."""
+    """What the user adds to the card; None where nothing was given."""
 
     target_name: str | None = None
     """As others find the target; else the last part of its path."""

@@ -60,7 +60,7 @@ class TreeAcceptance:
     standard_error: float | None
     """Of `length`, over rows, because anchors of one row resemble each other; None for a single row."""
     expected: float | None
-    """What the drafter itself believes: 1 + the sum of psi over its nodes; None for the template, which has no psi."""
+    """By the drafter's own estimate: 1 + the sum of psi over the nodes; None for the template, which has no psi."""
     depth_shares: tuple[float, ...]
     """[T]: the share of anchors whose accepted path reaches depth 1 .. T."""
 
@@ -76,7 +76,7 @@ class TreeAcceptance:
 
     @property
     def belief(self) -> float | None:
-        """Drafts believed to be accepted per draft that was."""
+        """Expected over measured number of accepted drafts: (expected - 1) / (length - 1)."""
         return None if self.expected is None or self.length == 1 else (self.expected - 1) / (self.length - 1)
 
 
@@ -108,7 +108,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Observations:
-    """What each anchor showed."""
+    """Of S anchors, what `summarise` counts."""
 
     rows: Tensor
     """[S] int64, the row that the anchor is of."""

@@ -67,7 +67,7 @@ def train_or_resume(trainer: Trainer, clock: BudgetCallback) -> None:
 
 
 def report(trainer: Trainer, clock: BudgetCallback, times: StepTimes) -> dict[str, Any]:
-    """What is worth knowing of a run beside its result, as JSON values."""
+    """Steps, seconds, shares of time (see StepTimes) and losses of a run, as JSON values."""
     return {
         "steps": trainer.state.global_step,
         "seconds": clock.elapsed,
@@ -153,7 +153,7 @@ class BudgetBar(ProgressCallback):
 
 
 def _latest(elapsed: float) -> float:
-    """Processes that train together must agree on when the budget ends, or the others wait for ever."""
+    """The largest of all processes' `elapsed`, seconds: they must end at one step, or some would wait for ever."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return elapsed
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"

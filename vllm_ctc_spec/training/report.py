@@ -1,4 +1,4 @@
-"""An evaluation for machines (JSON), for the terminal (tables) and for eyes (one figure)."""
+"""An evaluation as JSON, as tables for the terminal and as one figure."""
 
 from __future__ import annotations
 
