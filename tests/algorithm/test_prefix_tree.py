@@ -206,7 +206,7 @@ def test_parents_come_first_even_when_every_step_is_all_but_certain(num_nodes: i
     unbiased = Conditioning(torch.zeros(7, 3), carry, torch.zeros(8, 3))
     logits = torch.randn(64, 16, 8)
     logits[:, torch.arange(16), torch.arange(16) % 3] += 18.0
-    aligned = Conditioning(biased.last, carry, biased.following[:-1])
+    aligned = Conditioning(biased.state_in, carry, biased.logit_out[:-1])
     hesitant = 2 + torch.randn(64, 16, 8)
     hesitant[..., 1:-1] -= 30.0
     without_blank = conditioned_emissions(logits[..., :-1], start, gate, aligned, 7)

@@ -14,6 +14,8 @@ import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_ctc_spec.drafter import drafting
+from vllm_ctc_spec.engine import runner
+from vllm_ctc_spec.engine.attention.choice import tree_attention_of
 from vllm_ctc_spec.engine.cpu_worker import CTCCPUWorker
 from vllm_ctc_spec.engine.graphs import Call
 from vllm_ctc_spec.engine.walk import TreeWalker
@@ -71,12 +73,10 @@ class InterpretedWorker(CTCCPUWorker):
         # Trees are built as on a GPU.
         drafting.can_search = lambda table: False
         # Only now, because it takes its base classes from the modules that were loaded again.
-        from vllm_ctc_spec.engine.attention.triton import TreeAttentionImpl
         from vllm_ctc_spec.engine.attention.triton import TreeTritonAttentionBackend as backend
 
         # Start-up refuses what is for CUDA only.
-        choose = TreeAttentionImpl.tree_attention
-        TreeAttentionImpl.tree_attention = staticmethod(lambda layers, kernel: choose(layers, self.kernel))
+        runner.tree_attention_of = lambda layers, kernel: tree_attention_of(layers, self.kernel)
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{backend.__module__}.{backend.__name__}")
 
     def determine_available_memory(self) -> int:
@@ -115,9 +115,9 @@ class InterpretedWorker(CTCCPUWorker):
 
     def sample_as_on_a_gpu(self) -> None:
         """From now on: with noise for the whole vocabulary, all nodes of a tree at once."""
-        runner = self.model_runner
-        runner.sampler.topk_topp_sampler.forward = runner.sampler.topk_topp_sampler.forward_native
-        runner.walker = TreeWalker(runner.sampler, at_once=True)
+        sampler = self.model_runner.sampler
+        sampler.topk_topp_sampler.forward = sampler.topk_topp_sampler.forward_native
+        self.model_runner.walker = TreeWalker(sampler, at_once=True)
 
     def what_was_seen(self) -> dict[str, Any]:
         """The class that attends, steps of trees alone, of other rows beside trees, K/V moves, captured drafts."""

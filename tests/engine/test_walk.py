@@ -18,7 +18,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 from tests.launches import Launches
-from vllm_ctc_spec.engine import sampler as walking
+from vllm_ctc_spec.engine import walk as walk_module
 from vllm_ctc_spec.engine.host_tree import HostTree
 from vllm_ctc_spec.engine.walk import TreeWalker
 
@@ -103,7 +103,7 @@ def test_tokens_and_draws_are_those_of_the_walk_by_levels(
     top_k = [draw.choice([3, VOCAB]) for _ in trees] if draw.random() < 0.5 else None
     top_p = [draw.choice([0.8, 1.0]) for _ in trees] if draw.random() < 0.5 else None
     # Of some cases all requests fit in one run, of others a few or one.
-    monkeypatch.setattr(walking, "MOST_LOGITS", VOCAB * draw.choice([1, 15, 1000]))
+    monkeypatch.setattr(walk_module, "MOST_LOGITS", VOCAB * draw.choice([1, 15, 1000]))
     walked, states = [], []
     for at_once in (False, True):
         # As in vLLM, a greedy request has no generator.

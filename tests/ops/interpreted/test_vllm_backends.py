@@ -217,6 +217,7 @@ def test_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("slots_first", [True, False])
 def test_xformers_reads_caches_in_which_heads_lie_inside_of_slots(slots_first: bool) -> None:
     from tests.engine.interpreted import allow_xformers_on_a_cpu
+    from vllm_ctc_spec.engine.attention.choice import tree_attention_of
     from vllm_ctc_spec.engine.attention.interface import StepTrees
 
     allow_xformers_on_a_cpu()
@@ -224,9 +225,9 @@ def test_xformers_reads_caches_in_which_heads_lie_inside_of_slots(slots_first: b
     layer = step.layer
     if not slots_first:
         with pytest.raises(ValueError, match=r"attention_kernel='xformers'.*Set VLLM_KV_CACHE_LAYOUT=NHD"):
-            layer.impl.tree_attention([layer], "xformers")
+            tree_attention_of([layer], "xformers")
         return
-    attention = layer.impl.tree_attention([layer], "xformers")
+    attention = tree_attention_of([layer], "xformers")
     metadata, out = step.metadata(), torch.full_like(step.query, torch.nan)
     attention.attach(metadata, StepTrees([1, 2], [5, 12], CONTEXTS[1:], [TREE, [0b1, 0b11, 0b101]], sum(COUNTS)))
     layer.impl.do_kv_cache_update(layer, step.key, step.value, layer.kv_cache, step.slots)
