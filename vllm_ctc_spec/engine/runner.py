@@ -273,11 +273,11 @@ class TreeModelRunner(GPUModelRunner):
     ) -> DraftRequests | None:
         if not drafting:
             return None
-        last_rows, last_verified, lens = step.last_indices(drafting)
+        last = step.last_rows(drafting)
         anchors = [sampled[index][-1] for index in drafting]
-        packed = async_tensor_h2d([drafting, last_rows, last_verified, lens, anchors], self.device)
+        packed = async_tensor_h2d([drafting, *last, anchors], self.device)
         at_request, at_row, at_verified, at_len, anchor = packed
-        num_blocks = -(-max(lens) // self.cache_config.block_size)
+        num_blocks = -(-max(last.lens) // self.cache_config.block_size)
         return DraftRequests(
             torch.stack((self.input_ids.gpu[at_row].long(), anchor), dim=1),
             at_verified,

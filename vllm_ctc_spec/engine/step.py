@@ -6,9 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 from vllm_ctc_spec.engine.attention.interface import StepTrees
 from vllm_ctc_spec.engine.host_tree import HostTree
+
+
+class LastRows(NamedTuple):
+    """Of some requests, where their last verified positions are."""
+
+    rows: list[int]
+    """Among the rows of the step."""
+    among_verified: list[int]
+    """Among the `verified_rows` of all requests, one after another."""
+    lens: list[int]
+    """Verified positions of each request after the step."""
 
 
 @dataclass
@@ -59,12 +71,9 @@ class Step:
             positions.extend(range(computed, computed + len(verified)))
         return [rows, slot_rows, positions]
 
-    def last_indices(self, requests: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-        """Of each of `requests`: the row of its last verified position, that row's place among all `verified_rows`, and
-        the number of verified positions after the step.
-        """
+    def last_rows(self, requests: Sequence[int]) -> LastRows:
         ends = list(accumulate(map(len, self.verified_rows)))
-        return (
+        return LastRows(
             [self.verified_rows[index][-1] for index in requests],
             [ends[index] - 1 for index in requests],
             [self.num_computed[index] + len(self.verified_rows[index]) for index in requests],
