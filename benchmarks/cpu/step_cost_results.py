@@ -10,6 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from vllm_ctc_spec.tables import markdown_table
+
 OWN_STAGES = ("draft", "build", "walk", "K/V move")
 STAGES = ("target", *OWN_STAGES)
 
@@ -125,8 +127,7 @@ def _name(group: Group) -> list[str]:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = (f"| {' | '.join(row)} |\n" for row in (heads, ["---"] * len(heads), *rows))
-    return "".join(lines)
+    return f"{markdown_table(heads, rows)}\n"
 
 
 def draw(results: Results, context: int, path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
-from vllm_ctc_spec.ops.triton.launch import plan_launch
+from vllm_ctc_spec.ops.triton.launch import chip_of, plan_launch
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 32, 8, 128, 16
 SCALE = HEAD_SIZE**-0.5
@@ -77,7 +77,7 @@ def make_step(
     kv_cache = torch.randn(num_blocks, BLOCK_SIZE, NUM_KV_HEADS, 2 * head_size, **options).transpose(1, 2)
     is_fp8 = cache_dtype is not None and cache_dtype.itemsize == 1
     scales = [torch.tensor([scale], device=device) if is_fp8 else None for scale in (0.75, 1.25)]
-    shape = max(num_rows), max(contexts), NUM_HEADS, NUM_KV_HEADS, head_size, dtype, torch.device(device)
+    shape = max(num_rows), max(contexts), NUM_HEADS, NUM_KV_HEADS, head_size, dtype, chip_of(torch.device(device))
     starts = torch.tensor([0, *num_rows[:-1]]).cumsum(0)
     batch = TreeBatch(
         row_starts=starts.int().to(device),

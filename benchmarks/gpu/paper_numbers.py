@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu.paper_numbers [--contexts ...] [--batches ...] [--nodes ...]
 
-Needs Triton's compiler but no GPU, and prints Markdown. Heads of Llama-3-8B: 32 query, 8 key-value, size 128, bfloat16.
+Needs Triton's compiler and rich, but no GPU, and prints Markdown. Heads of Llama-3-8B: 32 query, 8 key-value, size
+128, bfloat16.
 
 The first table is of the compiled kernel: the planned tile of each node budget, then others. The second is of the
 launch plan:
@@ -25,10 +26,11 @@ from itertools import product
 
 import torch
 
+from benchmarks.gpu.attention_steps import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS
 from benchmarks.gpu.compiled import compile_attention, usage
-from vllm_ctc_spec.ops.triton.launch import HOPPER, Launch, plan_for
+from vllm_ctc_spec.ops.triton.launch import HOPPER, Launch, plan_launch
+from vllm_ctc_spec.tables import markdown_table
 
-NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 32, 8, 128
 GROUP = NUM_HEADS // NUM_KV_HEADS
 ELEMENT_BYTES = 2
 BYTES_PER_SECOND = 4.8e12
@@ -90,9 +92,8 @@ class Traffic:
 
 
 def plan(num_requests: int, context: int, nodes: int) -> Launch:
-    return plan_for(
-        HOPPER, num_requests, nodes + 1, context, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, torch.bfloat16
-    )  # fmt: skip
+    heads = NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE
+    return plan_launch(num_requests, nodes + 1, context, *heads, torch.bfloat16, HOPPER)
 
 
 def tile_rows(node_budgets: Sequence[int]) -> Iterator[list[str]]:
@@ -118,10 +119,6 @@ def traffic_rows(batches: Sequence[int], contexts: Sequence[int], node_budgets: 
         ]  # fmt: skip
 
 
-def table(heads: Sequence[str], rows: Iterator[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192, 131072])
@@ -138,12 +135,12 @@ def main() -> None:
         "shared, KiB",
         "programs per SM",
     )
-    print(table(heads, tile_rows(options.nodes)), end="\n\n")
+    print(markdown_table(heads, tile_rows(options.nodes)), end="\n\n")
     heads = (
         "nodes", "batch", "context", "row blocks", "idle rows", "splits", "programs", "SMs", "floor", "L2 / floor",
         "merge / floor",
     )  # fmt: skip
-    print(table(heads, traffic_rows(options.batches, options.contexts, options.nodes)))
+    print(markdown_table(heads, traffic_rows(options.batches, options.contexts, options.nodes)))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from vllm_ctc_spec.drafter import CTCDrafter, Draft, KeyValue
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 from vllm_ctc_spec.ops.triton.attention import tree_attention
-from vllm_ctc_spec.ops.triton.launch import plan_launch
+from vllm_ctc_spec.ops.triton.launch import chip_of, plan_launch
 from vllm_ctc_spec.ops.triton.move import CacheTable, move_slots
 from vllm_ctc_spec.training.data import num_frequent
 
@@ -108,7 +108,7 @@ class Setting:
             context_lens=full((self.batch,), self.context),
             block_table=self.block_table,
             max_rows=num_rows,
-            launch=plan_launch(self.batch, num_rows, self.context, *heads, torch.bfloat16, self.device),
+            launch=plan_launch(self.batch, num_rows, self.context, *heads, torch.bfloat16, chip_of(self.device)),
         )
 
     def positions(self, num_rows: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from tests.ops.cases import DTYPES, UNTOUCHED, Moves, Shape, attend_with_xformers, make_case, make_moves
 from vllm_ctc_spec.ops import reference
-from vllm_ctc_spec.ops.triton.launch import plan_launch
+from vllm_ctc_spec.ops.triton.launch import chip_of, plan_launch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,9 +21,9 @@ SHAPE = Shape((64, 1, 0, 9), (700, 0, 30, 2100), 2, 4, 128, 16, torch.bfloat16, 
 
 def planned(shape: Shape, num_splits: int):
     heads = shape.num_kv_heads * shape.group, shape.num_kv_heads, shape.head_size
-    launch = plan_launch(
-        len(shape.num_rows), max(shape.num_rows), max(shape.context_lens), *heads, shape.dtype, torch.device("cuda", 0)
-    )
+    chip = chip_of(torch.device("cuda", 0))
+    sizes = len(shape.num_rows), max(shape.num_rows), max(shape.context_lens)
+    launch = plan_launch(*sizes, *heads, shape.dtype, chip)
     return replace(launch, num_splits=num_splits)
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu.attention_steps import SCALE, Step, make_step
+from benchmarks.gpu.attention_steps import Step, make_step
+from benchmarks.gpu.kernel_check import exact_attention
 from benchmarks.gpu.two_pass import Dense, cudnn, flash, plain, two_pass
-from vllm_ctc_spec.ops import reference
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
 def check(step: Step, dense: Dense) -> None:
-    out = torch.zeros_like(step.query, dtype=torch.float64)
-    exact = reference.tree_attention(step.query.double(), step.key, step.value, step.kv_cache, step.batch, SCALE, out)
     found = two_pass(step, dense)().flatten(0, 1)
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=TOLERANCE[step.query.dtype])
+    torch.testing.assert_close(found.double(), exact_attention(step), rtol=0, atol=TOLERANCE[step.query.dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -23,7 +23,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """As the evaluation scripts of arXiv 2412.00061: one request at a time, greedy, at most 1,024 tokens."""
 
 PAPER_PROMPTS = ("mt-bench", "gsm8k")
-METHOD_KEYS = ("engine", "requires")
 OUR_ENGINE_KEYS = ("model", "speculative_config", "max_num_seqs", "disable_log_stats", "worker_extension_cls", "seed")
 """Engine options that the benchmark sets itself, for every method alike."""
 

@@ -45,15 +45,6 @@ class Pair:
     drafter: Path
 
 
-def default_pair(report: Report = print) -> Pair:
-    """The shipped drafter and its target, which is fetched and converted into the user's cache if it is not there.
-
-    Raises ValueError where the target cannot be fetched or written, or the package lacks its drafter.
-    """
-    drafter = shipped_drafter()
-    return Pair(default_target(report), drafter)
-
-
 def choose_pair(target: str | None, drafter: str | None, report: Report = print) -> Pair:
     """The named target and drafter, or the defaults for None. Raises ValueError if they do not fit each other."""
     own_drafter = shipped_drafter() if drafter is None else Path(drafter)

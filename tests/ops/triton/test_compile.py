@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 from benchmarks.gpu.compiled import POINTEES, compile_attention, compile_kernel, usage
 from vllm_ctc_spec.ops.triton import attention, move
-from vllm_ctc_spec.ops.triton.launch import HOPPER, plan_for, plan_tile, resident_programs
+from vllm_ctc_spec.ops.triton.launch import HOPPER, plan_launch, plan_tile, resident_programs
 
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes per program, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
@@ -39,7 +39,7 @@ def test_tiles_are_loaded_while_others_are_computed(capability: int, dtype: str,
 
 @pytest.mark.parametrize("nodes", [8, 31, 32, 63])
 def test_on_hopper_nothing_is_spilled_and_the_planned_programs_are_resident(nodes: int) -> None:
-    launch = plan_for(HOPPER, 1, nodes + 1, 8192, 32, 8, 128, torch.bfloat16)
+    launch = plan_launch(1, nodes + 1, 8192, 32, 8, 128, torch.bfloat16, HOPPER)
     used = usage(compile_attention(launch, nodes + 1))
     assert used.spilled == 0
     assert used.resident * HOPPER.num_processors >= resident_programs(launch, HOPPER)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vllm_ctc_spec.ops.triton.launch import (
     MIN_EFFICIENCY,
     MIN_TILES_PER_SPLIT,
+    chip_of,
     choose_num_splits,
     plan_launch,
     plan_tile,
@@ -48,7 +49,7 @@ def test_no_other_number_of_splits_fills_the_chip_much_better(programs: int, res
 
 @pytest.mark.parametrize("max_rows", [1, 33, 64])
 def test_one_long_request_is_split_and_a_short_one_is_not(max_rows: int) -> None:
-    shape = (32, 1, 128, torch.bfloat16, torch.device("cpu"))
+    shape = (32, 1, 128, torch.bfloat16, chip_of(torch.device("cpu")))
     long = plan_launch(1, max_rows, 1 << 17, *shape)
     assert long.num_splits > 1
     short = plan_launch(1, max_rows, MIN_TILES_PER_SPLIT * long.block_n, *shape)

@@ -36,7 +36,7 @@ from vllm_ctc_spec.engine.attention.interface import (
 from vllm_ctc_spec.engine.row_counts import doublings
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 from vllm_ctc_spec.ops.triton.attention import kernels_of, tree_attention
-from vllm_ctc_spec.ops.triton.launch import most_splits, next_power_of_2, plan_launch
+from vllm_ctc_spec.ops.triton.launch import chip_of, most_splits, next_power_of_2, plan_launch
 from vllm_ctc_spec.ops.triton.move import CacheTable, move_slots
 
 
@@ -126,6 +126,7 @@ class TritonTreeAttention(TreeAttention):
         super().__init__(layers)
         self.table = CacheTable.of([layer.kv_cache for layer in layers])
         self.device = self.layer.kv_cache.device
+        self.chip = chip_of(self.device)
         unit = torch.ones((), device=self.device)
         self.drafter_scales = SimpleNamespace(_k_scale=unit, _v_scale=unit)
         """The drafter's keys and values are its own, so the target's scales do not fit them."""
@@ -143,7 +144,7 @@ class TritonTreeAttention(TreeAttention):
         for num_rows in range(1, most_rows + 1):
             frames = self.frames(context, num_rows, num_heads, self.layer.dtype)
             assert frames.launch is not None
-            most = most_splits(frames.launch, self._max_context(table), self.device)
+            most = most_splits(frames.launch, self._max_context(table), self.chip)
             # The next power of two, too.
             for num_splits in doublings(2 * most - 1):
                 launch = replace(frames.launch, num_splits=num_splits)
@@ -161,7 +162,7 @@ class TritonTreeAttention(TreeAttention):
         _, num_kv_heads, _, packed = self.layer.kv_cache.shape
         max_context = self._max_context(batch.block_table)
         sizes = len(batch.block_table), batch.max_rows, max_context, num_heads, num_kv_heads, packed // 2
-        return replace(batch, launch=plan_launch(*sizes, dtype, self.device))
+        return replace(batch, launch=plan_launch(*sizes, dtype, self.chip))
 
     def _max_context(self, block_table: Tensor) -> int:
         """Rounded up, so that few plans serve all steps."""

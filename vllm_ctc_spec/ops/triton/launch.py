@@ -71,39 +71,22 @@ def plan_launch(
     num_kv_heads: int,
     head_size: int,
     dtype: torch.dtype,
-    device: torch.device,
+    chip: Chip,
 ) -> Launch:
     """Launch parameters for a shape. Reads no tensor, and equal arguments give equal results.
 
-    max_rows: rows of the largest request; max_context: the longest context that may be served with this plan.
+    max_rows: rows of the largest request; max_context: the longest context that may be served with this plan; chip: see
+    `chip_of`, or one that need not be present.
     """
-    return plan_for(chip_of(device), num_requests, max_rows, max_context, num_heads, num_kv_heads, head_size, dtype)
-
-
-def plan_for(
-    chip: Chip,
-    num_requests: int,
-    max_rows: int,
-    max_context: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_size: int,
-    dtype: torch.dtype,
-) -> Launch:
-    """`plan_launch` for a chip that need not be present."""
     folded_rows = max_rows * num_heads // num_kv_heads
     tile = plan_tile(folded_rows, head_size, dtype, chip.shared_memory - RESERVED_SHARED_MEMORY)
     programs = -(-folded_rows // tile.block_m) * num_kv_heads * num_requests
-    num_splits = choose_num_splits(programs, resident_programs(tile, chip), _most_splits(tile, max_context, chip))
+    num_splits = choose_num_splits(programs, resident_programs(tile, chip), most_splits(tile, max_context, chip))
     return replace(tile, num_splits=num_splits)
 
 
-def most_splits(tile: Launch, max_context: int, device: torch.device) -> int:
+def most_splits(tile: Launch, max_context: int, chip: Chip) -> int:
     """The largest number of splits in any plan with this tile, for contexts up to `max_context`."""
-    return _most_splits(tile, max_context, chip_of(device))
-
-
-def _most_splits(tile: Launch, max_context: int, chip: Chip) -> int:
     return max(1, min(-(-max_context // (tile.block_n * tile.min_tiles)), resident_programs(tile, chip)))
 
 
