@@ -5,9 +5,9 @@ import torch
 from transformers import FalconConfig, GPT2Config, MambaConfig, OPTConfig, OPTForCausalLM, PhiConfig, PhiForCausalLM
 
 from tests.training.tiny_models import VOCAB, tiny_drafter, tiny_target
+from vllm_ctc_spec.training.fit import dry_run
 from vllm_ctc_spec.training.models import check_target, drafter_config, load_target, start_from
 from vllm_ctc_spec.training.objective import DraftObjective
-from vllm_ctc_spec.training.trainer import dry_run
 
 
 def test_the_drafter_has_the_targets_shapes():
