@@ -48,15 +48,12 @@ def own_attributes(path: str) -> Iterator[tuple[str, set[str]]]:
     """Classes of ours in a file, and what they read of `self` without having it from themselves."""
     for node in ast.walk(sources()[path]):
         if isinstance(node, ast.ClassDef):
-            on_self = [each for each in ast.walk(node) if _is_on_self(each)]
+            attributes = [each for each in ast.walk(node) if isinstance(each, ast.Attribute)]
+            on_self = [each for each in attributes if isinstance(each.value, ast.Name) and each.value.id == "self"]
             written = {each.attr for each in on_self if isinstance(each.ctx, ast.Store)}
             defined = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
             declared = {each.target.id for each in node.body if isinstance(each, ast.AnnAssign)}
             yield node.name, {each.attr for each in on_self} - written - defined - declared
-
-
-def _is_on_self(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
 
 
 def signatures() -> dict[str, list[str]]:
