@@ -198,7 +198,7 @@ class TreeModelRunner(GPUModelRunner):
     def _move_accepted(self, step: Step) -> None:
         sources, targets = step.moves()
         if any(sources):
-            self.attention.move(self.input_batch.block_table[0].slot_mapping.gpu, sources, targets)
+            self.attention.move_rows(self.input_batch.block_table[0].slot_mapping.gpu, sources, targets)
 
     def _to_list(self, sampled_token_ids: Tensor) -> list[list[int]]:
         # The walk's tokens are on the host already; vLLM would wait for the device.

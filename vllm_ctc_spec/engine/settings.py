@@ -28,6 +28,8 @@ class EngineSettings:
     options: SpecOptions
     target_layers: tuple[int, ...] = ()
     """Whose outputs the drafter reads; the target's compiled graph depends on them."""
+    is_v2: bool = False
+    """Whether vLLM's Model Runner V2 serves."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -35,7 +37,8 @@ class EngineSettings:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> EngineSettings:
         layers = tuple(fields["target_layers"])
-        return cls(fields["drafter"], fields["num_nodes"], SpecOptions(**fields["options"]), layers)
+        options = SpecOptions(**fields["options"])
+        return cls(fields["drafter"], fields["num_nodes"], options, layers, fields["is_v2"])
 
 
 def resolve_settings(
@@ -57,16 +60,31 @@ def resolve_settings(
     _check_target(target)
     check_device(engine_args, target, parallel, options.attention_kernel)
     _check_fit(config, drafter, target)
-    return EngineSettings(os.path.abspath(drafter), num_nodes, options, tuple(config.target_layers))
+    is_v2 = _is_v2(target, parallel)
+    if is_v2:
+        # vLLM's scheduler asks V2 for one number of drafts for all requests of a step.
+        options = dataclasses.replace(options, adaptive_budget=False)
+    return EngineSettings(os.path.abspath(drafter), num_nodes, options, tuple(config.target_layers), is_v2)
+
+
+def _is_v2(target: ModelConfig, parallel: ParallelConfig) -> bool:
+    """Raises ValueError for what only our runner of V1 does, or only vLLM's own verification on V2."""
+    from vllm import envs
+
+    if not envs.VLLM_USE_V2_MODEL_RUNNER:
+        return False
+    unsupported = {
+        "return_sampling_mask": target.return_sampling_mask,
+        "enable_trace_replay": target.enable_trace_replay,
+        "enable_batch_sharded_sampling": parallel.enable_batch_sharded_sampling,
+    }
+    for setting, is_set in unsupported.items():
+        if is_set:
+            raise ValueError(f'{setting}: speculative method "ctc" does not support it. Leave it out.')
+    return True
 
 
 def _check_engine(engine_args: Any, parallel: ParallelConfig) -> None:
-    from vllm import envs
-
-    if envs.VLLM_USE_V2_MODEL_RUNNER:
-        raise ValueError(
-            'VLLM_USE_V2_MODEL_RUNNER=1: speculative method "ctc" has a model runner of its own. Unset it.'
-        )
     if parallel.worker_cls != "auto":
         raise ValueError(
             f'--worker-cls {parallel.worker_cls!r}: speculative method "ctc" brings its own worker. Remove it.'

@@ -28,6 +28,11 @@ def summary(settings: EngineSettings, num_frames: int, runner: str) -> str:
     )
 
 
+def log_summary(runner: Any) -> None:
+    drafter = runner.drafter
+    logger.info(summary(drafter.settings, drafter.drafter.config.num_frames, type(runner).__name__))
+
+
 class CTCWorker(Worker):
     """What does not depend on the device."""
 
@@ -43,8 +48,7 @@ class CTCWorker(Worker):
         self.model_runner.warm_up_attention()
         self.model_runner.warm_up_drafting()
         self.model_runner.measure_step_cost()
-        drafter = self.model_runner.drafter
-        logger.info(summary(drafter.settings, drafter.drafter.config.num_frames, type(self.model_runner).__name__))
+        log_summary(self.model_runner)
         return times
 
 
