@@ -144,3 +144,31 @@ def test_trees_were_verified(trees: Served) -> None:
     assert seen["attention"] == "CPUTreeAttention"
     assert min(seen[what] for what in ("whole", "mixed", "moves", "at_once", "levels")) > 0, seen
     assert metrics["vllm:spec_decode_num_accepted_tokens"] / metrics["vllm:spec_decode_num_drafts"] > 0.3
+
+
+@pytest.mark.slow
+def test_the_kernels_for_a_gpu_are_exact_and_the_host_waits_for_nothing(
+    pair: TinyPair, prompts: list[list[int]], tmp_path: Path, plain: Served
+) -> None:
+    names = ("greedy", "top-p and top-k", "penalties")
+    groups = {name: GROUPS[name] for name in names}
+    served = serve(tmp_path, job_of(pair, prompts, tmp_path, "triton", spec=spec_of(pair), worker=TRITON, groups=groups))
+    for name in names:
+        assert_equal(served.answers[name], plain.answers[name])
+    assert served.seen["attention"] == "TritonTreeAttention"
+    assert served.seen["moves"] > 0 and served.seen["waits"] == []
+
+
+@pytest.mark.slow
+def test_preempted_requests_and_cached_prefixes_are_exact(
+    pair: TinyPair, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    # Two requests fit with their answers, and all have most of one prompt before them.
+    shared = [prompts[2] + prompts[0] + prompt[:3] for prompt in prompts]
+    params = [{"temperature": 0.8 * (index % 2), "seed": index, "max_tokens": 40, "ignore_eos": True} for index in range(4)]
+    fields = {"groups": {"first": params, "second": params}, "options": {"num_gpu_blocks_override": 9}}
+    plain = serve(tmp_path, job_of(pair, shared, tmp_path, "plain", **fields))
+    trees = serve(tmp_path, job_of(pair, shared, tmp_path, "trees", spec=spec_of(pair), worker=WATCHED, **fields))
+    for name in ("first", "second"):
+        assert_equal(trees.answers[name], plain.answers[name])
+    assert trees.metrics["vllm:num_preemptions"] > 0 and trees.metrics["vllm:prefix_cache_hits"] > 0

@@ -4,7 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from vllm_ctc_spec.engine.v2.cpu_worker import CTCCPUWorkerV2
+
+WAITING = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten._unique2.default,
+}
+"""Operations whose result, or its shape, the host has to read: on a GPU it waits there for the device."""
+
+
+class CountWaits(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation in WAITING:
+            self.names.append(operation.name())
+        return operation(*args, **(kwargs or {}))
 
 
 class WatchedWorkerV2(CTCCPUWorkerV2):
@@ -57,3 +80,21 @@ class TritonWorkerV2(WatchedWorkerV2):
         drafting.can_search = lambda table: False
         super().init_device()
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{backend.__module__}.{backend.__name__}")
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self.seen["waits"] = waits = []
+        runner, speculator = self.model_runner, self.model_runner.speculator
+        sample, propose = runner.sample, speculator.propose
+
+        def counted(call: Any) -> Any:
+            def counting(*args: Any, **kwargs: Any) -> Any:
+                with CountWaits() as counter:
+                    result = call(*args, **kwargs)
+                waits.extend(counter.names)
+                return result
+
+            return counting
+
+        runner.sample, speculator.propose = counted(sample), counted(propose)
+        return times

@@ -1,1 +1,1 @@
-"""Our method on vLLM's Model Runner V2: trees stay on the device, and no step waits for them."""
+"""Our method on vLLM's Model Runner V2: trees stay on the device, and the host waits for none of them."""
