@@ -121,15 +121,16 @@ def trees(pair: TinyPair, prompts: list[list[int]], tmp_path_factory: pytest.Tem
 
 def assert_equal(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     for ours, theirs in zip(got, expected, strict=True):
-        our_logprobs, their_logprobs = ours.pop("logprobs"), theirs.pop("logprobs")
-        assert ours == theirs
-        if their_logprobs is None:
-            assert our_logprobs is None
-            continue
-        for mine, reference in zip(our_logprobs, their_logprobs, strict=True):
+        assert _without_logprobs(ours) == _without_logprobs(theirs)
+        assert (ours["logprobs"] is None) == (theirs["logprobs"] is None)
+        for mine, reference in zip(ours["logprobs"] or [], theirs["logprobs"] or [], strict=True):
             assert mine.keys() == reference.keys()
             for token, (logprob, rank) in reference.items():
                 assert math.isclose(mine[token][0], logprob, abs_tol=1e-4) and mine[token][1] == rank
+
+
+def _without_logprobs(answer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in answer.items() if name != "logprobs"}
 
 
 @pytest.mark.slow
@@ -172,3 +173,14 @@ def test_preempted_requests_and_cached_prefixes_are_exact(
     for name in ("first", "second"):
         assert_equal(trees.answers[name], plain.answers[name])
     assert trees.metrics["vllm:num_preemptions"] > 0 and trees.metrics["vllm:prefix_cache_hits"] > 0
+
+
+@pytest.mark.slow
+def test_asynchronous_scheduling_is_exact(
+    pair: TinyPair, prompts: list[list[int]], tmp_path: Path, plain: Served
+) -> None:
+    spec = spec_of(pair)
+    served = serve(tmp_path, job_of(pair, prompts, tmp_path, "async", spec=spec, worker=WATCHED, async_scheduling=True))
+    for name, expected in plain.answers.items():
+        assert_equal(served.answers[name], expected)
+    assert served.seen["moves"] > 0
