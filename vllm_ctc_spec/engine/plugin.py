@@ -18,6 +18,8 @@ Ledger of what is replaced in vLLM, why, and when it can go:
   to choose. Goes when it has `_make_model_runner`, as the GPU's has.
 * `VllmConfig._get_v2_model_runner_unsupported_features`: Model Runner V2 refuses "custom_class".
   Goes when vLLM lets a plugin register a speculator.
+* `VllmConfig.__post_init__`, with Model Runner V2: vLLM schedules asynchronously with methods that it knows by name.
+  Goes when the check asks the method.
 * `gpu.model_runner.init_speculator` and `cpu.model_runner.CPUModelRunner` (in the worker, with Model Runner V2): our
   speculator and runner. Go with the former.
 * `ModelState.prepare_attn` of the runner's own state, with Model Runner V2: rows of trees are added to attention's
@@ -35,13 +37,13 @@ import functools
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.engine.compat import require_supported_vllm, supports_installed_vllm
 
 if TYPE_CHECKING:
-    from vllm.config import SpeculativeConfig
+    from vllm.config import SpeculativeConfig, VllmConfig
 
 METHOD = "ctc"
 PROPOSER = "vllm_ctc_spec.engine.drafting.CTCProposer"
@@ -70,6 +72,7 @@ def register() -> None:
 
     _replace_once(EngineArgs, "create_speculative_config", _create_speculative_config)
     _replace_once(VllmConfig, "_get_v2_model_runner_unsupported_features", _unsupported_by_v2)
+    _replace_once(VllmConfig, "__post_init__", _decide_on_async_scheduling)
     _replace_once(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
     if supports_installed_vllm():
         _mend_cpu_engines()
@@ -119,10 +122,27 @@ def _validate_spec_decode(original: Any, self: Any, speculative_config: Speculat
 
 def _unsupported_by_v2(original: Any, self: Any) -> list[str]:
     features: list[str] = original(self)
-    settings = (self.additional_config or {}).get("ctc_spec")
-    if is_ctc(self.speculative_config) and settings["is_v2"]:
+    if _is_ours_on_v2(self):
         features = [feature for feature in features if "custom_class" not in feature]
     return features
+
+
+def _is_ours_on_v2(config: VllmConfig) -> bool:
+    return is_ctc(config.speculative_config) and bool(config.additional_config["ctc_spec"]["is_v2"])
+
+
+def _decide_on_async_scheduling(original: Any, self: Any) -> None:
+    """Whether to schedule asynchronously stays vLLM's decision; it knows which methods can be by their names alone."""
+    if not _is_ours_on_v2(self):
+        return original(self)
+    from vllm.config import vllm as module
+
+    names = module.NgramGPUTypes
+    module.NgramGPUTypes = Literal["custom_class"]
+    try:
+        original(self)
+    finally:
+        module.NgramGPUTypes = names
 
 
 def _create_speculative_config(

@@ -112,14 +112,15 @@ def _pretend_a_cpu_backend() -> None:
 
 
 def _allow_async_scheduling() -> None:
-    """vLLM turns it off on a CPU, where it has no use."""
+    """vLLM decides for it as on a GPU, and then turns it off on a CPU, where it has no use."""
     from vllm.platforms.cpu import CpuPlatform
 
     original = CpuPlatform.check_and_update_config.__func__
 
     def check_and_update_config(cls: type, config: Any) -> None:
+        decided = config.scheduler_config.async_scheduling
         original(cls, config)
-        config.scheduler_config.async_scheduling = True
+        config.scheduler_config.async_scheduling = decided
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 

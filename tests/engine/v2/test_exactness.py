@@ -184,3 +184,23 @@ def test_asynchronous_scheduling_is_exact(
     for name, expected in plain.answers.items():
         assert_equal(served.answers[name], expected)
     assert served.seen["moves"] > 0
+
+
+@pytest.mark.slow
+def test_thinking_budgets_and_processors_of_a_user_see_the_path(
+    pair: TinyPair, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    # Text that the tiny target writes by itself, so that thoughts begin and end in prompts and in answers.
+    thoughts = {"reasoning_start_str": "(", "reasoning_end_str": "):\n"}
+    processors = ["tests.engine.v2.processors:AvoidRepeat"]
+    budgets = kinds(*({"temperature": 0.7 * (budget % 2), "thinking_token_budget": budget} for budget in (0, 1, 3)))
+    for name, options, group in (
+        ("thoughts", {"reasoning_config": thoughts}, budgets),
+        ("processors", {"logits_processors": processors}, per_prompt(temperature=0.8)),
+    ):
+        fields = {"groups": {name: group}, "options": options}
+        plain = serve(tmp_path, job_of(pair, prompts, tmp_path, f"plain-{name}", **fields))
+        spec = spec_of(pair)
+        trees = serve(tmp_path, job_of(pair, prompts, tmp_path, f"trees-{name}", spec=spec, worker=WATCHED, **fields))
+        assert_equal(trees.answers[name], plain.answers[name])
+        assert trees.seen["levels"] > 0 and trees.seen["moves"] > 0
