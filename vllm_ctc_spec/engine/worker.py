@@ -45,7 +45,7 @@ class CTCWorker(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        self.model_runner.warm_up_attention()
+        self.model_runner.drafter.warm_up_attention()
         self.model_runner.warm_up_drafting()
         self.model_runner.measure_step_cost()
         log_summary(self.model_runner)

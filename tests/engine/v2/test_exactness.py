@@ -1,4 +1,4 @@
-"""Model Runner V2 by Triton's interpreter: the same prompt, seed and parameters give V2's own plain tokens (float32)."""
+"""Model Runner V2 by Triton's interpreter: the answers are those of V2 without us (float32)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def per_prompt(**params: Any) -> list[dict[str, Any]]:
 
 
 def kinds(*params: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {"seed": 200 + index, "max_tokens": 14, **params[index % len(params)]} for index in range(NUM_PROMPTS)
-    ]
+    return [{"seed": 200 + index, "max_tokens": 14, **params[index % len(params)]} for index in range(NUM_PROMPTS)]
 
 
 GROUPS: dict[str, list[dict[str, Any]]] = {
@@ -153,7 +151,9 @@ def test_the_kernels_for_a_gpu_are_exact_and_the_host_waits_for_nothing(
 ) -> None:
     names = ("greedy", "top-p and top-k", "penalties")
     groups = {name: GROUPS[name] for name in names}
-    served = serve(tmp_path, job_of(pair, prompts, tmp_path, "triton", spec=spec_of(pair), worker=TRITON, groups=groups))
+    served = serve(
+        tmp_path, job_of(pair, prompts, tmp_path, "triton", spec=spec_of(pair), worker=TRITON, groups=groups)
+    )
     for name in names:
         assert_equal(served.answers[name], plain.answers[name])
     assert served.seen["attention"] == "TritonTreeAttention"
@@ -166,7 +166,9 @@ def test_preempted_requests_and_cached_prefixes_are_exact(
 ) -> None:
     # Two requests fit with their answers, and all have most of one prompt before them.
     shared = [prompts[2] + prompts[0] + prompt[:3] for prompt in prompts]
-    params = [{"temperature": 0.8 * (index % 2), "seed": index, "max_tokens": 40, "ignore_eos": True} for index in range(4)]
+    params = [
+        {"temperature": 0.8 * (index % 2), "seed": index, "max_tokens": 40, "ignore_eos": True} for index in range(4)
+    ]
     fields = {"groups": {"first": params, "second": params}, "options": {"num_gpu_blocks_override": 9}}
     plain = serve(tmp_path, job_of(pair, shared, tmp_path, "plain", **fields))
     trees = serve(tmp_path, job_of(pair, shared, tmp_path, "trees", spec=spec_of(pair), worker=WATCHED, **fields))

@@ -1,4 +1,4 @@
-"""The worker of Model Runner V2 for vLLM's CPU backend, where Triton interprets V2's kernels: for tests, not to serve."""
+"""Model Runner V2 on vLLM's CPU backend, where Triton interprets V2's kernels: for tests, not to serve."""
 
 from __future__ import annotations
 

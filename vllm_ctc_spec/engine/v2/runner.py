@@ -11,12 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from vllm.config import get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from vllm_ctc_spec.engine.attention.choice import check_block_size, tree_attention_of
+from vllm_ctc_spec.engine.attention.choice import attention_of_target
 from vllm_ctc_spec.engine.graphs import MAX_CAPTURED_REQUESTS, cuda_graphs
 from vllm_ctc_spec.engine.v2.speculator import CTCSpeculator
 from vllm_ctc_spec.engine.v2.verifier import TreeVerifier
@@ -50,15 +48,9 @@ class TreeModelRunnerV2(GPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
         if is_profiling:
             return
-        if len(self.kv_cache_config.kv_cache_groups) != 1:
-            raise ValueError(
-                'speculative method "ctc" needs a target whose attention layers are all of one kind; this one has '
-                f"{len(self.kv_cache_config.kv_cache_groups)} groups. Serve it without speculative_config."
-            )
-        layers = list(get_layers_from_vllm_config(self.vllm_config, Attention).values())
-        check_block_size(layers, self.cache_config.block_size)
         kernel = self.drafter.settings.options.attention_kernel
-        self.attention = self.drafter.attention = tree_attention_of(layers, kernel)
+        self.attention = attention_of_target(self.vllm_config, self.kv_cache_config, kernel)
+        self.drafter.attention = self.attention
         self.speculator.block_tables = self.block_tables
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
@@ -87,15 +79,6 @@ class TreeModelRunnerV2(GPUModelRunner):
         if step is not None:
             self.attention.move(*step.moves(self.block_tables.slot_mappings[0][: step.num_rows]))
         return sampled
-
-    def warm_up_attention(self) -> None:
-        """For trees and for the drafter's frames, before the first request; needs the caches."""
-        frames = self.drafter.drafter.config
-        for num_rows, num_heads in (
-            (1 + self.drafter.settings.num_nodes, self.attention.layer.num_heads),
-            (1 + frames.num_frames, frames.num_attention_heads),
-        ):
-            self.attention.warm_up(num_rows, num_heads, self.max_model_len)
 
     def warm_up_drafting(self) -> None:
         """Capture drafting in CUDA graphs, unless the user turned graphs off."""

@@ -80,9 +80,7 @@ class CTCSpeculator(BaseSpeculator):
         packed = self.drafter.draft(inputs, self.chain_only[input_batch.idx_mapping_np].tolist())
         return self.trees.store(request_slots, packed)
 
-    def _verified(
-        self, batch: Any, hidden_states: list[Tensor], slots: Tensor
-    ) -> tuple[VerifiedRows, Tensor, Tensor]:
+    def _verified(self, batch: Any, hidden_states: list[Tensor], slots: Tensor) -> tuple[VerifiedRows, Tensor, Tensor]:
         """All rows of the step, those that are not verified without a slot; and of each request the row of its last
         verified position among them, and that position's token.
         """

@@ -27,6 +27,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm_ctc_spec.algorithm.walk import accept_greedy, child_of
 from vllm_ctc_spec.engine.v2.device_trees import DeviceTrees
 
+
 @dataclass(frozen=True)
 class Walked:
     tokens: Tensor
@@ -136,7 +137,9 @@ class TreeVerifier:
         paths = accept_greedy(self.trees.of_step(tokens), of_nodes, self.trees.max_depth)
         at = torch.nn.functional.pad(paths.nodes.clamp(min=0), (1, 0))
         path_rows = rows.gather(1, at)
-        return Walked(of_nodes.gather(1, at), paths.nodes, paths.num_accepted, path_rows, processed[path_rows.flatten()])
+        return Walked(
+            of_nodes.gather(1, at), paths.nodes, paths.num_accepted, path_rows, processed[path_rows.flatten()]
+        )
 
     def _walk_levels(self, logits: Tensor, batch: Any, tokens: Tensor) -> Walked:
         states, penalties = self.sampler.req_states, self.sampler.penalties_state

@@ -30,7 +30,7 @@ class CTCWorkerV2(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        self.model_runner.warm_up_attention()
+        self.model_runner.drafter.warm_up_attention()
         self.model_runner.warm_up_drafting()
         log_summary(self.model_runner)
         return times
