@@ -132,9 +132,14 @@ def _is_ours_on_v2(config: VllmConfig) -> bool:
 
 
 def _decide_on_async_scheduling(original: Any, self: Any) -> None:
-    """Whether to schedule asynchronously stays vLLM's decision; it knows which methods can be by their names alone."""
+    """Whether to schedule asynchronously stays vLLM's decision; it knows which methods can be by their names alone.
+
+    An adaptive node budget needs a scheduler that waits, so that it is asynchronous only where the user asks for it.
+    """
     if not _is_ours_on_v2(self):
         return original(self)
+    if self.scheduler_config.async_scheduling is None and self.additional_config["ctc_spec"]["adapts"]:
+        self.scheduler_config.async_scheduling = False
     from vllm.config import vllm as module
 
     names = module.NgramGPUTypes

@@ -218,16 +218,16 @@ class TreeModelRunner(GPUModelRunner):
         drafts: list[list[int]] = [[] for _ in step.trees]
         control, plan = self.control, None
         if control is not None:
-            plan = control.plan(step)
+            plan = control.plan(len(step.trees))
             if plan is None:
                 self.drafter.defer(verified)
-                control.observe(step, self.input_batch.req_ids, drafted=False)
+                control.observe(step.ended(self.input_batch.req_ids, drafted=False))
                 return drafts
         drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
         requests = self._draft_requests(step, drafting, sampled_token_ids, common_attn_metadata)
         trees = self.drafter.propose(verified, requests)
         if control is not None and plan is not None:
-            control.observe(step, self.input_batch.req_ids, drafted=bool(trees))
+            control.observe(step.ended(self.input_batch.req_ids, drafted=bool(trees)))
             trees = control.cut(plan, trees)
         self.trees = {request: tree for request, tree in self.trees.items() if request in self.requests}
         for index, tree in zip(drafting, trees):

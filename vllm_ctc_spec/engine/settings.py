@@ -32,7 +32,7 @@ class EngineSettings:
     """Whether vLLM's Model Runner V2 serves."""
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"adapts": self.options.adapts}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> EngineSettings:
@@ -60,28 +60,41 @@ def resolve_settings(
     _check_target(target)
     check_device(engine_args, target, parallel, options.attention_kernel)
     _check_fit(config, drafter, target)
-    is_v2 = _is_v2(target, parallel)
-    if is_v2:
-        # vLLM's scheduler asks V2 for one number of drafts for all requests of a step.
-        options = dataclasses.replace(options, adaptive_budget=False)
-    return EngineSettings(os.path.abspath(drafter), num_nodes, options, tuple(config.target_layers), is_v2)
+    return EngineSettings(
+        os.path.abspath(drafter),
+        num_nodes,
+        options,
+        tuple(config.target_layers),
+        _is_v2(engine_args, target, parallel, options),
+    )
 
 
-def _is_v2(target: ModelConfig, parallel: ParallelConfig) -> bool:
-    """Raises ValueError for what only our runner of V1 does, or only vLLM's own verification on V2."""
+def _is_v2(engine_args: Any, target: ModelConfig, parallel: ParallelConfig, options: SpecOptions) -> bool:
+    """As vLLM chooses (`VllmConfig.use_v2_model_runner`), with what our runner of V2 cannot do.
+
+    Raises ValueError where the user asks for V2 and for something that is not possible with it.
+    """
     from vllm import envs
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
 
-    if not envs.VLLM_USE_V2_MODEL_RUNNER:
-        return False
-    unsupported = {
+    lacking = {
+        "attention_kernel='xformers'": options.attention_kernel == "xformers",
+        f"tensor_parallel_size={parallel.tensor_parallel_size}": parallel.tensor_parallel_size > 1,
+        "enable_lora": engine_args.enable_lora,
         "return_sampling_mask": target.return_sampling_mask,
         "enable_trace_replay": target.enable_trace_replay,
-        "enable_batch_sharded_sampling": parallel.enable_batch_sharded_sampling,
     }
-    for setting, is_set in unsupported.items():
-        if is_set:
-            raise ValueError(f'{setting}: speculative method "ctc" does not support it. Leave it out.')
-    return True
+    present = [setting for setting, is_set in lacking.items() if is_set]
+    chosen: bool | None = envs.VLLM_USE_V2_MODEL_RUNNER
+    if chosen and present:
+        raise ValueError(
+            f'VLLM_USE_V2_MODEL_RUNNER=1 with {present[0]}: speculative method "ctc" does this with vLLM\'s V1 runner '
+            "alone. Unset VLLM_USE_V2_MODEL_RUNNER."
+        )
+    if chosen is None:
+        return bool(current_platform.is_cuda()) and HAS_TRITON and not present
+    return chosen
 
 
 def _check_engine(engine_args: Any, parallel: ParallelConfig) -> None:
@@ -104,6 +117,14 @@ def check_final(config: VllmConfig) -> None:
     """What is known of vLLM's config in the worker only: vLLM and plugins change it after our settings were checked."""
     if config.kv_transfer_config is not None:
         _refuse_connector(f"KV connector {config.kv_transfer_config.kv_connector}")
+
+    is_v2 = EngineSettings.from_dict(config.additional_config["ctc_spec"]).is_v2
+    if config.use_v2_model_runner != is_v2:
+        runner = "V2" if config.use_v2_model_runner else "V1"
+        raise ValueError(
+            f"vLLM chooses Model Runner {runner}, because of a setting such as watermark_config, and speculative method "
+            '"ctc" serves this deployment with the other one only. Remove the setting, or speculative_config.'
+        )
 
 
 def _refuse_connector(setting: str) -> None:

@@ -102,7 +102,8 @@ def job_of(pair: TinyPair, prompts: list[list[int]], folder: Path, name: str, **
 
 
 def spec_of(pair: TinyPair, **spec: Any) -> dict[str, Any]:
-    return {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": NUM_NODES, **spec}
+    ours = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": NUM_NODES}
+    return {**ours, "adaptive_budget": False, **spec}
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +207,15 @@ def test_thinking_budgets_and_processors_of_a_user_see_the_path(
         trees = serve(tmp_path, job_of(pair, prompts, tmp_path, f"trees-{name}", spec=spec, worker=WATCHED, **fields))
         assert_equal(trees.answers[name], plain.answers[name])
         assert trees.seen["levels"] > 0 and trees.seen["moves"] > 0
+
+
+@pytest.mark.slow
+def test_an_adaptive_budget_verifies_fewer_nodes_and_changes_no_answer(
+    pair: TinyPair, prompts: list[list[int]], tmp_path: Path, plain: Served
+) -> None:
+    spec = spec_of(pair, adaptive_budget=True)
+    served = serve(tmp_path, job_of(pair, prompts, tmp_path, "adaptive", spec=spec, worker=WATCHED))
+    for name, expected in plain.answers.items():
+        assert_equal(served.answers[name], expected)
+    drafts, nodes = (served.metrics[f"vllm:spec_decode_num_{what}"] for what in ("drafts", "draft_tokens"))
+    assert 0 < nodes < NUM_NODES * drafts

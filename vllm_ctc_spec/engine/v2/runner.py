@@ -10,18 +10,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+from vllm_ctc_spec.engine.adaptive.budget import NodeBudget
+from vllm_ctc_spec.engine.adaptive.control import BudgetControl
+from vllm_ctc_spec.engine.adaptive.cost import drafting_sizes, measure, target_sizes, timed
 from vllm_ctc_spec.engine.attention.choice import attention_of_target
 from vllm_ctc_spec.engine.graphs import MAX_CAPTURED_REQUESTS, cuda_graphs
+from vllm_ctc_spec.engine.v2.host_budget import HostBudget
 from vllm_ctc_spec.engine.v2.speculator import CTCSpeculator
 from vllm_ctc_spec.engine.v2.verifier import TreeVerifier
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import DraftTokenIds
 
 
 class TreeModelRunnerV2(GPUModelRunner):
@@ -79,6 +85,26 @@ class TreeModelRunnerV2(GPUModelRunner):
         if step is not None:
             self.attention.move(*step.moves(self.block_tables.slot_mappings[0][: step.num_rows]))
         return sampled
+
+    def measure_step_cost(self) -> None:
+        """Before the first request; needs the compiled model."""
+        settings = self.drafter.settings
+        if settings.options.adapts and not self.scheduler_config.async_scheduling:
+            num_rows = min(self.max_num_reqs * (1 + settings.num_nodes), self.max_num_tokens)
+            in_lock_step = self.parallel_config.data_parallel_size > 1 and self.model_config.is_moe
+            target = measure(timed(self._run_target), target_sizes(num_rows), in_lock_step)
+            drafting = measure(timed(self.drafter.profile), drafting_sizes(self.max_num_reqs))
+            self.speculator.budget = HostBudget(BudgetControl(NodeBudget(target, drafting)))
+
+    @torch.inference_mode()
+    def _run_target(self, num_rows: int) -> None:
+        self.model.compute_logits(self._dummy_run(num_rows)[0])
+        torch.accelerator.synchronize()
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        drafts = super().take_draft_token_ids()
+        budget = self.speculator.budget
+        return drafts if budget is None or drafts is None else budget.cut(drafts)
 
     def warm_up_drafting(self) -> None:
         """Capture drafting in CUDA graphs, unless the user turned graphs off."""

@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm_ctc_spec.engine.drafting import CTCProposer, VerifiedRows
 from vllm_ctc_spec.engine.graphs import DraftInputs
 from vllm_ctc_spec.engine.v2.device_trees import DeviceTrees
+from vllm_ctc_spec.engine.v2.host_budget import HostBudget
 
 
 class CTCSpeculator(BaseSpeculator):
@@ -31,6 +32,8 @@ class CTCSpeculator(BaseSpeculator):
         self.device = device
         self.chain_only = np.zeros(self.num_slots, dtype=bool)
         """[S] requests with structured output: the grammar's mask is made for a chain."""
+        self.budget: HostBudget | None = None
+        """None where the node budget is fixed."""
 
     def load_model(self, target: Any) -> None:
         self.drafter.load_model(target)
@@ -55,20 +58,29 @@ class CTCSpeculator(BaseSpeculator):
         last_sampled: Tensor,
         *args: Any,
         dummy_run: bool = False,
+        is_profile: bool = False,
         **kwargs: Any,
     ) -> Tensor:
         """[R, N] int64, the tokens of each request's next tree; their structure goes to `self.trees`.
 
         last_sampled: [S, 1]. See `BaseSpeculator.propose` for the rest.
         """
+        nothing = torch.zeros(input_batch.num_reqs, self.trees.num_nodes, dtype=torch.int64, device=self.device)
         if dummy_run:
-            # vLLM measures the memory of a step with it. There may be no cache yet.
-            self.drafter.profile(input_batch.num_reqs)
-            return torch.zeros(input_batch.num_reqs, self.trees.num_nodes, dtype=torch.int64, device=self.device)
+            if is_profile:
+                # vLLM measures the memory of a step. There is no cache yet.
+                self.drafter.profile(input_batch.num_reqs)
+            return nothing
         slots = next(iter(slot_mappings.values()))[: input_batch.num_tokens]
         states = [last_hidden_states, *(aux_hidden_states or ())]
         verified, last_rows, last_tokens = self._verified(input_batch, states, slots)
         self.drafter.store(verified)
+        plan = None
+        if self.budget is not None:
+            plan = self.budget.plan(input_batch)
+            if plan is None:
+                self.budget.end_step(input_batch, self.trees.step, None, None)
+                return nothing
         request_slots = input_batch.idx_mapping.long()
         lens = input_batch.seq_lens[: input_batch.num_reqs].long() - num_rejected
         table = self._block_table(input_batch)
@@ -78,6 +90,8 @@ class CTCSpeculator(BaseSpeculator):
             self.drafter.attention.context(table, torch.arange(len(lens), device=self.device), lens),
         )
         packed = self.drafter.draft(inputs, self.chain_only[input_batch.idx_mapping_np].tolist())
+        if self.budget is not None:
+            self.budget.end_step(input_batch, self.trees.step, plan, packed)
         return self.trees.store(request_slots, packed)
 
     def _verified(self, batch: Any, hidden_states: list[Tensor], slots: Tensor) -> tuple[VerifiedRows, Tensor, Tensor]:

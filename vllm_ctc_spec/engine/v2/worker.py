@@ -32,7 +32,8 @@ class CTCWorkerV2(Worker):
         times = super().compile_or_warm_up_model()
         self.model_runner.drafter.warm_up_attention()
         self.model_runner.warm_up_drafting()
-        log_summary(self.model_runner)
+        self.model_runner.measure_step_cost()
+        log_summary(self.model_runner, adapts=self.model_runner.speculator.budget is not None)
         return times
 
 
