@@ -65,11 +65,11 @@ def resolve_settings(
         num_nodes,
         options,
         tuple(config.target_layers),
-        _is_v2(engine_args, target, parallel, options),
+        is_v2(engine_args, target, parallel, options),
     )
 
 
-def _is_v2(engine_args: Any, target: ModelConfig, parallel: ParallelConfig, options: SpecOptions) -> bool:
+def is_v2(engine_args: Any, target: ModelConfig, parallel: ParallelConfig, options: SpecOptions) -> bool:
     """As vLLM chooses (`VllmConfig.use_v2_model_runner`), with what our runner of V2 cannot do.
 
     Raises ValueError where the user asks for V2 and for something that is not possible with it.
@@ -118,12 +118,12 @@ def check_final(config: VllmConfig) -> None:
     if config.kv_transfer_config is not None:
         _refuse_connector(f"KV connector {config.kv_transfer_config.kv_connector}")
 
-    is_v2 = EngineSettings.from_dict(config.additional_config["ctc_spec"]).is_v2
-    if config.use_v2_model_runner != is_v2:
+    ours = EngineSettings.from_dict(config.additional_config["ctc_spec"])
+    if config.use_v2_model_runner != ours.is_v2:
         runner = "V2" if config.use_v2_model_runner else "V1"
         raise ValueError(
-            f"vLLM chooses Model Runner {runner}, because of a setting such as watermark_config, and speculative method "
-            '"ctc" serves this deployment with the other one only. Remove the setting, or speculative_config.'
+            f"vLLM chooses Model Runner {runner}, because of a setting such as watermark_config, and speculative "
+            'method "ctc" serves this deployment with the other one. Remove the setting, or speculative_config.'
         )
 
 
