@@ -14,8 +14,7 @@ import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_ctc_spec.drafter import drafting
-from vllm_ctc_spec.engine import runner
-from vllm_ctc_spec.engine.attention.choice import tree_attention_of
+from vllm_ctc_spec.engine.attention import choice
 from vllm_ctc_spec.engine.cpu_worker import CTCCPUWorker
 from vllm_ctc_spec.engine.graphs import Call
 from vllm_ctc_spec.engine.walk import TreeWalker
@@ -76,7 +75,8 @@ class InterpretedWorker(CTCCPUWorker):
         from vllm_ctc_spec.engine.attention.triton import TreeTritonAttentionBackend as backend
 
         # Start-up refuses what is for CUDA only.
-        setattr(runner, "tree_attention_of", lambda layers, kernel: tree_attention_of(layers, self.kernel))  # noqa: B010
+        chosen = choice.tree_attention_of
+        setattr(choice, "tree_attention_of", lambda layers, kernel: chosen(layers, self.kernel))  # noqa: B010
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{backend.__module__}.{backend.__name__}")
 
     def determine_available_memory(self) -> int:

@@ -13,6 +13,8 @@ import torch
 
 from tests.engine import surface
 from vllm_ctc_spec.engine import compat, device_runners, runner, worker
+from vllm_ctc_spec.engine.v2 import runner as v2_runner
+from vllm_ctc_spec.engine.v2 import worker as v2_worker
 
 WITH_ENGINE = {"vllm_ctc_spec.__main__"}
 
@@ -37,6 +39,10 @@ def test_everything_that_we_import_exists_and_comes_from_the_engine_package_alon
         ("engine/device_runners.py", device_runners.TreeCPUModelRunner),
         ("engine/worker.py", worker.CTCWorker),
         ("engine/worker.py", worker.CTCGPUWorker),
+        ("engine/v2/runner.py", v2_runner.TreeModelRunnerV2),
+        ("engine/v2/runner.py", v2_runner.TreeCPUModelRunnerV2),
+        ("engine/v2/worker.py", v2_worker.CTCWorkerV2),
+        ("engine/v2/worker.py", v2_worker.CTCGPUWorkerV2),
     ],
 )
 def test_what_our_subclasses_read_of_themselves_is_theirs_or_vllms(path: str, ours: type) -> None:

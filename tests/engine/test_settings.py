@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests.tiny_pair import TinyPair
 from vllm_ctc_spec.config import SpecOptions
-from vllm_ctc_spec.engine import compat
+from vllm_ctc_spec.engine import compat, settings
 from vllm_ctc_spec.engine.plugin import EXECUTOR
 from vllm_ctc_spec.engine.settings import EngineSettings, check_final
 from vllm_ctc_spec.engine.worker import CTCWorker, summary
@@ -78,12 +78,12 @@ def test_an_unsupported_vllm_is_refused_only_when_the_method_is_used(
         configure(pair, {})
 
 
-@pytest.mark.parametrize(("options", "nodes"), [(SpecOptions(), "up to 8"), (SpecOptions(tree="template"), "8")])
-def test_a_start_is_told_in_one_line(options: SpecOptions, nodes: str) -> None:
-    line = summary(EngineSettings("/models/drafter", 8, options), 5, "TreeCPUModelRunner")
+@pytest.mark.parametrize(("adapts", "nodes"), [(True, "up to 8"), (False, "8")])
+def test_a_start_is_told_in_one_line(adapts: bool, nodes: str) -> None:
+    line = summary(EngineSettings("/models/drafter", 8, SpecOptions()), 5, "TreeCPUModelRunner", adapts)
     assert line == (
-        f'Speculative method "ctc": drafter /models/drafter, 5 frames, {options.tree} tree of {nodes} nodes per '
-        "request, TreeCPUModelRunner"
+        f'Speculative method "ctc": drafter /models/drafter, 5 frames, prefix tree of {nodes} nodes per request, '
+        "TreeCPUModelRunner"
     )
 
 
@@ -109,3 +109,36 @@ def test_a_connector_that_vllm_adds_later_is_refused_in_the_worker(pair: TinyPai
     config.kv_transfer_config = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
     with pytest.raises(ValueError, match=r"KV connector OffloadingConnector: .*Remove one of the two"):
         CTCWorker.init_device(SimpleNamespace(vllm_config=config))
+
+
+def test_what_runner_v2_cannot_do_with_us_is_refused_where_the_user_asks_for_v2(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER=1 with return_sampling_mask.*Unset"):
+        configure(pair, {}, return_sampling_mask=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kernel", "expected"),
+    [(None, "own", True), (None, "xformers", False), ("0", "own", False), ("1", "own", True)],
+)
+def test_on_a_gpu_the_runner_is_vllms_choice(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, asked: str | None, kernel: str, expected: bool
+) -> None:
+    config = configure(pair, {})
+    if asked is not None:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", asked)
+    monkeypatch.setattr("vllm.platforms.current_platform.is_cuda", lambda: True)
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
+    arguments = EngineArgs(model=str(pair.target))
+    options = SpecOptions(attention_kernel=kernel)
+    assert settings.is_v2(arguments, config.model_config, config.parallel_config, options) == expected
+
+
+def test_another_runner_than_was_set_up_is_refused(pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(pair, {})
+    check_final(config)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match=r"vLLM chooses Model Runner V2.*Remove the setting"):
+        check_final(config)

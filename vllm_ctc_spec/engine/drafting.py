@@ -125,8 +125,7 @@ class CTCProposer:
             if len(last_rows) < len(slots):
                 kept = async_tensor_h2d(list(last_rows.values()), slots.device)
                 hidden, positions, slots = hidden[kept], positions[kept], slots[kept]
-        for layer, own in zip(self.cache_layers, self.drafter.context(hidden, positions)):
-            self.attention.write(layer.kv_cache, slots, own.key, own.value)
+        self.store(VerifiedRows(hidden, positions, slots))
 
     def propose(self, verified: VerifiedRows, requests: DraftRequests | None) -> list[HostTree]:
         """Store the drafter's context of the verified rows, then one tree for each drafting request."""
@@ -135,15 +134,25 @@ class CTCProposer:
         if requests is None:
             return []
         inputs = DraftInputs(requests.last_tokens, verified.hidden[requests.last_rows], requests.context)
-        any_chain = any(requests.chain_only)
+        return unpack(self.draft(inputs, requests.chain_only))
+
+    def store(self, verified: VerifiedRows) -> None:
+        """The drafter's keys and values of the verified rows; slots of -1 are left out."""
+        for layer, own in zip(self.cache_layers, self.drafter.context(verified.hidden, verified.positions)):
+            self.attention.write(layer.kv_cache, verified.slots, own.key, own.value)
+
+    def draft(self, inputs: DraftInputs, chain_only: list[bool]) -> Tensor:
+        """One tree for each of R requests, [R, 4 N + 1] of `pack`, on the device."""
+        any_chain = any(chain_only)
         if not any_chain and self.graphs is not None and self.graphs.fits(inputs):
-            return unpack(self.graphs(inputs))
+            return self.graphs(inputs)
         options = self.settings.options
         drafted, logits = self._draft(inputs)
-        trees = unpack(self._build(drafted, logits, options))
+        trees = self._build(drafted, logits, options)
         if any_chain:
-            chains = unpack(self._build(drafted, logits, dataclasses.replace(options, tree="chain")))
-            trees = [chain if only else tree for chain, tree, only in zip(chains, trees, requests.chain_only)]
+            chains = self._build(drafted, logits, dataclasses.replace(options, tree="chain"))
+            only = async_tensor_h2d(chain_only, device=trees.device)
+            trees = torch.where(only[:, None], chains, trees)
         return trees
 
     @torch.inference_mode()
@@ -158,6 +167,12 @@ class CTCProposer:
             self.propose(verified, requests)
         finally:
             self.attention = attention
+
+    def warm_up_attention(self) -> None:
+        """For trees and for the drafter's frames, before the first request; needs the caches."""
+        config, max_len = self.drafter.config, self.vllm_config.model_config.max_model_len
+        self.attention.warm_up(1 + self.settings.num_nodes, self.attention.layer.num_heads, max_len)
+        self.attention.warm_up(1 + config.num_frames, config.num_attention_heads, max_len)
 
     @torch.inference_mode()
     def capture(self, max_requests: int, capture: Capture) -> None:

@@ -6,6 +6,7 @@ Letters: R requests, N nodes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,10 +65,27 @@ def pack(trees: TokenTrees) -> Tensor:
     return torch.cat((trees.tokens, trees.parents, trees.depths, bits, trees.num_nodes[:, None]), dim=1)
 
 
+class PackedTrees(NamedTuple):
+    """What `pack` packed, as views of it. Columns at and beyond `num_nodes` are padding, see TokenTrees."""
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    """[R, N] int64 each"""
+    probabilities: Tensor
+    """[R, N] float64"""
+    num_nodes: Tensor
+    """[R] int64"""
+
+
+def fields_of(packed: Tensor) -> PackedTrees:
+    """Of [R, 4 N + 1], on its device."""
+    tokens, parents, depths, bits = packed[:, :-1].unflatten(1, (4, -1)).unbind(1)
+    return PackedTrees(tokens, parents, depths, bits.contiguous().view(torch.float64), packed[:, -1])
+
+
 def unpack(packed: Tensor) -> list[HostTree]:
     """The R trees of `pack`; waits for the device."""
-    packed = packed.cpu()
-    tokens, parents, depths, bits = packed[:, :-1].unflatten(1, (4, -1)).unbind(1)
-    psi = bits.contiguous().view(torch.float64)
-    rows = zip(*(field.tolist() for field in (tokens, parents, depths, psi)), strict=True)
-    return [HostTree(*row).cut(count) for row, count in zip(rows, packed[:, -1].tolist())]
+    trees = fields_of(packed.cpu())
+    rows = zip(*(field.tolist() for field in trees[:4]), strict=True)
+    return [HostTree(*row).cut(count) for row, count in zip(rows, trees.num_nodes.tolist())]

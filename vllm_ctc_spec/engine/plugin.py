@@ -16,6 +16,14 @@ Ledger of what is replaced in vLLM, why, and when it can go:
   speculation vLLM counts for its rejection sampler. Goes when the sampler is told in which rows it is asked.
 * `cpu_worker.CPUModelRunner` (in the worker, see cpu_worker.py): our model runner, which the CPU's worker has no method
   to choose. Goes when it has `_make_model_runner`, as the GPU's has.
+* `VllmConfig._get_v2_model_runner_unsupported_features`: Model Runner V2 refuses "custom_class".
+  Goes when vLLM lets a plugin register a speculator.
+* `VllmConfig.__post_init__`, with Model Runner V2: vLLM schedules asynchronously with methods that it knows by name.
+  Goes when the check asks the method.
+* `gpu.model_runner.init_speculator` and `cpu.model_runner.CPUModelRunner` (in the worker, with Model Runner V2): our
+  speculator and runner. Go with the former.
+* `ModelState.prepare_attn` of the runner's own state, with Model Runner V2: rows of trees are added to attention's
+  metadata. Goes when vLLM's runner has a hook after it.
 * The attention backends CPU_ATTN, FLASH_ATTN and TRITON_ATTN (in the worker, by vLLM's `register_backend`): rows of
   trees go to our kernels. Goes when vLLM's backends take an ancestor mask.
 * `WorkerWrapperBase.init_device`, on a CPU, with any method and none: Linux kills a process that uses AMX's tiles
@@ -29,13 +37,13 @@ import functools
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.engine.compat import require_supported_vllm, supports_installed_vllm
 
 if TYPE_CHECKING:
-    from vllm.config import SpeculativeConfig
+    from vllm.config import SpeculativeConfig, VllmConfig
 
 METHOD = "ctc"
 PROPOSER = "vllm_ctc_spec.engine.drafting.CTCProposer"
@@ -44,6 +52,11 @@ WORKERS = {
     "cuda": "vllm_ctc_spec.engine.worker.CTCGPUWorker",
 }
 """By vLLM's device type; `resolve_settings` refuses other platforms."""
+V2_WORKERS = {
+    "cpu": "vllm_ctc_spec.engine.v2.cpu_worker.CTCCPUWorkerV2",
+    "cuda": "vllm_ctc_spec.engine.v2.worker.CTCGPUWorkerV2",
+}
+"""Of Model Runner V2."""
 EXECUTOR = "vllm_ctc_spec.engine.executor.CTCExecutor"
 
 
@@ -53,10 +66,13 @@ def is_ctc(speculative_config: SpeculativeConfig | None) -> bool:
 
 def register() -> None:
     """Entry point `vllm.general_plugins`; runs in every process, any number of times."""
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
 
     _replace_once(EngineArgs, "create_speculative_config", _create_speculative_config)
+    _replace_once(VllmConfig, "_get_v2_model_runner_unsupported_features", _unsupported_by_v2)
+    _replace_once(VllmConfig, "__post_init__", _decide_on_async_scheduling)
     _replace_once(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
     if supports_installed_vllm():
         _mend_cpu_engines()
@@ -104,6 +120,36 @@ def _validate_spec_decode(original: Any, self: Any, speculative_config: Speculat
         original(self, speculative_config)
 
 
+def _unsupported_by_v2(original: Any, self: Any) -> list[str]:
+    features: list[str] = original(self)
+    if _is_ours_on_v2(self):
+        features = [feature for feature in features if "custom_class" not in feature]
+    return features
+
+
+def _is_ours_on_v2(config: VllmConfig) -> bool:
+    return is_ctc(config.speculative_config) and bool(config.additional_config["ctc_spec"]["is_v2"])
+
+
+def _decide_on_async_scheduling(original: Any, self: Any) -> None:
+    """Whether to schedule asynchronously stays vLLM's decision; it knows which methods can be by their names alone.
+
+    An adaptive node budget needs a scheduler that waits, so that it is asynchronous only where the user asks for it.
+    """
+    if not _is_ours_on_v2(self):
+        return original(self)
+    if self.scheduler_config.async_scheduling is None and self.additional_config["ctc_spec"]["adapts"]:
+        self.scheduler_config.async_scheduling = False
+    from vllm.config import vllm as module
+
+    names = module.NgramGPUTypes
+    module.NgramGPUTypes = Literal["custom_class"]
+    try:
+        original(self)
+    finally:
+        module.NgramGPUTypes = names
+
+
 def _create_speculative_config(
     original: Any, self: Any, target_model_config: Any, target_parallel_config: Any
 ) -> SpeculativeConfig | None:
@@ -126,8 +172,9 @@ def _create_speculative_config(
         "num_speculative_tokens": resolved.num_nodes,
     }
     self.spec_method = self.spec_model = self.spec_tokens = None
-    target_parallel_config.worker_cls = WORKERS[current_platform.device_type]
-    if current_platform.is_cpu() and _has_process_per_worker(target_parallel_config):
+    workers = V2_WORKERS if resolved.is_v2 else WORKERS
+    target_parallel_config.worker_cls = workers[current_platform.device_type]
+    if current_platform.is_cpu() and not resolved.is_v2 and _has_process_per_worker(target_parallel_config):
         target_parallel_config.distributed_executor_backend = EXECUTOR
     if current_platform.is_cuda():
         self.compilation_config = with_piecewise_graphs(self.compilation_config)

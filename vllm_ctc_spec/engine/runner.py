@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -29,7 +27,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_ctc_spec.engine.adaptive.budget import NodeBudget
 from vllm_ctc_spec.engine.adaptive.control import BudgetControl
 from vllm_ctc_spec.engine.adaptive.cost import drafting_sizes, measure, target_sizes, timed
-from vllm_ctc_spec.engine.attention.choice import check_block_size, tree_attention_of
+from vllm_ctc_spec.engine.attention.choice import attention_of_target
 from vllm_ctc_spec.engine.drafting import CTCProposer, DraftRequests, VerifiedRows
 from vllm_ctc_spec.engine.host_tree import EMPTY_TREE, HostTree
 from vllm_ctc_spec.engine.step import Step
@@ -64,15 +62,6 @@ class TreeModelRunner(GPUModelRunner):
         if layers:
             self.model.set_aux_hidden_state_layers(layers)
 
-    def warm_up_attention(self) -> None:
-        """For trees and for the drafter's frames, before the first request; needs the caches."""
-        frames = self.drafter.drafter.config
-        for num_rows, num_heads in (
-            (1 + self.drafter.settings.num_nodes, self.attention.layer.num_heads),
-            (1 + frames.num_frames, frames.num_attention_heads),
-        ):
-            self.attention.warm_up(num_rows, num_heads, self.max_model_len)
-
     def measure_step_cost(self) -> None:
         """Before the first request; needs the compiled model."""
         settings = self.drafter.settings
@@ -95,15 +84,9 @@ class TreeModelRunner(GPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
         if is_profiling:
             return
-        if len(self.kv_cache_config.kv_cache_groups) != 1:
-            raise ValueError(
-                'speculative method "ctc" needs a target whose attention layers are all of one kind; this one has '
-                f"{len(self.kv_cache_config.kv_cache_groups)} groups. Serve it without speculative_config."
-            )
-        layers = list(get_layers_from_vllm_config(self.vllm_config, Attention).values())
-        check_block_size(layers, self.cache_config.block_size)
         kernel = self.drafter.settings.options.attention_kernel
-        self.attention = self.drafter.attention = tree_attention_of(layers, kernel)
+        self.attention = attention_of_target(self.vllm_config, self.kv_cache_config, kernel)
+        self.drafter.attention = self.attention
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
         config = self.speculative_config
@@ -198,7 +181,7 @@ class TreeModelRunner(GPUModelRunner):
     def _move_accepted(self, step: Step) -> None:
         sources, targets = step.moves()
         if any(sources):
-            self.attention.move(self.input_batch.block_table[0].slot_mapping.gpu, sources, targets)
+            self.attention.move_rows(self.input_batch.block_table[0].slot_mapping.gpu, sources, targets)
 
     def _to_list(self, sampled_token_ids: Tensor) -> list[list[int]]:
         # The walk's tokens are on the host already; vLLM would wait for the device.
@@ -235,16 +218,16 @@ class TreeModelRunner(GPUModelRunner):
         drafts: list[list[int]] = [[] for _ in step.trees]
         control, plan = self.control, None
         if control is not None:
-            plan = control.plan(step)
+            plan = control.plan(len(step.trees))
             if plan is None:
                 self.drafter.defer(verified)
-                control.observe(step, self.input_batch.req_ids, drafted=False)
+                control.observe(step.ended(self.input_batch.req_ids, drafted=False))
                 return drafts
         drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
         requests = self._draft_requests(step, drafting, sampled_token_ids, common_attn_metadata)
         trees = self.drafter.propose(verified, requests)
         if control is not None and plan is not None:
-            control.observe(step, self.input_batch.req_ids, drafted=bool(trees))
+            control.observe(step.ended(self.input_batch.req_ids, drafted=bool(trees)))
             trees = control.cut(plan, trees)
         self.trees = {request: tree for request, tree in self.trees.items() if request in self.requests}
         for index, tree in zip(drafting, trees):

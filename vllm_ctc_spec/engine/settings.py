@@ -28,14 +28,17 @@ class EngineSettings:
     options: SpecOptions
     target_layers: tuple[int, ...] = ()
     """Whose outputs the drafter reads; the target's compiled graph depends on them."""
+    is_v2: bool = False
+    """Whether vLLM's Model Runner V2 serves."""
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"adapts": self.options.adapts}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> EngineSettings:
         layers = tuple(fields["target_layers"])
-        return cls(fields["drafter"], fields["num_nodes"], SpecOptions(**fields["options"]), layers)
+        options = SpecOptions(**fields["options"])
+        return cls(fields["drafter"], fields["num_nodes"], options, layers, fields["is_v2"])
 
 
 def resolve_settings(
@@ -57,16 +60,44 @@ def resolve_settings(
     _check_target(target)
     check_device(engine_args, target, parallel, options.attention_kernel)
     _check_fit(config, drafter, target)
-    return EngineSettings(os.path.abspath(drafter), num_nodes, options, tuple(config.target_layers))
+    return EngineSettings(
+        os.path.abspath(drafter),
+        num_nodes,
+        options,
+        tuple(config.target_layers),
+        is_v2(engine_args, target, parallel, options),
+    )
+
+
+def is_v2(engine_args: Any, target: ModelConfig, parallel: ParallelConfig, options: SpecOptions) -> bool:
+    """As vLLM chooses (`VllmConfig.use_v2_model_runner`), with what our runner of V2 cannot do.
+
+    Raises ValueError where the user asks for V2 and for something that is not possible with it.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    lacking = {
+        "attention_kernel='xformers'": options.attention_kernel == "xformers",
+        f"tensor_parallel_size={parallel.tensor_parallel_size}": parallel.tensor_parallel_size > 1,
+        "enable_lora": engine_args.enable_lora,
+        "return_sampling_mask": target.return_sampling_mask,
+        "enable_trace_replay": target.enable_trace_replay,
+    }
+    present = [setting for setting, is_set in lacking.items() if is_set]
+    chosen: bool | None = envs.VLLM_USE_V2_MODEL_RUNNER
+    if chosen and present:
+        raise ValueError(
+            f'VLLM_USE_V2_MODEL_RUNNER=1 with {present[0]}: speculative method "ctc" does this with vLLM\'s V1 runner '
+            "alone. Unset VLLM_USE_V2_MODEL_RUNNER."
+        )
+    if chosen is None:
+        return bool(current_platform.is_cuda()) and HAS_TRITON and not present
+    return chosen
 
 
 def _check_engine(engine_args: Any, parallel: ParallelConfig) -> None:
-    from vllm import envs
-
-    if envs.VLLM_USE_V2_MODEL_RUNNER:
-        raise ValueError(
-            'VLLM_USE_V2_MODEL_RUNNER=1: speculative method "ctc" has a model runner of its own. Unset it.'
-        )
     if parallel.worker_cls != "auto":
         raise ValueError(
             f'--worker-cls {parallel.worker_cls!r}: speculative method "ctc" brings its own worker. Remove it.'
@@ -86,6 +117,14 @@ def check_final(config: VllmConfig) -> None:
     """What is known of vLLM's config in the worker only: vLLM and plugins change it after our settings were checked."""
     if config.kv_transfer_config is not None:
         _refuse_connector(f"KV connector {config.kv_transfer_config.kv_connector}")
+
+    ours = EngineSettings.from_dict(config.additional_config["ctc_spec"])
+    if config.use_v2_model_runner != ours.is_v2:
+        runner = "V2" if config.use_v2_model_runner else "V1"
+        raise ValueError(
+            f"vLLM chooses Model Runner {runner}, because of a setting such as watermark_config, and speculative "
+            'method "ctc" serves this deployment with the other one. Remove the setting, or speculative_config.'
+        )
 
 
 def _refuse_connector(setting: str) -> None:

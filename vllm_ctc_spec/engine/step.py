@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
+from vllm_ctc_spec.engine.adaptive.control import EndedStep
 from vllm_ctc_spec.engine.attention.interface import StepTrees
 from vllm_ctc_spec.engine.host_tree import HostTree
 
@@ -107,6 +108,14 @@ class Step:
             [self.trees[index].ancestor_masks() for index in requests],
             self.total_rows,
         )
+
+    def ended(self, request_ids: Sequence[str], drafted: bool) -> EndedStep:
+        """drafted: whether it has drafted for the next one."""
+        num_accepted, expected = 0, 0.0
+        if self.num_nodes:
+            num_accepted = sum(map(len, self.accepted_nodes))
+            expected = sum(sum(tree.probabilities) for tree in self.trees)
+        return EndedStep(request_ids, drafted, self.num_nodes, num_accepted, expected, self.is_decode)
 
     def moves(self) -> tuple[list[list[int]], list[list[int]]]:
         """For each request, accepted rows whose keys and values must move, and the rows whose slots they move to.

@@ -19,13 +19,18 @@ from vllm_ctc_spec.engine.thinking_budgets import thinking_budgets
 logger = init_logger("vllm.ctc_spec")
 
 
-def summary(settings: EngineSettings, num_frames: int, runner: str) -> str:
+def summary(settings: EngineSettings, num_frames: int, runner: str, adapts: bool) -> str:
     """The one line that says what serves: vLLM knows the method as a class of somebody's."""
-    nodes = f"{'up to ' * settings.options.adapts}{settings.num_nodes} nodes per request"
+    nodes = f"{'up to ' * adapts}{settings.num_nodes} nodes per request"
     return (
         f'Speculative method "ctc": drafter {settings.drafter}, {num_frames} frames, {settings.options.tree} tree of '
         f"{nodes}, {runner}"
     )
+
+
+def log_summary(runner: Any, adapts: bool) -> None:
+    drafter = runner.drafter
+    logger.info(summary(drafter.settings, drafter.drafter.config.num_frames, type(runner).__name__, adapts))
 
 
 class CTCWorker(Worker):
@@ -40,11 +45,10 @@ class CTCWorker(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        self.model_runner.warm_up_attention()
+        self.model_runner.drafter.warm_up_attention()
         self.model_runner.warm_up_drafting()
         self.model_runner.measure_step_cost()
-        drafter = self.model_runner.drafter
-        logger.info(summary(drafter.settings, drafter.drafter.config.num_frames, type(self.model_runner).__name__))
+        log_summary(self.model_runner, adapts=self.model_runner.control is not None)
         return times
 
 

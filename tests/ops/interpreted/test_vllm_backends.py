@@ -157,7 +157,7 @@ def test_the_drafters_rows_see_their_context_and_one_another() -> None:
 def test_moved_rows_are_read_before_any_is_written() -> None:
     step = Step()
     before = step.layer.kv_cache.clone()
-    step.attention.move(step.slots, [[2, 4], [], [14]], [[1, 2], [], [13]])
+    step.attention.move_rows(step.slots, [[2, 4], [], [14]], [[1, 2], [], [13]])
     for source, target in ((2, 1), (4, 2), (14, 13)):
         (at, offset), (to, place) = (divmod(int(step.slots[row]), BLOCK) for row in (source, target))
         assert torch.equal(step.layer.kv_cache[to, :, place], before[at, :, offset])

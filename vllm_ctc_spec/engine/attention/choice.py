@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 
 from vllm_ctc_spec.engine.attention.interface import TreeAttention
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+def attention_of_target(config: VllmConfig, kv_cache: KVCacheConfig, kernel: str) -> TreeAttention:
+    """Needs the caches. Raises ValueError for targets and block sizes that we do not serve.
+
+    kernel: one of ATTENTION_KERNELS that the device has.
+    """
+    if len(kv_cache.kv_cache_groups) != 1:
+        raise ValueError(
+            'speculative method "ctc" needs a target whose attention layers are all of one kind; this one has '
+            f"{len(kv_cache.kv_cache_groups)} groups. Serve it without speculative_config."
+        )
+    layers = list(get_layers_from_vllm_config(config, Attention).values())
+    check_block_size(layers, config.cache_config.block_size)
+    return tree_attention_of(layers, kernel)
 
 
 def check_block_size(layers: list[Any], block_size: int) -> None:
@@ -17,10 +38,7 @@ def check_block_size(layers: list[Any], block_size: int) -> None:
 
 
 def tree_attention_of(layers: list[Any], kernel: str) -> TreeAttention:
-    """Raises ValueError for backends without one.
-
-    layers: the target's attention layers; kernel: one of ATTENTION_KERNELS that the device has.
-    """
+    """Raises ValueError for backends without one. layers: the target's attention layers."""
     for layer in layers:
         if not hasattr(layer.impl, "tree_attention"):
             raise ValueError(

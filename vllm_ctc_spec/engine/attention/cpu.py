@@ -11,7 +11,6 @@ Letters: R tree requests, Q rows of each, M rows of the whole step, K key-value 
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
@@ -109,12 +108,9 @@ class CPUTreeAttention(TreeAttention):
     def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         write_cache(kv_cache, slots, key, value, self.isa)
 
-    def move(self, slots: Tensor, sources: list[list[int]], targets: list[list[int]]) -> None:
-        cpu_kernels.move_slots(
-            self.target_caches,
-            self.is_tiled,
-            *(slots[list(chain.from_iterable(rows))] for rows in (sources, targets)),
-        )
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        moves = sources >= 0
+        cpu_kernels.move_slots(self.target_caches, self.is_tiled, sources[moves], targets[moves])
 
 
 def write_cache(kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor, isa: str) -> None:

@@ -97,8 +97,12 @@ class TreeAttention(ABC):
             block_table=metadata.block_table[requests, :num_blocks],
             max_rows=max(counts),
         )
+        self.attach_batch(metadata, batch, trees.are_whole_step)
+
+    def attach_batch(self, metadata: Any, batch: TreeBatch, are_whole_step: bool) -> None:
+        """`attach` of rows that are on the device."""
         planned = self._planned(batch, self.layer.num_heads, self.layer.dtype)
-        metadata.tree_rows = TreeRows(planned, trees.are_whole_step)
+        metadata.tree_rows = TreeRows(planned, are_whole_step)
 
     def context(self, block_table: Tensor, requests: Tensor, lens: Tensor) -> PagedContext:
         """Of rows `requests` [R] int64 of a block table [batch, blocks], which has no more blocks than are needed;
@@ -145,11 +149,21 @@ class TreeAttention(ABC):
     def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store key and value [n, K, D] at slots [n] int64 of a cache of the drafter."""
 
-    @abstractmethod
-    def move(self, slots: Tensor, sources: list[list[int]], targets: list[list[int]]) -> None:
+    def move_rows(self, slots: Tensor, sources: list[list[int]], targets: list[list[int]]) -> None:
         """Copy the target's keys and values, in every layer, from the slots of rows `sources` to those of `targets`.
 
-        slots: [M] int64; sources, targets: for each request as many rows. All is read before anything is written.
+        slots: [M] int64; sources, targets: for each request as many rows.
+        """
+        num_places = max(map(len, sources))
+        padded = np.array([[[*path, *[-1] * (num_places - len(path))] for path in rows] for rows in (sources, targets)])
+        rows = async_tensor_h2d(padded, slots.device)
+        self.move(*torch.where(rows >= 0, slots[rows], -1))
+
+    @abstractmethod
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy the target's keys and values, in every layer, from slots `sources` to slots `targets`.
+
+        [R, P] int64 each, -1 where nothing moves. All of a request is read before anything of it is written.
         """
 
 

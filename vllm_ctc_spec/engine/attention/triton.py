@@ -16,11 +16,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import async_tensor_h2d, is_quantized_kv_cache
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionImpl
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -177,11 +176,8 @@ class TritonTreeAttention(TreeAttention):
     def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         self.layer.impl.do_kv_cache_update(self.drafter_scales, key, value, kv_cache, slots)
 
-    def move(self, slots: Tensor, sources: list[list[int]], targets: list[list[int]]) -> None:
-        num_places = max(map(len, sources))
-        padded = np.array([[[*path, *[-1] * (num_places - len(path))] for path in rows] for rows in (sources, targets)])
-        rows = async_tensor_h2d(padded, self.device)
-        move_slots(self.table, *torch.where(rows >= 0, slots[rows], -1))
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        move_slots(self.table, sources, targets)
 
     def _check_layout(self) -> None:
         """Write a known pattern with vLLM's kernel and read it through our view. Raises RuntimeError.

@@ -1,0 +1,129 @@
+"""Serves groups of requests on Model Runner V2 in this process, by Triton's interpreter, and writes the answers.
+
+    TRITON_INTERPRET=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_USE_V2_MODEL_RUNNER=1 python -m tests.engine.v2.serve JOB
+
+A process of its own, because vLLM for CPU must find a Triton that says it has a CPU: before vLLM is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    target: str
+    spec: dict[str, Any] | None
+    """`speculative_config`; None is plain vLLM."""
+    prompts: list[list[int]]
+    """Token ids."""
+    groups: dict[str, list[dict[str, Any]]]
+    """Of each group one set of sampling parameters per prompt, served as one batch; None in place of one: left out."""
+    answers: str
+    """File to write."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the engine."""
+    async_scheduling: bool = False
+    worker: str | None = None
+    """In place of our worker for CPU."""
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+def main(job: Job) -> None:
+    _pretend_a_cpu_backend()
+    import vllm.v1.sample.ops.topk_topp_sampler as topk_topp
+    from vllm import LLM
+
+    # Triton's interpreter fails in this kernel. vLLM's other way is its plain version.
+    topk_topp.HAS_TRITON = False
+    if job.async_scheduling:
+        _allow_async_scheduling()
+    if job.worker is not None:
+        from vllm_ctc_spec.engine import plugin
+
+        plugin.V2_WORKERS["cpu"] = job.worker
+    llm = LLM(
+        job.target,
+        dtype="float32",
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 26,
+        disable_log_stats=False,
+        distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",
+        kernel_config={"enable_jit_warmup": False},
+        speculative_config=job.spec,
+        **job.options,
+    )
+    config = llm.llm_engine.vllm_config
+    assert config.use_v2_model_runner and config.scheduler_config.async_scheduling == job.async_scheduling
+    answers = {name: _serve(llm, job.prompts, group) for name, group in job.groups.items()}
+    seen = {}
+    if job.spec is not None:
+        [seen] = llm.collective_rpc("what_was_seen")
+    metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    Path(job.answers).write_text(json.dumps({"answers": answers, "seen": seen, "metrics": metrics}), encoding="utf-8")
+
+
+def _serve(llm: Any, prompts: list[list[int]], group: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    chosen = [(prompt, params) for prompt, params in zip(prompts, group, strict=True) if params is not None]
+    inputs = [{"prompt_token_ids": prompt} for prompt, _ in chosen]
+    outputs = llm.generate(inputs, [_params(params) for _, params in chosen], use_tqdm=False)
+    return [_answer(output.outputs[0]) for output in outputs]
+
+
+def _params(fields: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    structured = fields.get("structured_outputs")
+    if structured is not None:
+        fields = {**fields, "structured_outputs": StructuredOutputsParams(**structured)}
+    if "logit_bias" in fields:
+        fields = {**fields, "logit_bias": {int(token): bias for token, bias in fields["logit_bias"].items()}}
+    return SamplingParams(**fields)
+
+
+def _answer(output: Any) -> dict[str, Any]:
+    logprobs = None
+    if output.logprobs is not None:
+        logprobs = [
+            {token: [entry.logprob, entry.rank] for token, entry in entries.items()} for entries in output.logprobs
+        ]
+    return {
+        "tokens": list(output.token_ids),
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+        "logprobs": logprobs,
+    }
+
+
+def _pretend_a_cpu_backend() -> None:
+    import triton.backends
+
+    driver = SimpleNamespace(is_active=lambda: True)
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+
+
+def _allow_async_scheduling() -> None:
+    """vLLM decides for it as on a GPU, and then turns it off on a CPU, where it has no use."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type, config: Any) -> None:
+        decided = config.scheduler_config.async_scheduling
+        original(cls, config)
+        config.scheduler_config.async_scheduling = decided
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+if __name__ == "__main__":
+    main(Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

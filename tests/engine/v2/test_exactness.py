@@ -1,0 +1,221 @@
+"""Model Runner V2 by Triton's interpreter: the answers are those of V2 without us (float32)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.v2.serve import Job
+from tests.tiny_pair import TinyPair
+
+WATCHED = "tests.engine.v2.workers.WatchedWorkerV2"
+TRITON = "tests.engine.v2.workers.TritonWorkerV2"
+NUM_PROMPTS = 4
+NUM_NODES = 8
+
+
+def per_prompt(**params: Any) -> list[dict[str, Any]]:
+    return [{"seed": 100 + index, "max_tokens": 10 + 2 * index, **params} for index in range(NUM_PROMPTS)]
+
+
+def kinds(*params: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"seed": 200 + index, "max_tokens": 14, **params[index % len(params)]} for index in range(NUM_PROMPTS)]
+
+
+GROUPS: dict[str, list[dict[str, Any]]] = {
+    "greedy": per_prompt(temperature=0),
+    "seeded": per_prompt(temperature=0.8),
+    "top-p and top-k": kinds(
+        {"temperature": 0.8, "top_p": 0.9}, {"temperature": 1.0, "top_k": 12}, {"temperature": 0.6, "min_p": 0.05}
+    ),
+    "penalties": kinds(
+        {"temperature": 0, "repetition_penalty": 1.3},
+        {"temperature": 0.8, "presence_penalty": 0.7},
+        {"temperature": 0.8, "frequency_penalty": 0.4, "repetition_penalty": 1.1},
+        {"temperature": 0.9},
+    ),
+    "log probabilities": per_prompt(temperature=0.8, logprobs=3),
+    "log probabilities with penalties": per_prompt(temperature=0, logprobs=2, presence_penalty=0.5),
+    "limits and biases": kinds(
+        {"temperature": 0, "min_tokens": 6, "stop_token_ids": [10, 32, 60]},
+        {"temperature": 0, "logit_bias": {"60": 2.0, "70": -100.0}},
+        {"temperature": 0.7, "allowed_token_ids": list(range(256))},
+        {"temperature": 0, "max_tokens": 3, "ignore_eos": True},
+    ),
+    "bad words and stop strings": kinds(
+        {"temperature": 0, "bad_words": ["self.", "import os"]}, {"temperature": 0, "stop": ["\n", "("]}
+    ),
+    "structured output": kinds(
+        {"temperature": 0.8, "structured_outputs": {"regex": r"(ab|cd)[0-9]{4}x"}},
+        {"temperature": 0},
+        {"temperature": 0, "structured_outputs": {"choice": ["import os", "import sys"]}},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(pair: TinyPair) -> list[list[int]]:
+    """Token ids; one is a single token, one longer than a step takes beside the others."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pair.target)
+    rows = [json.loads(line)["prompt"] for line in pair.prompts.open(encoding="utf-8")]
+    tokens = [token for row in rows for token in tokenizer.encode(row)]
+    return [tokens[start : start + length] for start, length in ((0, 20), (40, 1), (60, 45), (120, 9))]
+
+
+class Served:
+    def __init__(self, written: dict[str, Any]) -> None:
+        self.answers: dict[str, list[dict[str, Any]]] = written["answers"]
+        self.seen: dict[str, Any] = written["seen"]
+        self.metrics: dict[str, float] = written["metrics"]
+
+
+def serve(folder: Path, job: Job) -> Served:
+    path = folder / f"{Path(job.answers).stem}.job.json"
+    job.write(path)
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    command = [sys.executable, "-m", "tests.engine.v2.serve", str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return Served(json.loads(Path(job.answers).read_text(encoding="utf-8")))
+
+
+def job_of(pair: TinyPair, prompts: list[list[int]], folder: Path, name: str, **fields: Any) -> Job:
+    options = {"max_model_len": 128, "max_num_seqs": NUM_PROMPTS, "max_num_batched_tokens": 48, "block_size": 32}
+    fields = {"groups": GROUPS, "spec": None, **fields}
+    fields["options"] = options | fields.get("options", {})
+    return Job(target=str(pair.target), prompts=prompts, answers=str(folder / f"{name}.json"), **fields)
+
+
+def spec_of(pair: TinyPair, **spec: Any) -> dict[str, Any]:
+    ours = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": NUM_NODES}
+    return {**ours, "adaptive_budget": False, **spec}
+
+
+@pytest.fixture(scope="module")
+def plain(pair: TinyPair, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Served:
+    folder = tmp_path_factory.mktemp("plain")
+    return serve(folder, job_of(pair, prompts, folder, "plain"))
+
+
+@pytest.fixture(scope="module")
+def trees(pair: TinyPair, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Served:
+    folder = tmp_path_factory.mktemp("trees")
+    return serve(folder, job_of(pair, prompts, folder, "trees", spec=spec_of(pair), worker=WATCHED))
+
+
+def assert_equal(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    for ours, theirs in zip(got, expected, strict=True):
+        assert _without_logprobs(ours) == _without_logprobs(theirs)
+        assert (ours["logprobs"] is None) == (theirs["logprobs"] is None)
+        for mine, reference in zip(ours["logprobs"] or [], theirs["logprobs"] or [], strict=True):
+            assert mine.keys() == reference.keys()
+            for token, (logprob, rank) in reference.items():
+                assert math.isclose(mine[token][0], logprob, abs_tol=1e-4) and mine[token][1] == rank
+
+
+def _without_logprobs(answer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in answer.items() if name != "logprobs"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS)
+def test_answers_are_those_of_v2_without_us(plain: Served, trees: Served, group: str) -> None:
+    assert_equal(trees.answers[group], plain.answers[group])
+
+
+@pytest.mark.slow
+def test_trees_were_verified(trees: Served) -> None:
+    seen, metrics = trees.seen, trees.metrics
+    assert seen["attention"] == "CPUTreeAttention"
+    assert min(seen[what] for what in ("whole", "mixed", "moves", "at_once", "levels")) > 0, seen
+    assert metrics["vllm:spec_decode_num_accepted_tokens"] / metrics["vllm:spec_decode_num_drafts"] > 0.3
+
+
+@pytest.mark.slow
+def test_the_kernels_for_a_gpu_are_exact_and_the_host_waits_for_nothing(
+    pair: TinyPair, prompts: list[list[int]], tmp_path: Path, plain: Served
+) -> None:
+    names = ("greedy", "top-p and top-k", "penalties")
+    groups = {name: GROUPS[name] for name in names}
+    served = serve(
+        tmp_path, job_of(pair, prompts, tmp_path, "triton", spec=spec_of(pair), worker=TRITON, groups=groups)
+    )
+    for name in names:
+        assert_equal(served.answers[name], plain.answers[name])
+    assert served.seen["attention"] == "TritonTreeAttention"
+    assert served.seen["moves"] > 0 and served.seen["waits"] == []
+
+
+@pytest.mark.slow
+def test_preempted_requests_and_cached_prefixes_are_exact(
+    pair: TinyPair, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    # Two requests fit with their answers, and all have most of one prompt before them.
+    shared = [prompts[2] + prompts[0] + prompt[:3] for prompt in prompts]
+    params = [
+        {"temperature": 0.8 * (index % 2), "seed": index, "max_tokens": 40, "ignore_eos": True} for index in range(4)
+    ]
+    fields = {"groups": {"first": params, "second": params}, "options": {"num_gpu_blocks_override": 9}}
+    plain = serve(tmp_path, job_of(pair, shared, tmp_path, "plain", **fields))
+    trees = serve(tmp_path, job_of(pair, shared, tmp_path, "trees", spec=spec_of(pair), worker=WATCHED, **fields))
+    for name in ("first", "second"):
+        assert_equal(trees.answers[name], plain.answers[name])
+    assert trees.metrics["vllm:num_preemptions"] > 0 and trees.metrics["vllm:prefix_cache_hits"] > 0
+
+
+@pytest.mark.slow
+def test_asynchronous_scheduling_is_exact(
+    pair: TinyPair, prompts: list[list[int]], tmp_path: Path, plain: Served
+) -> None:
+    spec = spec_of(pair)
+    served = serve(tmp_path, job_of(pair, prompts, tmp_path, "async", spec=spec, worker=WATCHED, async_scheduling=True))
+    for name, expected in plain.answers.items():
+        assert_equal(served.answers[name], expected)
+    assert served.seen["moves"] > 0
+
+
+@pytest.mark.slow
+def test_thinking_budgets_and_processors_of_a_user_see_the_path(
+    pair: TinyPair, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    # Text that the tiny target writes by itself, so that thoughts begin and end in prompts and in answers.
+    thoughts = {"reasoning_start_str": "(", "reasoning_end_str": "):\n"}
+    processors = ["tests.engine.v2.processors:AvoidRepeat"]
+    budgets = kinds(*({"temperature": 0.7 * (budget % 2), "thinking_token_budget": budget} for budget in (0, 1, 3)))
+    for name, options, group in (
+        ("thoughts", {"reasoning_config": thoughts}, budgets),
+        ("processors", {"logits_processors": processors}, per_prompt(temperature=0.8)),
+    ):
+        fields = {"groups": {name: group}, "options": options}
+        plain = serve(tmp_path, job_of(pair, prompts, tmp_path, f"plain-{name}", **fields))
+        spec = spec_of(pair)
+        trees = serve(tmp_path, job_of(pair, prompts, tmp_path, f"trees-{name}", spec=spec, worker=WATCHED, **fields))
+        assert_equal(trees.answers[name], plain.answers[name])
+        assert trees.seen["levels"] > 0 and trees.seen["moves"] > 0
+
+
+@pytest.mark.slow
+def test_an_adaptive_budget_verifies_fewer_nodes_and_changes_no_answer(
+    pair: TinyPair, prompts: list[list[int]], tmp_path: Path, plain: Served
+) -> None:
+    spec = spec_of(pair, adaptive_budget=True)
+    served = serve(tmp_path, job_of(pair, prompts, tmp_path, "adaptive", spec=spec, worker=WATCHED))
+    for name, expected in plain.answers.items():
+        assert_equal(served.answers[name], expected)
+    drafts, nodes = (served.metrics[f"vllm:spec_decode_num_{what}"] for what in ("drafts", "draft_tokens"))
+    assert 0 < nodes < NUM_NODES * drafts

@@ -1,0 +1,100 @@
+"""Workers that tell what a run of Model Runner V2 went through, with our kernels for CPU and with those for a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_ctc_spec.engine.v2.cpu_worker import CTCCPUWorkerV2
+
+WAITING = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten._unique2.default,
+}
+"""Operations whose result, or its shape, the host has to read: on a GPU it waits there for the device."""
+
+
+class CountWaits(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation in WAITING:
+            self.names.append(operation.name())
+        return operation(*args, **(kwargs or {}))
+
+
+class WatchedWorkerV2(CTCCPUWorkerV2):
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        attention, verifier = self.model_runner.attention, self.model_runner.rejection_sampler
+        self.seen = {"attention": type(attention).__name__}
+        self.seen |= dict.fromkeys(("whole", "mixed", "moves", "at_once", "levels"), 0)
+        attach, move = attention.attach_batch, attention.move
+        at_once, levels = verifier._walk_at_once, verifier._walk_levels
+
+        def watched_attach(metadata: Any, batch: Any, are_whole_step: bool) -> None:
+            self.seen["whole" if are_whole_step else "mixed"] += 1
+            attach(metadata, batch, are_whole_step)
+
+        def watched_move(sources: Any, targets: Any) -> None:
+            self.seen["moves"] += int((sources >= 0).any())
+            move(sources, targets)
+
+        def watched_at_once(*args: Any) -> Any:
+            self.seen["at_once"] += 1
+            return at_once(*args)
+
+        def watched_levels(*args: Any) -> Any:
+            self.seen["levels"] += 1
+            return levels(*args)
+
+        attention.attach_batch, attention.move = watched_attach, watched_move
+        verifier._walk_at_once, verifier._walk_levels = watched_at_once, watched_levels
+        return times
+
+    def what_was_seen(self) -> dict[str, Any]:
+        """The class that attends; steps of trees alone, of other rows beside trees; K/V moves; kinds of walks."""
+        return self.seen
+
+
+class TritonWorkerV2(WatchedWorkerV2):
+    """With vLLM's TRITON_ATTN backend and our Triton kernels, which are interpreted, too."""
+
+    def init_device(self) -> Any:
+        import torch
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+        from vllm_ctc_spec.drafter import drafting
+        from vllm_ctc_spec.engine.attention.triton import TreeTritonAttentionBackend as backend
+
+        # vLLM's kernels choose tile sizes by it.
+        torch.cuda.get_device_capability = lambda device=None: (9, 0)
+        # Trees are built as on a GPU.
+        drafting.can_search = lambda table: False
+        super().init_device()
+        register_backend(AttentionBackendEnum.CPU_ATTN, f"{backend.__module__}.{backend.__name__}")
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self.seen["waits"] = waits = []
+        runner, speculator = self.model_runner, self.model_runner.speculator
+        sample, propose = runner.sample, speculator.propose
+
+        def counted(call: Any) -> Any:
+            def counting(*args: Any, **kwargs: Any) -> Any:
+                with CountWaits() as counter:
+                    result = call(*args, **kwargs)
+                waits.extend(counter.names)
+                return result
+
+            return counting
+
+        runner.sample, speculator.propose = counted(sample), counted(propose)
+        return times

@@ -1,0 +1,119 @@
+"""vLLM's Model Runner V2 with trees where it has chains.
+
+One step, in the order of vLLM's `execute_model` and `sample_tokens` (vllm/v1/worker/gpu/model_runner.py): take up the
+drafted trees and set their positions (`prepare_attn`), give attention their ancestor masks, walk them (`TreeVerifier`)
+and move the accepted keys and values (`sample`), draft the next trees (`CTCSpeculator.propose`). The host schedules the
+node budget for every request and is told how many tokens came; it never sees a tree.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+from vllm_ctc_spec.engine.adaptive.budget import NodeBudget
+from vllm_ctc_spec.engine.adaptive.control import BudgetControl
+from vllm_ctc_spec.engine.adaptive.cost import drafting_sizes, measure, target_sizes, timed
+from vllm_ctc_spec.engine.attention.choice import attention_of_target
+from vllm_ctc_spec.engine.graphs import MAX_CAPTURED_REQUESTS, cuda_graphs
+from vllm_ctc_spec.engine.v2.host_budget import HostBudget
+from vllm_ctc_spec.engine.v2.speculator import CTCSpeculator
+from vllm_ctc_spec.engine.v2.verifier import TreeVerifier
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import DraftTokenIds
+
+
+class TreeModelRunnerV2(GPUModelRunner):
+    speculator: CTCSpeculator
+
+    @property
+    def drafter(self) -> Any:
+        return self.speculator.drafter
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self.speculator.load_model(self.model)
+        if layers := self.drafter.settings.target_layers:
+            self.model.set_aux_hidden_state_layers(layers)
+            self.use_aux_hidden_state_outputs = True
+        self.rejection_sampler = TreeVerifier(self.sampler, self.speculator.trees)
+        self._prepare_vllms_attention = self.model_state.prepare_attn
+        # vLLM makes attention's metadata in the model's state, and has no hook of the runner after it.
+        self.model_state.prepare_attn = self._prepare_tree_attention
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, *args: Any, **kwargs: Any
+    ) -> None:
+        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
+        if is_profiling:
+            return
+        kernel = self.drafter.settings.options.attention_kernel
+        self.attention = attention_of_target(self.vllm_config, self.kv_cache_config, kernel)
+        self.drafter.attention = self.attention
+        self.speculator.block_tables = self.block_tables
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        super().add_requests(scheduler_output)
+        for request in scheduler_output.scheduled_new_reqs:
+            slot = self.req_states.req_id_to_index[request.req_id]
+            self.speculator.chain_only[slot] = request.sampling_params.structured_outputs is not None
+
+    def prepare_attn(self, input_batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+        prepared: tuple[tuple[Tensor, ...], Tensor] = super().prepare_attn(input_batch)
+        self.speculator.trees.begin(input_batch)
+        return prepared
+
+    def _prepare_tree_attention(self, input_batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        by_layer: dict[str, Any] = self._prepare_vllms_attention(input_batch, *args, **kwargs)
+        trees = self.speculator.trees
+        if trees.step is not None and trees.step.input_batch is input_batch:
+            for metadata in {id(metadata): metadata for metadata in by_layer.values()}.values():
+                batch, are_whole_step = trees.tree_batch(metadata.block_table, self.cache_config.block_size)
+                self.attention.attach_batch(metadata, batch, are_whole_step)
+        return by_layer
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        sampled = super().sample(*args, **kwargs)
+        step = self.speculator.trees.step
+        if step is not None:
+            self.attention.move(*step.moves(self.block_tables.slot_mappings[0][: step.num_rows]))
+        return sampled
+
+    def measure_step_cost(self) -> None:
+        """Before the first request; needs the compiled model."""
+        settings = self.drafter.settings
+        if settings.options.adapts and not self.scheduler_config.async_scheduling:
+            num_rows = min(self.max_num_reqs * (1 + settings.num_nodes), self.max_num_tokens)
+            in_lock_step = self.parallel_config.data_parallel_size > 1 and self.model_config.is_moe
+            target = measure(timed(self._run_target), target_sizes(num_rows), in_lock_step)
+            drafting = measure(timed(self.drafter.profile), drafting_sizes(self.max_num_reqs))
+            self.speculator.budget = HostBudget(BudgetControl(NodeBudget(target, drafting)))
+
+    @torch.inference_mode()
+    def _run_target(self, num_rows: int) -> None:
+        self.model.compute_logits(self._dummy_run(num_rows)[0])
+        torch.accelerator.synchronize()
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        drafts = super().take_draft_token_ids()
+        budget = self.speculator.budget
+        return drafts if budget is None or drafts is None else budget.cut(drafts)
+
+    def warm_up_drafting(self) -> None:
+        """Capture drafting in CUDA graphs, unless the user turned graphs off."""
+        if self.compilation_config.cudagraph_mode.has_piecewise_cudagraphs():
+            self.drafter.capture(min(self.max_num_reqs, MAX_CAPTURED_REQUESTS), cuda_graphs())
+
+
+class TreeCPUModelRunnerV2(TreeModelRunnerV2, CPUModelRunner):
+    """For Triton's interpreter on vLLM's CPU backend."""
+
+    def warm_up_drafting(self) -> None:
+        self.drafter.profile(1)
