@@ -4,7 +4,7 @@
 
 KIND: medusa, eagle, eagle3 or draft. ROWS is what `vllm-ctc-spec train regenerate` writes. OUTPUT is a folder that
 stock vLLM serves: `vllm.LLM(TARGET, speculative_config={"method": METHOD, "model": OUTPUT,
-"num_speculative_tokens": 5})`, where METHOD is KIND, or draft_model for draft.
+"num_speculative_tokens": 5})`, where METHOD is KIND, or draft_model for draft; Medusa up to vLLM 0.32 only.
 
 Rows, anchors, schedule, optimizer, precision (bf16 target, float32 weights that learn) and loop are those of our own
 drafter's training; each baseline has the learning rate and the batch size that did best in runs of half a minute,

@@ -17,7 +17,8 @@ import vllm_ctc_spec
 from vllm_ctc_spec.engine import compat
 
 PACKAGE = Path(vllm_ctc_spec.__file__).parent
-SIGNATURES = Path(__file__).with_name("vllm_signatures.json")
+SIGNATURES = Path(__file__).with_name("vllm_signatures")
+"""A file for each minor version of vLLM that we support."""
 
 
 def sources() -> dict[str, ast.Module]:
@@ -59,6 +60,11 @@ def _is_on_self(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
 
 
+def recorded_file() -> Path:
+    """That of the installed vLLM."""
+    return SIGNATURES / f"{'.'.join(str(compat.installed_vllm()).split('.')[:2])}.json"
+
+
 def signatures() -> dict[str, list[str]]:
     """Of every function that we call, override or replace: its parameters, "=" after those that have a default."""
     found = {}
@@ -80,4 +86,4 @@ def _parameters(function: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    SIGNATURES.write_text(json.dumps(signatures(), indent=1) + "\n")
+    recorded_file().write_text(json.dumps(signatures(), indent=1) + "\n")

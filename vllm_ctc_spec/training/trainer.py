@@ -43,7 +43,7 @@ from vllm_ctc_spec.training.loop import (
     report,
     train_or_resume,
 )
-from vllm_ctc_spec.training.models import check_target, drafter_config, load_target, start_from
+from vllm_ctc_spec.training.models import check_target, drafter_config, load_target, start_from, start_like
 from vllm_ctc_spec.training.objective import DraftObjective
 
 DRY_RUN_LINES = 1000
@@ -106,6 +106,8 @@ def fit(
     drafter = _first_drafter(config, settings)
     _check_disk(output_dir, drafter)
     target = load_target(target_path)
+    if settings.init is None:
+        start_like(drafter, target)
     rows, calibration_rows = split_rows(rows)
     hidden = _cached_hidden(settings.cache, target, target_path, rows, config.target_layers)
     dataset = AnchorDataset(
