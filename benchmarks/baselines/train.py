@@ -4,7 +4,7 @@
 
 KIND: medusa, eagle, eagle3 or draft. ROWS is what `vllm-ctc-spec train regenerate` writes. OUTPUT is a folder that
 stock vLLM serves: `vllm.LLM(TARGET, speculative_config={"method": METHOD, "model": OUTPUT,
-"num_speculative_tokens": 5})`, where METHOD is KIND, or draft_model for draft.
+"num_speculative_tokens": 5})`, where METHOD is KIND, or draft_model for draft; Medusa up to vLLM 0.32 only.
 
 Rows, anchors, schedule, optimizer, precision (bf16 target, float32 trained weights) and loop are those of our own
 drafter's training. Learning rate and batch size of each baseline are the best of runs of half a minute, by acceptance

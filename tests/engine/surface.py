@@ -17,7 +17,8 @@ import vllm_ctc_spec
 from vllm_ctc_spec.engine import compat
 
 PACKAGE = Path(vllm_ctc_spec.__file__).parent
-SIGNATURES = Path(__file__).with_name("vllm_signatures.json")
+SIGNATURES = Path(__file__).with_name("vllm_signatures")
+"""A file for each minor version of vLLM that we support."""
 
 
 def sources() -> dict[str, ast.Module]:
@@ -56,6 +57,11 @@ def own_attributes(path: str) -> Iterator[tuple[str, set[str]]]:
             yield node.name, {each.attr for each in on_self} - written - defined - declared
 
 
+def recorded_file() -> Path:
+    """That of the installed vLLM."""
+    return SIGNATURES / f"{'.'.join(str(compat.installed_vllm()).split('.')[:2])}.json"
+
+
 def signatures() -> dict[str, list[str]]:
     """Of every function that we call, override or replace: its parameters, "=" after those that have a default."""
     found = {}
@@ -77,4 +83,4 @@ def _parameters(function: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    SIGNATURES.write_text(json.dumps(signatures(), indent=1) + "\n")
+    recorded_file().write_text(json.dumps(signatures(), indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
 
 from tests.training.tiny_models import VOCAB, tiny_target
 from vllm_ctc_spec.config import SpecOptions
@@ -247,6 +248,21 @@ def test_a_full_gpu_names_the_settings_to_lower(target_path, rows_path, tmp_path
     monkeypatch.setattr(trainer_module.DrafterTrainer, "compute_loss", out_of_memory)
     with pytest.raises(ValueError, match=r"80 GiB.*batch_size=4, anchors_per_row=64 or max_length=512"):
         fit(target_path, rows_path, tmp_path / "drafter", settings(1))
+
+
+def test_the_first_drafts_are_as_sure_as_the_target(target_path, rows_path, tmp_path):
+    """Of one that divides its logits by 30: before anything is learnt, a label costs about what a guess costs."""
+    shutil.copytree(target_path, tmp_path / "target")
+    config = AutoConfig.from_pretrained(target_path)
+    torch.manual_seed(0)
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 1.0}
+    GraniteForCausalLM(
+        GraniteConfig(**sizes, logits_scaling=30.0, bos_token_id=None, eos_token_id=0, pad_token_id=None)
+    ).save_pretrained(tmp_path / "target")
+    folder = fit(str(tmp_path / "target"), rows_path, tmp_path / "drafter", settings(1, log_steps=1))
+    first_loss = report(folder)["losses"][0]
+    assert first_loss < 1.3 * settings(1).drafter["num_frames"] * math.log(VOCAB)
 
 
 def test_a_fit_that_starts_from_another_drafter_knows_what_that_one_knew(target_path, rows_path, tmp_path):

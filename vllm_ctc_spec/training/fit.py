@@ -29,7 +29,7 @@ from vllm_ctc_spec.training.data import (
 )
 from vllm_ctc_spec.training.hidden_cache import HiddenCache, write_cache
 from vllm_ctc_spec.training.loop import Budget, drop_checkpoints, loop_arguments, processes
-from vllm_ctc_spec.training.models import check_target, drafter_config, load_target, start_from
+from vllm_ctc_spec.training.models import check_target, drafter_config, load_target, start_from, start_like
 from vllm_ctc_spec.training.objective import DraftObjective
 from vllm_ctc_spec.training.trainer import train
 
@@ -101,6 +101,8 @@ def fit(
     drafter = _first_drafter(config, settings)
     _check_disk(output_dir, drafter)
     target = load_target(target_path)
+    if settings.init is None:
+        start_like(drafter, target)
     split = split_rows(rows)
     hidden = _cached_hidden(settings.cache, target, target_path, split.trained, config.target_layers)
     dataset = AnchorDataset(

@@ -92,6 +92,31 @@ SHAPE_FIELDS = (
 
 
 @torch.no_grad()
+def logit_multiplier(target: PreTrainedModel) -> float:
+    """How many times the product of its last hidden state and its LM head the target's logits are: 1 but for a few
+    families, such as Granite and Cohere, whose configs have different names for it.
+    """
+    token = torch.zeros(1, 1, dtype=torch.int64, device=target.device)
+    product = target.get_output_embeddings()(target.get_decoder()(token, use_cache=False).last_hidden_state).float()
+    logits = target(token, use_cache=False).logits.float()
+    return float((logits * product).sum() / product.square().sum())
+
+
+@torch.no_grad()
+def start_like(drafter: CTCDrafter, target: PreTrainedModel) -> None:
+    """Give the first logits of `drafter` the size of the target's.
+
+    Its logits are products with the target's LM head alone, in training and in the engine; what the target multiplies
+    them by becomes part of the drafter's weights. A drafter of Cohere would otherwise start 16 times too sure.
+    """
+    multiplier = logit_multiplier(target)
+    drafter.norm.weight.mul_(multiplier)
+    if drafter.config.emission == "conditioned":
+        # The gate reads what the norm writes, and must stay what it is.
+        drafter.condition_gate.weight.div_(multiplier)
+
+
+@torch.no_grad()
 def start_from(drafter: CTCDrafter, folder: str | Path) -> None:
     """Copy into `drafter` the weights of the drafter in `folder`, which may read fewer target layers: none.
 
