@@ -21,6 +21,7 @@ help:
 	@echo 'make drafter train the demo drafter again, hours (OUTPUT=FOLDER PROMPTS=FILE ARGS="--minutes 30")'
 	@echo 'make test    run all tests (ARGS="-k walk")'
 	@echo 'make test-next  the engine tests over the Python of the newest supported vLLM, which has no CPU wheel'
+	@echo 'make test-families  exactness with a tiny target of each family of models, minutes'
 	@echo 'make coverage  run all tests and list the lines of the package that none of them runs'
 	@echo 'make check   formatting, lint, types and unit tests: what every change must pass'
 	@echo 'make gpu-check  kernels and steps on a GPU, without vLLM and without .venv (PYTHON=python3 RESULTS=FOLDER)'
@@ -50,6 +51,10 @@ test: setup
 test-next: setup
 	scripts/setup-venv-next.sh
 	.venv-next/bin/python -m pytest --numprocesses 3 --dist worksteal $(NEXT_TESTS) $(ARGS)
+
+# Not part of `make test`, because it takes minutes and changes with vLLM and transformers more than with us.
+test-families: setup
+	$(BIN)/pytest --numprocesses 3 --dist worksteal -m families tests/engine/test_families.py $(ARGS)
 
 # Not part of `make test`, because counting lines slows the tests down.
 coverage: setup

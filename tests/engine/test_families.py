@@ -144,7 +144,7 @@ def engine(target: Path, spec: dict[str, Any] | None) -> Iterator[LLM]:
         llm.llm_engine.engine_core.shutdown(timeout=0)
 
 
-@pytest.mark.slow
+@pytest.mark.families
 @pytest.mark.parametrize("name", EXACT)
 def test_a_family_is_served_exactly(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
