@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from tests.engine.blip import BLIP
 from tests.tiny_pair import TinyPair
 
 
@@ -84,6 +85,7 @@ MAMBA = {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
 CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
 KEEPS_LAYERS = {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}
 UNEVEN = {"num_attention_heads": 3, "num_key_value_heads": 2}
+ONE_IMAGE = {"limit_mm_per_prompt": {"image": 1}}
 
 
 CASES = {
@@ -151,6 +153,8 @@ CASES = {
     "sliding window": Case(f"{TARGET} sliding-window attention", target=MISTRAL),
     "soft caps": Case(f"{TARGET} (attention logit soft-capping|sliding-window)", target=GEMMA),
     "state space": Case("hybrid or state-space", target=MAMBA),
+    "images": Case(rf"{TARGET} multimodal inputs \(--language-model-only turns them off\)", target=BLIP),
+    "images with a limit": Case(f"{TARGET} multimodal inputs", target=BLIP, options=ONE_IMAGE),
     "pipeline": Case("pipeline_parallel_size=2", options={"pipeline_parallel_size": 2}),
     "tensor parallel": Case("tensor_parallel_size=2", options={"tensor_parallel_size": 2}),
     "cache of 8 bits": Case("kv_cache_dtype='fp8'", options={"kv_cache_dtype": "fp8"}),

@@ -52,6 +52,9 @@ def add_train(commands: Any) -> None:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", help="folder or hub name of the target")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the target's folder or repository brings"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip-bad-lines", action="store_true", help="leave faulty lines out, and say how many")
 

@@ -138,16 +138,19 @@ def evaluate(
     max_length: int = 1024,
     seed: int = 0,
     skipped: list[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Judge `trees`, and the drafter's calibration and next tokens, on random anchors.
 
     rows, skipped: those of `read_rows`. Greedy decoding is judged by rows that the target wrote at temperature 0.
+    trust_remote_code: run the code that the target's folder or repository brings.
     """
     num_frames = check_drafter(drafter_path).num_frames
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target = load_target(target_path).to(device)
+    target = load_target(target_path, trust_remote_code).to(device)
     drafter = load_drafter(drafter_path, target.dtype).to(device)
-    all_rows = read_rows(rows, AutoTokenizer.from_pretrained(target_path), max_length, skipped)
+    tokenizer = AutoTokenizer.from_pretrained(target_path, trust_remote_code=trust_remote_code)
+    all_rows = read_rows(rows, tokenizer, max_length, skipped)
     usable = with_anchors(all_rows, num_frames)
     if not usable:
         raise ValueError(f"{str(rows)!r} has no row with {num_frames + 1} tokens to predict in sequence.")

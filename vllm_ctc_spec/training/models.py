@@ -19,17 +19,21 @@ from vllm_ctc_spec.target_shape import target_shape
 from vllm_ctc_spec.training.data import num_frequent
 
 
-def load_target(path: str) -> PreTrainedModel:
-    """The target, whose LM head must be a plain matrix: the drafter shares it."""
-    target = AutoModelForCausalLM.from_pretrained(path, dtype=target_dtype())
+def load_target(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The target, whose LM head must be a plain matrix: the drafter shares it.
+
+    trust_remote_code: run the code that its folder or repository brings.
+    """
+    target = AutoModelForCausalLM.from_pretrained(path, dtype=target_dtype(), trust_remote_code=trust_remote_code)
     _check_head(path, target)
     return target
 
 
-def check_target(path: str) -> None:
+def check_target(path: str, trust_remote_code: bool = False) -> None:
     """As `load_target` checks it, without the weights. Raises ValueError."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        _check_head(path, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)))
+        _check_head(path, AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
 
 
 def _check_head(path: str, target: PreTrainedModel) -> None:

@@ -89,7 +89,8 @@ def all_turns(
     so on. A turn that does not fit into the context is left out, and those after it.
     """
     served = dataclasses.replace(settings, temperatures=settings.temperatures[:1], samples=1)
-    context = engine_options.get("max_model_len") or context_length(target_path)
+    trust = engine_options.get("trust_remote_code", False)
+    context = engine_options.get("max_model_len") or context_length(target_path, trust)
     prompts = [list(question.first) for question in questions]
     asked = {i: prompts[i] for i, question in enumerate(questions) if question.later_turns}
     answers: dict[int, list[list[int]]] = {i: [] for i in asked}
@@ -180,7 +181,7 @@ def write_own_prompts(target_path: str, count: int, output: Path, seed: int = 0,
     `engine_options` go to `vllm.LLM`; what they leave open is chosen by `kv_cache.engine_options`. Raises ValueError
     where the target has no chat template, or writes no prompts, or `output` holds those of another target or seed.
     """
-    before, after = around_user_turn(target_path)
+    before, after = around_user_turn(target_path, engine_options.get("trust_remote_code", False))
     num_done = len(whole_lines(output))
     claim_file(output, {"target": str(target_path), "seed": seed})
     if num_done >= count:
@@ -209,10 +210,10 @@ def write_own_prompts(target_path: str, count: int, output: Path, seed: int = 0,
             num_done += len(written)
 
 
-def around_user_turn(target_path: str) -> tuple[list[int], list[str]]:
+def around_user_turn(target_path: str, trust_remote_code: bool = False) -> tuple[list[int], list[str]]:
     """Token ids that the chat template puts before a user's words, and how it goes on behind them: its first line, or
     nothing where only an end-of-text token stands there."""
-    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    tokenizer = AutoTokenizer.from_pretrained(target_path, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
         raise ValueError(f"--own-prompts: target {target_path!r} has no chat template. Give it prompts instead.")
     messages = [{"role": "user", "content": _CONTENT}]

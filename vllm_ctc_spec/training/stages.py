@@ -45,6 +45,8 @@ def _engine(options: argparse.Namespace) -> dict[str, Any]:
     engine = dict(options.engine)
     if engine:
         check_engine_keys("--engine", engine)
+    if options.trust_remote_code:
+        engine["trust_remote_code"] = True
     if "seed" in engine:
         raise ValueError(f"--engine seed={engine['seed']}: use --seed {engine['seed']}.")
     return engine
@@ -59,7 +61,7 @@ def _given_questions(options: argparse.Namespace) -> list[Question]:
 
 
 def _all_turns(options: argparse.Namespace, questions: list[Question], rows: Path) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    tokenizer = AutoTokenizer.from_pretrained(options.target, trust_remote_code=options.trust_remote_code)
     return all_turns(options.target, questions, tokenizer, rows, _regenerate_settings(options), **_engine(options))
 
 
@@ -73,11 +75,11 @@ def _own_prompts(options: argparse.Namespace, rows: Path) -> list[list[int]]:
 
 
 def _read_questions(options: argparse.Namespace, source: str | Path) -> list[Question]:
-    text = AutoConfig.from_pretrained(options.target).get_text_config()
+    config = AutoConfig.from_pretrained(options.target, trust_remote_code=options.trust_remote_code)
     skipped: list[str] | None = [] if options.skip_bad_lines else None
-    tokenizer = AutoTokenizer.from_pretrained(options.target)
-    questions = read_questions(read_lines(source), tokenizer, skipped, vocab_size=text.vocab_size)
-    context = _engine(options).get("max_model_len", text.max_position_embeddings)
+    tokenizer = AutoTokenizer.from_pretrained(options.target, trust_remote_code=options.trust_remote_code)
+    questions = read_questions(read_lines(source), tokenizer, skipped, vocab_size=config.get_text_config().vocab_size)
+    context = _engine(options).get("max_model_len", config.get_text_config().max_position_embeddings)
     for number, question in enumerate(questions, start=1):
         if len(question.first) >= context:
             problem = f"prompt {number} has {len(question.first)} tokens, and the target's context holds {context}"
@@ -134,6 +136,7 @@ def _fit_settings(options: argparse.Namespace) -> FitSettings:
         seed=options.seed,
         cache=options.cache,
         init=options.init,
+        trust_remote_code=options.trust_remote_code,
         drafter={
             "num_frames": options.frames,
             "label_length": options.label_length or options.frames,
@@ -181,7 +184,15 @@ def _run_evaluate(
     evaluations = {}
     for name, rows in sets.items():
         skipped: list[str] | None = [] if options.skip_bad_lines else None
-        evaluations[name] = evaluate(options.target, str(drafter), rows, trees, skipped=skipped, seed=options.seed)
+        evaluations[name] = evaluate(
+            options.target,
+            str(drafter),
+            rows,
+            trees,
+            seed=options.seed,
+            skipped=skipped,
+            trust_remote_code=options.trust_remote_code,
+        )
         _report_skipped(skipped)
         console().print(to_table(evaluations[name], name))
     if options.json is not None:
@@ -199,7 +210,7 @@ def all_stages(options: argparse.Namespace) -> None:
     questions, engine = _given_questions(options), _engine(options)
     if options.dry_run:
         if options.own_prompts:
-            around_user_turn(options.target)
+            around_user_turn(options.target, options.trust_remote_code)
         _run_fit(options, None, drafter)
         return
     options.output.mkdir(parents=True, exist_ok=True)

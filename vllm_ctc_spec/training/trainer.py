@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
 from vllm_ctc_spec.files import atomic_folder, claim, is_finished, write_atomically
@@ -49,7 +49,7 @@ from vllm_ctc_spec.training.objective import DraftObjective
 DRY_RUN_LINES = 1000
 LABEL_DECAY = 0.8
 """Between 1 and 0.65, which accept less or no more (benchmarks/README.md)."""
-NOT_RESUMED = ("save_steps", "log_steps")
+NOT_RESUMED = ("save_steps", "log_steps", "trust_remote_code")
 """Settings that a resumed run may change."""
 
 
@@ -74,6 +74,8 @@ class FitSettings:
     """Folder for the target's hidden states: worth its disk where rows are seen more than once."""
     init: str | None = None
     """Folder of a drafter whose weights are the first."""
+    trust_remote_code: bool = False
+    """Run the code that the target's folder or repository brings."""
     drafter: dict[str, Any] = field(default_factory=dict)
     """Fields of CTCDrafterConfig that differ from `drafter_config`'s choice."""
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -96,7 +98,7 @@ def fit(
     resumable = _resumable(target_path, data, settings)
     if is_finished(output_dir, resumable):
         return output_dir
-    config = drafter_config(AutoConfig.from_pretrained(target_path), **settings.drafter)
+    config = drafter_config(_target_config(target_path, settings), **settings.drafter)
     label_decay = _label_decay(settings, config)
     rows = _usable_rows(target_path, data, config, settings, skipped)
     checkpoints = output_dir.with_name(f"{output_dir.name}.checkpoints")
@@ -105,7 +107,7 @@ def fit(
     torch.manual_seed(settings.seed)
     drafter = _first_drafter(config, settings)
     _check_disk(output_dir, drafter)
-    target = load_target(target_path)
+    target = load_target(target_path, settings.trust_remote_code)
     rows, calibration_rows = split_rows(rows)
     hidden = _cached_hidden(settings.cache, target, target_path, rows, config.target_layers)
     dataset = AnchorDataset(
@@ -148,9 +150,9 @@ def dry_run(
     Reads the first DRY_RUN_LINES lines of `data` only, if there is any yet, and does not load the target's weights.
     """
     settings = settings or FitSettings()
-    config = drafter_config(AutoConfig.from_pretrained(target_path), **settings.drafter)
+    config = drafter_config(_target_config(target_path, settings), **settings.drafter)
     _label_decay(settings, config)
-    check_target(target_path)
+    check_target(target_path, settings.trust_remote_code)
     if data is not None:
         _usable_rows(target_path, data, config, settings, skipped, DRY_RUN_LINES)
     drafter = _first_drafter(config, settings)
@@ -160,6 +162,10 @@ def dry_run(
     with atomic_folder(untrained) as partial:
         drafter.to(target_dtype()).save_pretrained(partial)
     return untrained
+
+
+def _target_config(target_path: str, settings: FitSettings) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(target_path, trust_remote_code=settings.trust_remote_code)
 
 
 def _first_drafter(config: CTCDrafterConfig, settings: FitSettings) -> CTCDrafter:
@@ -177,7 +183,7 @@ def _usable_rows(
     skipped: list[str] | None,
     max_lines: int | None = None,
 ) -> list[TrainingRow]:
-    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    tokenizer = AutoTokenizer.from_pretrained(target_path, trust_remote_code=settings.trust_remote_code)
     rows = read_rows(data, tokenizer, settings.max_length, skipped, vocab_size=config.vocab_size, max_lines=max_lines)
     least_labels = _least_labels(config)
     usable = with_anchors(rows, least_labels)
