@@ -45,6 +45,7 @@ class CTCDrafterConfig(PretrainedConfig):
     Only `draft_vocab_size` tokens are drafted, whose ids are stored with the weights; None drafts every token.
     `target_layers` are the layers of the target whose outputs the drafter reads beside the last hidden state, counted
     as vLLM counts auxiliary hidden states: 0 stands for the embeddings, i for the output of the i-th layer.
+    `targets` are the names of the target that it was trained for, as target_names.py gives them.
     """
 
     model_type = "ctc_drafter"
@@ -64,6 +65,7 @@ class CTCDrafterConfig(PretrainedConfig):
         condition_rank: int = 256,
         draft_vocab_size: int | None = None,
         target_layers: Sequence[int] = (),
+        targets: Sequence[str] = (),
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 10000.0,
         max_position_embeddings: int = 2048,
@@ -83,6 +85,7 @@ class CTCDrafterConfig(PretrainedConfig):
         self.condition_rank = condition_rank
         self.draft_vocab_size = draft_vocab_size
         self.target_layers = target_layers
+        self.targets = targets
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
         self.max_position_embeddings = max_position_embeddings
@@ -109,6 +112,10 @@ class CTCDrafterConfig(PretrainedConfig):
                 "numbers, or an empty one for the last hidden state alone."
             )
         self.target_layers = layers
+        is_list = isinstance(targets, Sequence) and not isinstance(targets, str)
+        if not is_list or not all(isinstance(name, str) for name in targets):
+            raise ValueError(f"targets={targets!r} in the drafter's config.json: use a list of names, or an empty one.")
+        self.targets = list(targets)
 
     def _check_numbers(self) -> None:
         """Raises ValueError that names the field. The other checks rely on the types that this one ensures."""

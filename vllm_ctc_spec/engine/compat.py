@@ -17,12 +17,15 @@ SUPPORTED_VLLM = "0.32"
 
 TOUCHED: dict[str, tuple[str, ...]] = {
     "vllm.engine.arg_utils:EngineArgs": (
+        "add_cli_args",
         "create_speculative_config",
         "additional_config",
         "attention_backend",
         "attention_config",
         "block_size",
         "compilation_config",
+        "download_dir",
+        "hf_token",
         "kv_cache_dtype",
         "kv_offloading_size",
         "kv_transfer_config",
@@ -98,6 +101,8 @@ TOUCHED: dict[str, tuple[str, ...]] = {
         "is_attention_free",
         "is_encoder_decoder",
         "is_hybrid",
+        "model",
+        "revision",
         "runner_type",
         "supports_multimodal_inputs",
         "use_mla",

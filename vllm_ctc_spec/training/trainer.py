@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
 from vllm_ctc_spec.files import atomic_folder, claim, is_finished, write_atomically
 from vllm_ctc_spec.machine import target_dtype
+from vllm_ctc_spec.target_names import target_names
 from vllm_ctc_spec.training.calibrate import calibrate, split_rows
 from vllm_ctc_spec.training.card import training_facts, training_record
 from vllm_ctc_spec.training.data import (
@@ -129,6 +130,7 @@ def fit(
         training |= training_facts(rows)
         if settings.init is not None:
             training["before"] = training_record(Path(settings.init))
+        drafter.config.targets = target_names(target_path)
         with atomic_folder(output_dir) as partial:
             drafter.to("cpu", target.dtype).save_pretrained(partial)
             write_atomically(partial / "training.json", json.dumps(training, indent=2).encode())
