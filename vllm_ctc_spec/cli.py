@@ -10,6 +10,7 @@ from vllm_ctc_spec import __version__
 from vllm_ctc_spec.bench.command import add_bench
 from vllm_ctc_spec.chat.command import add_chat
 from vllm_ctc_spec.demo.command import add_demo
+from vllm_ctc_spec.push import add_push
 from vllm_ctc_spec.training.command import add_train
 from vllm_ctc_spec.verify.command import add_verify
 
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     add_demo(commands)
     add_chat(commands)
     add_train(commands)
+    add_push(commands)
     add_bench(commands)
     add_verify(commands)
 

@@ -45,6 +45,7 @@ class CTCDrafterConfig(PretrainedConfig):
     `draft_vocab_size` is the number of tokens that are drafted, whose ids are stored with the weights; None: all.
     `target_layers` are the layers of the target that the drafter reads beside the last hidden state, numbered as vLLM's
     auxiliary hidden states: 0 is the embeddings, i the output of the i-th layer.
+    `targets` are the names of the target that it was trained for, as target_names.py gives them.
 
     Raises ValueError that names the field if a value is not usable.
     """
@@ -66,6 +67,7 @@ class CTCDrafterConfig(PretrainedConfig):
         condition_rank: int = 256,
         draft_vocab_size: int | None = None,
         target_layers: Sequence[int] = (),
+        targets: Sequence[str] = (),
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 10000.0,
         max_position_embeddings: int = 2048,
@@ -85,6 +87,7 @@ class CTCDrafterConfig(PretrainedConfig):
         self.condition_rank = condition_rank
         self.draft_vocab_size = draft_vocab_size
         self.target_layers = target_layers
+        self.targets = targets
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
         self.max_position_embeddings = max_position_embeddings
@@ -111,6 +114,10 @@ class CTCDrafterConfig(PretrainedConfig):
                 "numbers, or an empty one for the last hidden state alone."
             )
         self.target_layers = layers
+        is_list = isinstance(targets, Sequence) and not isinstance(targets, str)
+        if not is_list or not all(isinstance(name, str) for name in targets):
+            raise ValueError(f"targets={targets!r} in the drafter's config.json: use a list of names, or an empty one.")
+        self.targets = list(targets)
 
     def _check_numbers(self) -> None:
         """Raises ValueError that names the field. Called first, because the other checks need numbers."""

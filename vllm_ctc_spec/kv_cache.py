@@ -53,11 +53,12 @@ def engine_options(
         number = given.get(key)
         if number is not None and (type(number) is not int or number < 1):
             raise ValueError(f"{key}={number!r}: use a positive integer.")
-    max_model_len = given.get("max_model_len") or fitting_model_len(target, max(lengths))
+    trust = bool(given.get("trust_remote_code"))
+    max_model_len = given.get("max_model_len") or fitting_model_len(target, max(lengths), trust)
     num_requests = given.get("max_num_seqs", min(num_requests, len(lengths)))
     if {"kv_cache_memory_bytes", "gpu_memory_utilization"} & given.keys() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return {"max_num_seqs": num_requests, "max_model_len": max_model_len, **given}
-    bytes_per_block = _bytes_per_block(target, str(given.get("dtype", "auto")))
+    bytes_per_block = _bytes_per_block(target, str(given.get("dtype", "auto")), trust)
     # vLLM refuses a cache without room for one request of max_model_len tokens, so the longest request counts as one.
     # The others need additional slots for their drafts, which never exceed max_model_len.
     longest = [max_model_len, *(min(n + MAX_NODES, max_model_len) for n in sorted(lengths, reverse=True)[1:])]
@@ -70,22 +71,23 @@ def engine_options(
     return {**_options(needed, num_requests, max_model_len), **given}
 
 
-def fitting_model_len(target: str, longest: int) -> int:
+def fitting_model_len(target: str, longest: int, trust_remote_code: bool = False) -> int:
     """`max_model_len` for requests of up to `longest` tokens and their drafts.
 
     It is a power of two, because vLLM's compile cache depends on it, and engines for similar work should share that.
     """
     rounded = 1 << (max(longest + MAX_NODES, MIN_MODEL_LEN) - 1).bit_length()
-    return min(rounded, context_length(target))
+    return min(rounded, context_length(target, trust_remote_code))
 
 
-def context_length(target: str) -> int:
+def context_length(target: str, trust_remote_code: bool = False) -> int:
     """The target's `max_position_embeddings`."""
-    return int(AutoConfig.from_pretrained(target).get_text_config().max_position_embeddings)
+    config = AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code)
+    return int(config.get_text_config().max_position_embeddings)
 
 
-def _bytes_per_block(target: str, dtype: str) -> int:
-    config = AutoConfig.from_pretrained(target)
+def _bytes_per_block(target: str, dtype: str, trust_remote_code: bool = False) -> int:
+    config = AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code)
     shape, num_layers = target_shape(config), config.get_text_config().num_hidden_layers + DRAFTER_LAYERS
     bytes_per_number = 4 if dtype in ("float32", "float") else 2
     return 2 * num_layers * shape.num_key_value_heads * shape.head_dim * bytes_per_number * BLOCK_SIZE

@@ -17,10 +17,10 @@ def check_engine_keys(where: str, options: Iterable[str]) -> None:
             raise ValueError(f"unknown key {key!r} in {where}: vllm.LLM has no such option.{did_you_mean(key, known)}")
 
 
-def check_speculative_keys(where: str, config: dict[str, Any]) -> None:
+def check_speculative_keys(where: str, config: dict[str, Any], target: str) -> None:
     """Raises ValueError if a `speculative_config` has an unknown key or, for our method, an unusable value."""
     if config.get("method") == "ctc":
-        check_ctc(where, config)
+        check_ctc(where, config, target)
         return
     known = speculative_options()
     for key in config:
@@ -30,17 +30,17 @@ def check_speculative_keys(where: str, config: dict[str, Any]) -> None:
             )
 
 
-def check_ctc(where: str, spec: dict[str, Any]) -> None:
+def check_ctc(where: str, spec: dict[str, Any], target: str) -> None:
     """Raises ValueError if a `speculative_config` of our method has an unknown key or an unusable value or drafter."""
     from vllm_ctc_spec.drafter.checkpoint import check_drafter
+    from vllm_ctc_spec.drafter.lookup import find_drafter
 
-    own = {key: value for key, value in spec.items() if key not in ("method", "model", "num_speculative_tokens")}
+    theirs = ("method", "model", "revision", "num_speculative_tokens")
+    own = {key: value for key, value in spec.items() if key not in theirs}
     try:
         SpecOptions.from_dict(own)
         if "num_speculative_tokens" in spec:
             check_node_budget(spec["num_speculative_tokens"])
-        if "model" not in spec:
-            raise ValueError("no 'model': set it to the folder of a trained CTC drafter.")
-        check_drafter(spec["model"])
+        check_drafter(find_drafter(spec.get("model"), target, spec.get("revision")))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

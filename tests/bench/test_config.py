@@ -86,7 +86,7 @@ def test_what_is_wrong_is_named(folder: Path, added: str, message: str):
         ("{method: ctc, model: target}", "methods.other: "),
         ("{method: ctc, model: target, candidate: 3}", "unknown key 'candidate'.* Did you mean 'candidates'"),
         ("{method: ctc, model: target, num_speculative_tokens: 64}", "num_speculative_tokens=64"),
-        ("{method: ctc}", "no 'model'"),
+        ("{method: ctc}", "methods.other: no CTC drafter on this machine belongs to target"),
         ("null", "write it with 'method' or 'model'"),
         ("{engine: {seed: 1}, method: ngram}", "methods.other.engine.seed"),
         ("ngram", "must be null or a speculative_config"),

@@ -75,3 +75,13 @@ def draft_heads(worker: Any) -> dict[str, torch.Tensor]:
     target.lm_head.quant_method = SimpleNamespace(apply=method.apply)
     products["of a quantised head"] = draft_head(target, drafter)(rows)
     return products
+
+
+def embeddings_and_unit_logits(worker: Any) -> dict[str, torch.Tensor]:
+    """What the drafter reads of each token, and its head's product with each unit vector."""
+    drafter = worker.model_runner.drafter
+    config = drafter.drafter.config
+    return {
+        "embeddings": drafter.target.embed_input_ids(torch.arange(config.vocab_size)),
+        "unit logits": drafter.head(torch.eye(config.hidden_size)),
+    }

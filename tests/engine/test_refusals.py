@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from tests.engine.blip import BLIP
 from tests.tiny_pair import TinyPair
 
 
@@ -84,6 +85,7 @@ MAMBA = {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
 CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
 KEEPS_LAYERS = {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}
 UNEVEN = {"num_attention_heads": 3, "num_key_value_heads": 2}
+ONE_IMAGE = {"limit_mm_per_prompt": {"image": 1}}
 
 
 CASES = {
@@ -107,7 +109,8 @@ CASES = {
     "kernel of a GPU": Case("attention_kernel='xformers'.*CUDA device.*Leave", {"attention_kernel": "xformers"}),
     "probability": Case(r"min_prefix_probability=1.5.*\[0, 1\)", {"min_prefix_probability": 1.5}),
     "probability true": Case("min_prefix_probability=True", {"min_prefix_probability": True}),
-    "no drafter": Case("'model'=None.*folder of a trained CTC drafter", {"model": None}),
+    "no drafter": Case("no CTC drafter on this machine belongs to target.*Train one", {"model": None}),
+    "no drafter of this target": Case("no CTC drafter on this machine belongs to target", {"model": "ctc-drafter"}),
     "drafter without a name": Case("'model'=''.*folder of a trained CTC drafter", {"model": ""}),
     "drafter that is a list": Case(r"'model'=\[\].*folder of a trained CTC drafter", {"model": []}),
     "no such folder": Case("'no/such/folder' is not a folder", {"model": "no/such/folder"}),
@@ -140,6 +143,7 @@ CASES = {
     "drafted token above all": Case("'draft_vocab'.*from 0 to 511", break_folder=draft_vocab(1, 512)),
     "drafted token below all": Case("'draft_vocab'.*from 0 to 511", break_folder=draft_vocab(-1, 5)),
     "drafted token twice": Case("'draft_vocab'.*different token ids", break_folder=draft_vocab(5, 5)),
+    "targets as text": Case(f"{FOLDER}: targets='gpt2'.*a list of names", drafter={"targets": "gpt2"}),
     "layers as a number": Case(f"{FOLDER}: target_layers=1 .*a list of increasing", drafter={"target_layers": 1}),
     "layers as text": Case(f"{FOLDER}: target_layers='12'.*a list of increasing", drafter={"target_layers": "12"}),
     "layer beyond all": Case(f"{FOLDER} reads layer 5 of .* has 2 layers", drafter={"target_layers": [5]}),
@@ -151,6 +155,8 @@ CASES = {
     "sliding window": Case(f"{TARGET} sliding-window attention", target=MISTRAL),
     "soft caps": Case(f"{TARGET} (attention logit soft-capping|sliding-window)", target=GEMMA),
     "state space": Case("hybrid or state-space", target=MAMBA),
+    "images": Case(rf"{TARGET} multimodal inputs \(--language-model-only turns them off\)", target=BLIP),
+    "images with a limit": Case(f"{TARGET} multimodal inputs", target=BLIP, options=ONE_IMAGE),
     "pipeline": Case("pipeline_parallel_size=2", options={"pipeline_parallel_size": 2}),
     "tensor parallel": Case("tensor_parallel_size=2", options={"tensor_parallel_size": 2}),
     "cache of 8 bits": Case("kv_cache_dtype='fp8'", options={"kv_cache_dtype": "fp8"}),

@@ -123,7 +123,7 @@ def bench_serve(url: str, pair: TinyPair, folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_server_answers_as_plain_vllm_does_and_reports_its_trees(pair: TinyPair, plain: LLM, tmp_path: Path) -> None:
     expected = answers_of(plain)
-    trees = ["--spec-model", str(pair.drafter), "--spec-tokens", "16", "-sc", '{"adaptive_budget": false}']
+    trees = ["--speculative-model", str(pair.drafter), "--spec-tokens", "16", "-sc", '{"adaptive_budget": false}']
     with server(pair, tmp_path / "ctc.log", *trees) as url:
         assert asyncio.run(ask_everything(url)) == expected
         time.sleep(3)

@@ -29,7 +29,7 @@ def target(tmp_path: Path) -> Path:
         (["--speculative-config", "{method: ngram}"], "is not JSON"),
         (["--speculative-config", "[]"], "must be a JSON object"),
         (["--speculative-config", '{"method": "ngram", "tokens": 3}'], "unknown key 'tokens' in --speculative-config"),
-        (["--speculative-config", '{"method": "ctc", "num_speculative_tokens": 3}'], "no 'model'"),
+        (["--speculative-config", '{"method": "ctc", "num_speculative_tokens": 3}'], "no CTC drafter on this machine"),
         (["--speculative-config", NGRAM, "--engine", "dtyp=float16"], "unknown key 'dtyp' in --engine"),
         (["--speculative-config", NGRAM, "--engine", "model=x"], "--engine model: verify sets it itself"),
         (["--speculative-config", NGRAM, "--max-tokens", "3"], "--max-tokens 3: use at least 16"),

@@ -119,10 +119,11 @@ def load_config(
     folder = path.parent / Path(str(fields.pop("folder", "."))).expanduser()
     if not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r}: no such folder. Set it with --set folder=PATH.")
-    methods = [_method(name, value, folder) for name, value in _chosen(_mapping(fields, "methods"), only).items()]
+    target, chosen = _model("target", fields["target"], folder), _chosen(_mapping(fields, "methods"), only)
+    methods = [_method(name, value, folder, target) for name, value in chosen.items()]
     prompts = {name: _prompts(name, value, folder) for name, value in _mapping(fields, "prompts").items()}
     fields |= {
-        "target": _model("target", fields["target"], folder),
+        "target": target,
         "methods": tuple(methods),
         "prompts": prompts,
         "engine": _engine("engine", fields.get("engine")),
@@ -177,7 +178,7 @@ def _chosen(methods: dict[str, Any], only: Sequence[str]) -> dict[str, Any]:
     return {name: methods[name] for name in names}
 
 
-def _method(name: str, value: Any, folder: Path) -> Method:
+def _method(name: str, value: Any, folder: Path, target: str) -> Method:
     where = f"methods.{name}"
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{where} must be null or a speculative_config, is {value!r}.")
@@ -193,7 +194,7 @@ def _method(name: str, value: Any, folder: Path) -> Method:
     if "model" in spec:
         spec["model"] = _model(f"{where}.model", spec["model"], folder)
     if spec.get("method") == "ctc":
-        check_ctc(where, spec)
+        check_ctc(where, spec, target)
     return Method(name, spec or None, engine)
 
 

@@ -186,7 +186,7 @@ def check_vllm_keys(config: BenchConfig) -> None:
     for method in config.methods:
         check_engine_keys(f"methods.{method.name}.engine", method.engine)
         if method.speculative_config is not None and not method.is_ctc:
-            check_speculative_keys(f"methods.{method.name}", method.speculative_config)
+            check_speculative_keys(f"methods.{method.name}", method.speculative_config, config.target)
 
 
 def select_questions(name: str, source: PromptSource, tokenizer: PreTrainedTokenizerBase) -> list[Question]:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-import vllm_ctc_spec
 from vllm_ctc_spec.demo.convert import convert
 from vllm_ctc_spec.demo.fetch import FetchError, WheelFile, fetch
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
+from vllm_ctc_spec.drafter.lookup import SHIPPED
 from vllm_ctc_spec.files import atomic_folder, user_cache
 
 Report = Callable[[str], None]
@@ -69,7 +69,7 @@ def choose_pair(target: str | None, drafter: str | None, report: Report = print)
 
 def shipped_drafter() -> Path:
     """The default target's drafter, a folder inside the package. Raises ValueError if the installation lacks it."""
-    folder = Path(vllm_ctc_spec.__file__).parent / "drafters" / NAME
+    folder = SHIPPED / NAME
     if not folder.is_dir():
         raise ValueError(
             f"the package holds no drafter for its default target ({folder} is missing). Install the package again, "

@@ -28,6 +28,14 @@ def read_config_dict(folder: Path) -> dict[str, Any]:
     return loaded
 
 
+def is_drafter(folder: Path) -> bool:
+    """Whether the folder says of itself that it holds a CTC drafter."""
+    try:
+        return read_config_dict(folder).get("model_type") == CTCDrafterConfig.model_type
+    except ValueError:
+        return False
+
+
 def check_drafter(path: str) -> CTCDrafterConfig:
     """Check config and weights of a drafter folder, and return the config. Raises ValueError."""
     folder = Path(path)

@@ -25,6 +25,7 @@ from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.checkpoint import load_drafter
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
 from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft, KeyValue
+from vllm_ctc_spec.engine.adapters import without_adapters
 from vllm_ctc_spec.engine.attention.interface import PagedContext, TreeAttention
 from vllm_ctc_spec.engine.draft_head import draft_head, head_rows
 from vllm_ctc_spec.engine.graphs import Capture, DraftGraphs, DraftInputs
@@ -90,12 +91,12 @@ class CTCProposer:
         """That of the target's backend, once the runner knows it: when the layers have their caches."""
 
     def load_model(self, target: Any) -> None:
-        self.target = target
+        self.target = without_adapters(target)
         self.drafter: CTCDrafter = load_drafter(self.settings.drafter, self.vllm_config.model_config.dtype)
         self.drafter.to(self.vllm_config.device_config.device)
         tokens = torch.arange(self.drafter.config.vocab_size, device=self.drafter.device)
-        self.drafter.set_tables(self.target.embed_input_ids(tokens), head_rows(target, self.drafter))
-        self.head = draft_head(target, self.drafter)
+        self.drafter.set_tables(self.target.embed_input_ids(tokens), head_rows(self.target, self.drafter))
+        self.head = draft_head(self.target, self.drafter)
         forward_context = self.vllm_config.compilation_config.static_forward_context
         attention_layers = get_layers_from_vllm_config(self.vllm_config, Attention)
         like = next(iter(attention_layers.values()))

@@ -4,6 +4,8 @@ Ledger of what is replaced in vLLM, why, and when it can go:
 
 * `EngineArgs.create_speculative_config`: translates our method to vLLM's "custom_class" with our worker.
   Goes when vLLM lets a plugin register a speculative method.
+* `EngineArgs.add_cli_args`: `--speculative-model` as another name of `--spec-model`, which vLLM had before 0.32.
+  Goes when nobody writes it any more.
 * `SamplingParams._validate_spec_decode`: vLLM refuses min_p and logit_bias with any speculation, because its
   rejection sampler ignores them; our walk runs vLLM's own sampler at every node and honours them.
   Goes when the check asks the method.
@@ -33,10 +35,11 @@ Ledger of what is replaced in vLLM, why, and when it can go:
 
 from __future__ import annotations
 
+import argparse
 import functools
+import inspect
 import logging
-import os
-from pathlib import Path
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_ctc_spec.config import SpecOptions
@@ -73,6 +76,7 @@ def register() -> None:
     _replace_once(EngineArgs, "create_speculative_config", _create_speculative_config)
     _replace_once(VllmConfig, "_get_v2_model_runner_unsupported_features", _unsupported_by_v2)
     _replace_once(VllmConfig, "__post_init__", _decide_on_async_scheduling)
+    _replace_once(EngineArgs, "add_cli_args", _add_cli_args)
     _replace_once(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
     if supports_installed_vllm():
         _mend_cpu_engines()
@@ -112,7 +116,20 @@ def _replace_once(owner: Any, name: str, replacement: Any) -> None:
         return replacement(original, *args, **kwargs)
 
     wrapper._ctc_spec = True  # type: ignore[attr-defined]
-    setattr(owner, name, wrapper)
+    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    setattr(owner, name, staticmethod(wrapper) if is_static else wrapper)
+
+
+def _add_cli_args(original: Any, parser: Any) -> Any:
+    parser = original(parser)
+    # A vLLM that has it keeps its own.
+    with suppress(argparse.ArgumentError):
+        parser.add_argument(
+            "--speculative-model",
+            dest="spec_model",
+            help="Another name of --spec-model. ctc-drafter is the CTC drafter that belongs to the target.",
+        )
+    return parser
 
 
 def _validate_spec_decode(original: Any, self: Any, speculative_config: SpeculativeConfig | None) -> None:
@@ -155,7 +172,7 @@ def _create_speculative_config(
 ) -> SpeculativeConfig | None:
     settings = _merged_settings(self)
     # vLLM itself refuses a key that is given twice.
-    if settings is None or not _asks_for_ctc(settings):
+    if settings is None or not _asks_for_ctc(settings, self):
         return original(self, target_model_config, target_parallel_config)
     require_supported_vllm()
     from vllm.platforms import current_platform
@@ -226,11 +243,17 @@ def _merged_settings(engine_args: Any) -> dict[str, Any] | None:
     return settings
 
 
-def _asks_for_ctc(settings: dict[str, Any]) -> bool:
+def _asks_for_ctc(settings: dict[str, Any], engine_args: Any) -> bool:
     """Raises ValueError where the method is misspelt, or another one's and has our options."""
-    method = settings.get("method")
-    if method == METHOD or (method is None and _is_drafter(settings.get("model"))):
+    method, model = settings.get("method"), settings.get("model")
+    if method == METHOD:
         return True
+    if method is None and model is not None:
+        from vllm_ctc_spec.drafter.lookup import names_a_drafter
+        from vllm_ctc_spec.engine.settings import hub_of
+
+        if names_a_drafter(model, settings.get("revision"), hub_of(engine_args)):
+            return True
     if isinstance(method, str) and method.lower() == METHOD:
         raise ValueError(f"speculative_config method={method!r}: write {METHOD!r}.")
     if ours := sorted(settings.keys() & set(SpecOptions.names())):
@@ -239,14 +262,3 @@ def _asks_for_ctc(settings: dict[str, Any]) -> bool:
             f"{method!r}. Set 'method' to {METHOD!r}, or leave {ours[0]!r} out."
         )
     return False
-
-
-def _is_drafter(model: Any) -> bool:
-    if not isinstance(model, str | os.PathLike):
-        return False
-    folder = Path(model).expanduser()
-    if not (folder / "config.json").is_file():
-        return False
-    from vllm_ctc_spec.drafter.checkpoint import read_config_dict
-
-    return read_config_dict(folder).get("model_type") == "ctc_drafter"

@@ -70,12 +70,14 @@ class TreeModelRunner(GPUModelRunner):
             # vLLM's data parallel ranks of a MoE target run it in lock-step: each waits for all others.
             in_lock_step = self.parallel_config.data_parallel_size > 1 and self.model_config.is_moe
             target = measure(timed(self._run_target), target_sizes(num_rows), in_lock_step)
+            self.maybe_remove_all_loras(self.lora_config)
             drafting = measure(timed(self.drafter.profile), drafting_sizes(self.max_num_reqs))
             self.control = BudgetControl(NodeBudget(target, drafting))
 
     @torch.inference_mode()
     def _run_target(self, num_rows: int) -> None:
-        self.model.compute_logits(self._dummy_run(num_rows)[0])
+        # With LoRA layers vLLM computes the logits of one row per request, and makes adapters for each dummy run.
+        self.drafter.target.compute_logits(self._dummy_run(num_rows, remove_lora=False)[0])
         self._sync_device()
 
     def initialize_kv_cache(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_ctc_spec.config import CTCDrafterConfig, SpecOptions, check_node_budget
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
+from vllm_ctc_spec.drafter.lookup import Hub, find_drafter
 from vllm_ctc_spec.engine.devices import check_device
 from vllm_ctc_spec.engine.target_layers import hands_out_layers
 from vllm_ctc_spec.target_shape import target_shape
@@ -47,17 +48,13 @@ def resolve_settings(
     """Validate everything that can be known before a worker starts. Raises ValueError."""
     settings = dict(settings)
     settings.pop("method", None)
-    drafter = settings.pop("model", None)
+    model, revision = settings.pop("model", None), settings.pop("revision", None)
     num_nodes = check_node_budget(settings.pop("num_speculative_tokens", DEFAULT_NUM_NODES))
     options = SpecOptions.from_dict(settings)
-    if not isinstance(drafter, str | os.PathLike) or not os.fspath(drafter):
-        raise ValueError(
-            f"speculative_config 'model'={drafter!r}: set it (or --spec-model) to the folder of a trained CTC drafter."
-        )
-    drafter = os.path.expanduser(drafter)
-    config = check_drafter(drafter)
     _check_engine(engine_args, parallel)
     _check_target(target)
+    drafter = find_drafter(model, target.model, revision, target.revision, hub_of(engine_args))
+    config = check_drafter(drafter)
     check_device(engine_args, target, parallel, options.attention_kernel)
     _check_fit(config, drafter, target)
     return EngineSettings(
@@ -95,6 +92,11 @@ def is_v2(engine_args: Any, target: ModelConfig, parallel: ParallelConfig, optio
     if chosen is None:
         return bool(current_platform.is_cuda()) and HAS_TRITON and not present
     return chosen
+
+
+def hub_of(engine_args: Any) -> Hub:
+    """Where vLLM keeps what it downloads, and its token."""
+    return Hub(engine_args.download_dir, engine_args.hf_token)
 
 
 def _check_engine(engine_args: Any, parallel: ParallelConfig) -> None:
@@ -141,6 +143,7 @@ def _check_target(target: ModelConfig) -> None:
         "hybrid or state-space (mamba) layers": target.is_hybrid or target.is_attention_free,
         "M-RoPE positions": target.uses_mrope,
         "an encoder": target.is_encoder_decoder,
+        "multimodal inputs (--language-model-only turns them off)": target.supports_multimodal_inputs,
         "sliding-window attention": target.get_sliding_window() is not None,
         "attention logit soft-capping": bool(getattr(text, "attn_logit_softcapping", None)),
         "ALiBi positions": target.uses_alibi,

@@ -58,6 +58,9 @@ def add_train(commands: Any) -> None:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", help="folder or hub name of the target")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the target's folder or repository brings"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     parser.add_argument(
         "--chat-template-kwargs", type=_chat_template_kwargs, metavar="JSON",

@@ -148,17 +148,19 @@ def evaluate(
     seed: int = 0,
     skipped: list[str] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Judge `trees`, and the drafter's calibration and next tokens, on random anchors.
 
     rows, skipped, chat_template_kwargs: see `read_rows`. Rows that the target wrote at temperature 0 judge greedy
-    decoding. Raises ValueError if no row has T + 1 trained tokens in sequence.
+    decoding. trust_remote_code: run the code that the target's folder or repository brings.
+    Raises ValueError if no row has T + 1 trained tokens in sequence.
     """
     num_frames = check_drafter(drafter_path).num_frames
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target = load_target(target_path).to(device)
+    target = load_target(target_path, trust_remote_code).to(device)
     drafter = load_drafter(drafter_path, target.dtype).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    tokenizer = AutoTokenizer.from_pretrained(target_path, trust_remote_code=trust_remote_code)
     all_rows = read_rows(rows, tokenizer, max_length, skipped, chat_template_kwargs=chat_template_kwargs)
     usable = with_anchors(all_rows, num_frames)
     if not usable:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
 from vllm_ctc_spec.files import atomic_folder, claim, is_finished, write_atomically
 from vllm_ctc_spec.machine import target_dtype
+from vllm_ctc_spec.target_names import target_names
 from vllm_ctc_spec.training.calibrate import calibrate, split_rows
 from vllm_ctc_spec.training.card import TRAINING_RECORD, training_facts, training_record
 from vllm_ctc_spec.training.data import (
@@ -37,7 +38,7 @@ DRY_RUN_LINES = 1000
 """Lines of the data that a dry run reads."""
 LABEL_DECAY = 0.8
 """Default of `label_decay`; 1 and 0.65 gave lower acceptance lengths (benchmarks/README.md)."""
-MAY_CHANGE = ("save_steps", "log_steps")
+MAY_CHANGE = ("save_steps", "log_steps", "trust_remote_code")
 """Settings that may differ between a killed run and the one that resumes it."""
 
 
@@ -68,6 +69,8 @@ class FitSettings:
     """Folder of a drafter to start from."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Further variables of the chat template, for rows of `messages`."""
+    trust_remote_code: bool = False
+    """Run the code that the target's folder or repository brings."""
     drafter: dict[str, Any] = field(default_factory=dict)
     """Fields of CTCDrafterConfig that differ from the choice of `drafter_config`."""
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -91,7 +94,7 @@ def fit(
     resumable = _resumable(target_path, data, settings)
     if is_finished(output_dir, resumable):
         return output_dir
-    config = drafter_config(AutoConfig.from_pretrained(target_path), **settings.drafter)
+    config = drafter_config(_target_config(target_path, settings), **settings.drafter)
     label_decay = _label_decay(settings, config)
     rows = _usable_rows(target_path, data, config, settings, skipped)
     checkpoints = output_dir.with_name(f"{output_dir.name}.checkpoints")
@@ -100,7 +103,7 @@ def fit(
     torch.manual_seed(settings.seed)
     drafter = _first_drafter(config, settings)
     _check_disk(output_dir, drafter)
-    target = load_target(target_path)
+    target = load_target(target_path, settings.trust_remote_code)
     if settings.init is None:
         start_like(drafter, target)
     split = split_rows(rows)
@@ -117,6 +120,7 @@ def fit(
         training |= training_facts(split.trained)
         if settings.init is not None:
             training["before"] = training_record(Path(settings.init))
+        drafter.config.targets = target_names(target_path)
         with atomic_folder(output_dir) as partial:
             drafter.to("cpu", target.dtype).save_pretrained(partial)
             write_atomically(partial / TRAINING_RECORD, json.dumps(training, indent=2).encode())
@@ -139,9 +143,9 @@ def dry_run(
     target. Raises ValueError as `fit` does.
     """
     settings = settings or FitSettings()
-    config = drafter_config(AutoConfig.from_pretrained(target_path), **settings.drafter)
+    config = drafter_config(_target_config(target_path, settings), **settings.drafter)
     _label_decay(settings, config)
-    check_target(target_path)
+    check_target(target_path, settings.trust_remote_code)
     if data is not None:
         _usable_rows(target_path, data, config, settings, skipped, DRY_RUN_LINES)
     drafter = _first_drafter(config, settings)
@@ -160,6 +164,10 @@ def _first_drafter(config: CTCDrafterConfig, settings: FitSettings) -> CTCDrafte
     return drafter
 
 
+def _target_config(target_path: str, settings: FitSettings) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(target_path, trust_remote_code=settings.trust_remote_code)
+
+
 def _usable_rows(
     target_path: str,
     data: str | Path,
@@ -168,7 +176,7 @@ def _usable_rows(
     skipped: list[str] | None,
     max_lines: int | None = None,
 ) -> list[TrainingRow]:
-    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    tokenizer = AutoTokenizer.from_pretrained(target_path, trust_remote_code=settings.trust_remote_code)
     rows = read_rows(
         data,
         tokenizer,

@@ -19,18 +19,22 @@ from vllm_ctc_spec.target_shape import target_shape
 from vllm_ctc_spec.training.data import num_frequent
 
 
-def load_target(path: str) -> PreTrainedModel:
+def load_target(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load the target in `target_dtype`. Raises ValueError if its LM head is not one plain matrix [V, H], which the
-    drafter shares."""
-    target = AutoModelForCausalLM.from_pretrained(path, dtype=target_dtype())
+    drafter shares.
+
+    trust_remote_code: run the code that its folder or repository brings.
+    """
+    target = AutoModelForCausalLM.from_pretrained(path, dtype=target_dtype(), trust_remote_code=trust_remote_code)
     _check_head(path, target)
     return target
 
 
-def check_target(path: str) -> None:
+def check_target(path: str, trust_remote_code: bool = False) -> None:
     """Make the checks of `load_target` without loading weights. Raises ValueError."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        _check_head(path, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)))
+        _check_head(path, AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
 
 
 def _check_head(path: str, target: PreTrainedModel) -> None:
@@ -111,9 +115,11 @@ def start_like(drafter: CTCDrafter, target: PreTrainedModel) -> None:
     """
     multiplier = logit_multiplier(target)
     drafter.norm.weight.mul_(multiplier)
+    # What else reads what the norm writes must stay what it is.
     if drafter.config.emission == "conditioned":
-        # The gate reads what the norm writes, and must stay what it is.
         drafter.condition_gate.weight.div_(multiplier)
+    if drafter.config.has_blank:
+        drafter.blank.div_(multiplier)
 
 
 @torch.no_grad()

@@ -92,7 +92,8 @@ def all_turns(
     `<output>.turn1.jsonl` and so on. A turn that does not fit into the context is left out, as are those after it.
     """
     served = dataclasses.replace(settings, temperatures=settings.temperatures[:1], samples=1)
-    context = engine_options.get("max_model_len") or context_length(target_path)
+    trust = engine_options.get("trust_remote_code", False)
+    context = engine_options.get("max_model_len") or context_length(target_path, trust)
     prompts = [list(question.first) for question in questions]
     asked = {i: prompts[i] for i, question in enumerate(questions) if question.later_turns}
     answers: dict[int, list[list[int]]] = {i: [] for i in asked}
@@ -191,7 +192,8 @@ def write_own_prompts(
     engine_options: of `vllm.LLM`; `kv_cache.engine_options` chooses the others. Raises ValueError if the target has no
     chat template or writes no usable prompts, or if `output` holds prompts of another run.
     """
-    around = around_user_turn(target_path, chat_template_kwargs)
+    trust = engine_options.get("trust_remote_code", False)
+    around = around_user_turn(target_path, chat_template_kwargs, trust)
     num_done = len(whole_lines(output))
     claim_file(output, {"target": str(target_path), "seed": seed, "chat_template_kwargs": chat_template_kwargs})
     if num_done >= count:
@@ -228,9 +230,11 @@ class AroundUserTurn:
     """The first line of the text that it puts after it; empty if it puts none there."""
 
 
-def around_user_turn(target_path: str, chat_template_kwargs: Mapping[str, Any] | None = None) -> AroundUserTurn:
+def around_user_turn(
+    target_path: str, chat_template_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+) -> AroundUserTurn:
     """Raises ValueError if the target has no chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    tokenizer = AutoTokenizer.from_pretrained(target_path, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
         raise ValueError(f"--own-prompts: target {target_path!r} has no chat template. Give it prompts instead.")
     messages = [{"role": "user", "content": _PLACEHOLDER}]

@@ -37,6 +37,8 @@ def _engine(options: argparse.Namespace) -> dict[str, Any]:
     engine = dict(options.engine)
     if engine:
         check_engine_keys("--engine", engine)
+    if options.trust_remote_code:
+        engine["trust_remote_code"] = True
     if "seed" in engine:
         raise ValueError(f"--engine seed={engine['seed']}: use --seed {engine['seed']}.")
     return engine
@@ -55,7 +57,7 @@ def _all_turns(options: argparse.Namespace, questions: list[Question], rows: Pat
 
     from vllm_ctc_spec.training.regenerate import all_turns
 
-    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    tokenizer = AutoTokenizer.from_pretrained(options.target, trust_remote_code=options.trust_remote_code)
     return all_turns(options.target, questions, tokenizer, rows, _regenerate_settings(options), **_engine(options))
 
 
@@ -78,9 +80,9 @@ def _read_questions(options: argparse.Namespace, source: str | Path) -> list[Que
     from vllm_ctc_spec.training.prompts import read_questions
     from vllm_ctc_spec.training.sources import read_lines
 
-    text = AutoConfig.from_pretrained(options.target).get_text_config()
+    text = AutoConfig.from_pretrained(options.target, trust_remote_code=options.trust_remote_code).get_text_config()
     skipped: list[str] | None = [] if options.skip_bad_lines else None
-    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    tokenizer = AutoTokenizer.from_pretrained(options.target, trust_remote_code=options.trust_remote_code)
     questions = read_questions(
         read_lines(source),
         tokenizer,
@@ -153,6 +155,7 @@ def _fit_settings(options: argparse.Namespace) -> FitSettings:
         cache=options.cache,
         init=options.init,
         chat_template_kwargs=options.chat_template_kwargs,
+        trust_remote_code=options.trust_remote_code,
         drafter={
             "num_frames": options.frames,
             "label_length": options.label_length or options.frames,
@@ -214,6 +217,7 @@ def _run_evaluate(
             seed=options.seed,
             skipped=skipped,
             chat_template_kwargs=options.chat_template_kwargs,
+            trust_remote_code=options.trust_remote_code,
         )
         _report_skipped(skipped)
         console().print(to_table(evaluations[name], name))
@@ -234,7 +238,7 @@ def all_stages(options: argparse.Namespace) -> None:
     questions, engine = _given_questions(options), _engine(options)
     if options.dry_run:
         if options.own_prompts:
-            around_user_turn(options.target, options.chat_template_kwargs)
+            around_user_turn(options.target, options.chat_template_kwargs, options.trust_remote_code)
         _run_fit(options, None, drafter)
         return
     options.output.mkdir(parents=True, exist_ok=True)

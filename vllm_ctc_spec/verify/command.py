@@ -86,7 +86,7 @@ def _task(options: argparse.Namespace, console: Any) -> Task:
             raise ValueError(f"--engine {key}: verify sets it itself. See TARGET and --speculative-config.")
     check_engine_keys("--engine", given)
     target, config = _models(options, console)
-    check_speculative_keys("--speculative-config", config)
+    check_speculative_keys("--speculative-config", config, target)
     tokenizer, context = _tokenizer_and_context(target)
     prompts = read_verify_prompts(options.prompts, options.num_prompts, tokenizer)
     return Task(target, config, _engine(target, given, prompts, options.max_tokens, context), prompts,
