@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from vllm import SamplingParams
 
 from tests.engine.conftest import IN_CORE
-from vllm_ctc_spec.demo.pair import default_target
+from vllm_ctc_spec.demo.pair import default_target, shipped_drafter
+from vllm_ctc_spec.drafter.checkpoint import check_drafter
 from vllm_ctc_spec.engine.lifetime import started
 from vllm_ctc_spec.kv_cache import kv_cache_options
 from vllm_ctc_spec.machine import target_dtype
+from vllm_ctc_spec.target_names import fingerprint
 
 
 @pytest.mark.slow
@@ -20,6 +24,7 @@ def test_the_default_target_knows_the_capital_of_france_and_ends_its_answer() ->
         if "pip download" not in str(error):
             raise
         pytest.skip(str(error))
+    assert fingerprint(Path(target)) in check_drafter(str(shipped_drafter())).targets
     options = kv_cache_options(target, num_requests=1, max_model_len=512)
     with started(
         target, dtype=target_dtype(), enforce_eager=True, distributed_executor_backend=IN_CORE, **options

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, GraniteConfig, GraniteForCausalL
 from tests.training.tiny_models import VOCAB, tiny_target
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
+from vllm_ctc_spec.target_names import target_names
 from vllm_ctc_spec.training import trainer as trainer_module
 from vllm_ctc_spec.training.evaluate import TreeChoice, evaluate
 from vllm_ctc_spec.training.fit import FitSettings, dry_run, fit
@@ -80,7 +81,8 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def test_fit_learns_and_the_saved_drafter_drafts(target_path, rows_path, tmp_path):
     folder = fit(target_path, rows_path, tmp_path / "drafter", settings(80, log_steps=20))
     assert [path.name for path in tmp_path.iterdir()] == ["drafter"]
-    assert check_drafter(str(folder)).num_frames == 4
+    config = check_drafter(str(folder))
+    assert (config.num_frames, config.targets) == (4, target_names(target_path))
     drafted = set(weights(folder)["draft_vocab"].tolist())
     assert len(drafted) == 2 * PERIOD
     assert drafted >= set(range(2, 2 + PERIOD))
