@@ -76,7 +76,7 @@ class InterpretedWorker(CTCCPUWorker):
         from vllm_ctc_spec.engine.attention.triton import TreeTritonAttentionBackend as backend
 
         # Start-up refuses what is for CUDA only.
-        setattr(runner, "tree_attention_of", lambda layers, kernel: tree_attention_of(layers, self.kernel))  # noqa: B010
+        runner.tree_attention_of = lambda layers, kernel: tree_attention_of(layers, self.kernel)  # type: ignore[attr-defined]
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{backend.__module__}.{backend.__name__}")
 
     def determine_available_memory(self) -> int:
