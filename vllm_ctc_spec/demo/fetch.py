@@ -63,8 +63,8 @@ def _download(source: WheelFile, folder: Path) -> Path:
 
 
 def _run_pip(requirement: str, folder: Path) -> None:
-    # Not importlib.util.find_spec: asked for pip, the import hook of setuptools restores the standard library's distutils in
-    # this process, and a later import of setuptools, as by vLLM, fails.
+    # Not importlib.util.find_spec: asked for pip, the import hook of setuptools gives up its distutils in this process,
+    # and a later import of setuptools, as by vLLM, fails.
     if not any(importlib.metadata.distributions(name="pip")):
         raise FetchError(f"{sys.executable} has no pip (python -m ensurepip installs it)")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", requirement]
