@@ -1,4 +1,4 @@
-"""In which order tests run."""
+"""The order of the tests."""
 
 from __future__ import annotations
 

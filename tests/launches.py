@@ -1,4 +1,4 @@
-"""What would be launched on a GPU, counted on a CPU."""
+"""Counts on a CPU the kernels that would be launched on a GPU."""
 
 from __future__ import annotations
 

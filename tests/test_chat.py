@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec chat` without an engine: what it prints, what it keeps, what it obeys."""
+"""`vllm-ctc-spec chat` without an engine: its output, its conversation and its commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder is the old one or the new one, never a part."""
+"""A folder is replaced as a whole, or not at all."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What travels to a GPU machine without network access."""
+"""The archive for a GPU machine without network access."""
 
 from __future__ import annotations
 

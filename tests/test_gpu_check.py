@@ -1,4 +1,4 @@
-"""The command for the first GPU, as far as it goes without one."""
+"""`make gpu-check`, as far as it can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_fails_keeps_its_traceback_and_the_next_ones_run(tmp_path: Path) -> None:
-    """In place of Python, a program that says what it was asked for, and fails for one of the stages."""
+    """A program in place of Python that prints its arguments, and fails for one of the stages."""
     python = tmp_path / "python"
     python.write_text(
         '#!/bin/bash\n[[ $1 == -c ]] && exit 0\necho "asked for $*"\n'

@@ -1,4 +1,4 @@
-"""The cache holds the requests that it is made for, and the user's own settings win."""
+"""The KV cache has room for the requests that it is sized for, and the user's settings take precedence."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Pages name what is there: files, folders, tests, and the supported versions of vLLM."""
+"""Files, folders and tests that a page names exist, and the README names the supported versions of vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is printed into a pipe is whole."""
+"""Tables are not cut in a pipe."""
 
 import subprocess
 import sys

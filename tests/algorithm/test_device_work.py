@@ -1,4 +1,4 @@
-"""Between logits and accepted paths nothing waits for the device, and little is launched on it."""
+"""From logits to accepted paths nothing waits for the device, and few kernels are launched."""
 
 from __future__ import annotations
 

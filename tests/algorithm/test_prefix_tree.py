@@ -1,4 +1,4 @@
-"""Laws of the two tree builders, batched and best first, against all alignments and all trees."""
+"""Laws of the two tree builders, batched and best first, checked against all alignments and all trees."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _settings = settings(max_examples=40, deadline=None)
 
 
 def _prefix_trees(case: Case, num_nodes: int, least: float = 0.0) -> Iterator[TokenTrees]:
-    """By each builder that the case allows."""
+    """The trees of each builder that supports the case."""
     emissions = case.emissions()
     yield build_prefix_trees(emissions, num_nodes, least)
     if isinstance(emissions, ConditionedEmissions) and emissions.blank_logp is None:
@@ -45,7 +45,7 @@ def _chains(case: Case, num_nodes: int) -> Iterator[TokenTrees]:
 
 
 def _best_connected_sum(psi: dict[Prefix, float], num_nodes: int) -> float:
-    """The largest sum of psi over all connected trees of at most `num_nodes` nodes, by growing every one."""
+    """The largest sum of psi of any connected tree of at most `num_nodes` nodes, by enumeration."""
     trees = {frozenset[Prefix]()}
     for _ in range(min(num_nodes, len(psi))):
         trees = {

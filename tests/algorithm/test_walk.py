@@ -1,4 +1,4 @@
-"""Token trees and the walk through them, each against its plain twin on random trees."""
+"""Token trees and the walk through them, compared with plain versions on random trees."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _settings = settings(max_examples=60, deadline=None)
 
 @st.composite
 def token_trees(draw: st.DrawFn) -> TokenTrees:
-    """Random trees of up to 63 nodes, siblings distinct, padded with token 0, which is also a real token."""
+    """Random trees of up to 63 nodes with distinct siblings, padded with token 0, which is also a real token."""
     num_requests, num_columns = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 7, 32, 63]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     tokens = torch.zeros(num_requests, num_columns, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Passes with figures that can be computed by hand."""
+"""Passes whose results can be computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of a method in one cell, and the interval of its ratio to plain vLLM."""
+"""A method's results in one cell, and the interval of its ratio to plain vLLM."""
 
 from __future__ import annotations
 

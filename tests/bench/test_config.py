@@ -197,7 +197,7 @@ def test_the_command_prints_one_line(folder: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
 def test_the_configurations_of_the_repository_are_whole(path: Path, folder: Path):
-    """With the folders and files that only their user has."""
+    """Creates the folders and files that the YAMLs expect of their user."""
     CTCDrafter(CTCDrafterConfig(**DRAFTER)).save_pretrained(folder / "drafter")
     for name in ("medusa", "eagle", "eagle3", "draft"):
         (folder / name).mkdir()

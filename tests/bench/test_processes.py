@@ -1,4 +1,4 @@
-"""The processes of methods, without an engine in them."""
+"""The methods' processes, without engines."""
 
 from __future__ import annotations
 

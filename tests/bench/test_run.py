@@ -1,4 +1,4 @@
-"""The run over a fleet that needs no engine: cells, resume, failures."""
+"""A benchmark run without engines: cells, resume, failures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TURNS = "plain vLLM answers turn 1 of talk"
 
 
 class FakeFleet:
-    """Answers prompt [..., x] with x, x + 1; ngram goes wrong after prompts that end in 3; suffix dies at batch 2."""
+    """Answers prompt [..., x] with x, x + 1. ngram is wrong after prompts that end in 3; suffix fails at batch 2."""
 
     started: list[str]
     works: list[Workload]
@@ -123,7 +123,7 @@ def test_engines_get_the_cache_that_the_prompts_need(folder: Path):
     plain, ngram, _ = (FakeFleet.config.engine_options(method) for method in FakeFleet.config.methods)
     assert (plain["max_model_len"], plain["max_num_seqs"]) == (1024, 2)
     assert plain["kv_cache_memory_bytes"] == ngram["kv_cache_memory_bytes"] > 0
-    # Which is no part of what was asked for.
+    # The results record the user's settings, which have no cache size.
     assert results["config"]["engine"] == {}
 
 

@@ -44,7 +44,7 @@ def test_stages_do_their_work_while_they_are_timed_and_are_themselves_again_afte
         runner._move_accepted()
     times = worker.bench_stop_clock()
     assert tuple(times) == STAGES
-    # A look at the clock is a second. Drafting takes three, of which building, inside it, takes one.
+    # Each reading of the clock adds a second. Drafting takes three seconds, and building, inside it, one of them.
     assert times == {"draft": 2000, "build": 1000, "verify": 1000, "walk": 1000, "K/V move": 1000}
     assert vars(runner) == before
     assert vars(runner.drafter) == {}

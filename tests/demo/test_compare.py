@@ -1,4 +1,4 @@
-"""What the demo says of answers, over engines that need no model."""
+"""The demo's comparison and its output, with fake engines."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 class FakeEngines:
-    """Plain vLLM says 7 8 7 8 in four seconds, the other one `ctc` in one; `gap` parts the tokens where they differ."""
+    """Plain vLLM answers 7 8 7 8 in four seconds, the other engine `ctc` in one. gap: of the tokens that differ."""
 
     def __init__(self, ctc: tuple[int, ...] = (7, 8, 7, 8), gap: Gap | None = None) -> None:
         self.answers = {PLAIN: (7, 8, 7, 8), CTC: ctc}

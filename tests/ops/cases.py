@@ -1,4 +1,4 @@
-"""Random steps of tree verification. What lies outside every context is NaN, so that a stray read shows.
+"""Random steps of tree verification. The cache outside all contexts is NaN, so that a read there shows.
 
 Letters: R requests, M query rows of the whole step, K key-value heads, D head size, B block size, P places of a path.
 """
@@ -28,7 +28,7 @@ DTYPES = [
     (torch.float16, torch.float8_e5m2),
     (torch.float32, torch.float8_e4m3fn),
 ]
-"""Of the model and of its cache."""
+"""Number types of a model and of its cache."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Case:
         return out
 
     def check(self, attend: Callable[..., Tensor]) -> None:
-        """Against the plain twin in float64; rows of no request stay as they were."""
+        """Compare with the plain version in float64. Rows of no request must stay unchanged."""
         exact = replace(self, query=self.query.double()).run(reference.tree_attention)
         torch.testing.assert_close(
             self.run(attend).double(),
@@ -79,7 +79,7 @@ class Case:
 def attend_with_xformers(
     query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, **optional: Any
 ) -> Tensor:
-    """For `Case.check`, of cases without softcap and scales."""
+    """An `attend` of `Case.check`, for cases without softcap and scales."""
     from vllm_ctc_spec.ops.xformers import pad_batch, tree_attention
 
     assert optional.pop("softcap") == 0.0 and optional.pop("k_scale") is optional.pop("v_scale") is None
@@ -88,12 +88,12 @@ def attend_with_xformers(
 
 
 def make_case(shape: Shape, launch: Launch, device: str = "cpu") -> Case:
-    """Tensors of a shape; the rows of requests lie in the step in random order, with rows of nobody between them."""
+    """Tensors of a shape. The requests' rows are in random order, with rows of no request between them."""
     generator, rng = torch.Generator().manual_seed(shape.seed), random.Random(shape.seed)
     starts, masks = _lay_out_rows(shape, rng)
     normal = (len(masks), shape.num_kv_heads, shape.head_size)
     query = torch.randn(normal[0], normal[1] * shape.group, normal[2], generator=generator).to(shape.dtype)
-    # As vLLM's model code hands them over: views of one wider row.
+    # Views of one wider row, as in vLLM's models.
     key, value = torch.randn(*normal[:2], 2 * normal[2], generator=generator).to(shape.dtype).chunk(2, dim=-1)
     kv_cache, block_table = _fill_cache(shape, rng, generator)
     is_fp8 = shape.cache_dtype.itemsize == 1
@@ -127,7 +127,7 @@ def _lay_out_rows(shape: Shape, rng: random.Random) -> tuple[list[int], list[int
     for request in rng.sample(range(len(starts)), len(starts)):
         starts[request] = len(masks)
         if rng.random() < 0.2:
-            # The drafter's rows all see one another.
+            # All rows of the drafter see each other.
             masks += [-1] * shape.num_rows[request]
         else:
             ancestors: list[int] = []
@@ -140,12 +140,12 @@ def _lay_out_rows(shape: Shape, rng: random.Random) -> tuple[list[int], list[int
 
 
 def _fill_cache(shape: Shape, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A cache [blocks, K, B, 2 * D] and a block table [R, blocks]; block 0 and what no context reaches is NaN."""
+    """A cache [blocks, K, B, 2 * D] and a block table [R, blocks]. Block 0 and all slots outside contexts are NaN."""
     num_blocks = [-(-length // shape.block_size) for length in shape.context_lens]
     free = list(range(1, 1 + sum(num_blocks)))
     rng.shuffle(free)
     table = torch.zeros(len(num_blocks), max(1, *num_blocks), dtype=torch.int32)
-    # Half of the caches in the wild have the heads inside of the slots.
+    # vLLM's layouts have the heads inside the slots, or the slots inside the heads.
     slots_first = torch.full((1 + len(free), shape.block_size, shape.num_kv_heads, 2 * shape.head_size), torch.nan)
     cache = slots_first.transpose(1, 2) if rng.random() < 0.5 else slots_first.transpose(1, 2).contiguous()
     for request, length in enumerate(shape.context_lens):
@@ -158,7 +158,7 @@ def _fill_cache(shape: Shape, rng: random.Random, generator: torch.Generator) ->
 
 @st.composite
 def shapes(draw: st.DrawFn, dtypes: list[tuple[torch.dtype, torch.dtype]]) -> Shape:
-    """Small steps; dtypes are pairs of the model's and the cache's."""
+    """Small steps; dtypes: pairs of the model's and the cache's."""
     num_requests = draw(st.integers(1, 3))
     dtype, cache_dtype = draw(st.sampled_from(dtypes))
     return Shape(
@@ -177,7 +177,7 @@ def shapes(draw: st.DrawFn, dtypes: list[tuple[torch.dtype, torch.dtype]]) -> Sh
 
 @dataclass(frozen=True)
 class Moves:
-    """L layers' caches [blocks, K, B, 2 * D], each place of which holds another number, and the moves [R, P]."""
+    """Caches [blocks, K, B, 2 * D] of L layers, with a different number in every place, and the moves [R, P]."""
 
     kv_caches: list[Tensor]
     sources: Tensor
@@ -194,7 +194,7 @@ class Moves:
 def make_moves(
     num_layers: int, num_requests: int, num_places: int, dtype: torch.dtype, seed: int, device: str = "cpu"
 ) -> Moves:
-    """Each request moves slots of its own blocks to others of them, which overlap; half of the places are padding."""
+    """Each request moves slots within its own blocks; sources and targets overlap. Half of the places are padding."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     block_size, num_blocks = rng.choice([16, 48]), 5
     caches = [

@@ -1,4 +1,4 @@
-"""Triton decides when it is imported whether kernels are interpreted, so the tests that need it run by themselves."""
+"""Triton decides at its import whether kernels are interpreted, so these tests run in a separate process."""
 
 from __future__ import annotations
 

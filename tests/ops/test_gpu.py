@@ -1,4 +1,4 @@
-"""The compiled kernels: against their plain twins, and inside CUDA graphs."""
+"""The compiled kernels, compared with their plain versions, and inside CUDA graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernels cannot do is refused by name, with a remedy."""
+"""Settings that the kernels do not support are refused by name, with a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card says what was recorded, and nothing of the machine's folders."""
+"""The model card has the recorded facts, and no path of this machine."""
 
 import json
 import sys

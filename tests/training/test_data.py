@@ -1,4 +1,4 @@
-"""Rows, what of them is trained, and the errors of bad lines."""
+"""Rows, their trained tokens, and the errors of bad lines."""
 
 import json
 

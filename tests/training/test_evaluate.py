@@ -45,7 +45,7 @@ FAMILIES = {
 
 
 def tiny_tables(family: str, num_tokens: int = NUM_TOKENS) -> CTCDrafter:
-    """A drafter of which only the emission family and its tables matter here."""
+    """A small drafter of the emission family, with random tables."""
     torch.manual_seed(2)
     emission, label_length = FAMILIES[family]
     config = CTCDrafterConfig(
@@ -58,7 +58,7 @@ def tiny_tables(family: str, num_tokens: int = NUM_TOKENS) -> CTCDrafter:
 
 
 class Problem:
-    """Random frames and texts of one drafter, and what there is to know about each of its anchors."""
+    """Random frames and texts of one drafter, with psi of all prefixes at each anchor."""
 
     def __init__(self, family: str) -> None:
         self.family, self.drafter = family, tiny_tables(family)
@@ -107,7 +107,7 @@ def best_child(psi: dict[Prefix, float], prefix: Prefix) -> int | None:
 
 
 def accepted_prefixes(tree: set[Prefix], text: Prefix) -> list[Prefix]:
-    """By depth; the tree is connected, so that no prefix is missing before the last."""
+    """The text's prefixes that are in the tree, by depth. The tree is connected, so none is missing in between."""
     return [text[:depth] for depth in range(1, len(text) + 1) if text[:depth] in tree]
 
 

@@ -1,4 +1,4 @@
-"""Cached hidden states are the target's, whatever the run that wrote them went through."""
+"""Cached hidden states are the target's, also after the run that wrote them was interrupted."""
 
 import errno
 import os

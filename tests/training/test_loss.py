@@ -1,4 +1,4 @@
-"""Alignment-sum losses against the sum over every alignment."""
+"""Alignment-sum losses, compared with sums over all alignments."""
 
 import itertools
 import math

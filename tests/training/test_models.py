@@ -1,4 +1,4 @@
-"""The drafter's shape from the target's config, targets that cannot have one, and first weights from another."""
+"""The drafter's default configuration, targets that are refused, and first weights from another drafter."""
 
 import pytest
 import torch

@@ -67,7 +67,7 @@ def test_a_run_with_other_settings_is_refused_before_an_engine_starts(tmp_path):
             regenerate("target", PROMPTS, path, dataclasses.replace(settings, **{name: value}))
     with pytest.raises(ValueError, match="target='target'; this one has 'other'"):
         regenerate("other", PROMPTS, path, settings)
-    # Without rows there is nothing that could be mixed.
+    # A file without rows may be used by another run.
     path.unlink()
     regenerate("other", [], path, settings)
 
@@ -120,6 +120,6 @@ def test_later_turns_follow_the_targets_own_answers(tmp_path, monkeypatch):
     prompts = all_turns("target", questions, tokenizer, tmp_path / "all.jsonl", settings, max_model_len=100)
     assert words_of(tokenizer, prompts[-1]).endswith("user : two assistant : b user : three assistant :")
     assert len(prompts) == 6
-    # Nothing follows the answer to a last turn, so it is not asked for.
+    # The answers to last turns are not generated, because no turn follows them.
     assert len((tmp_path / "all.turn2.jsonl").read_text().splitlines()) == 1
     assert not (tmp_path / "all.turn3.jsonl").exists()

@@ -1,4 +1,4 @@
-"""Every kind of source gives the same lines, counted from 1, and a wrong source is named with its remedy."""
+"""All kinds of sources give the same lines, numbered from 1. A wrong source is refused by name, with a remedy."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ def datasets(monkeypatch, tmp_path):
     library = pytest.importorskip("datasets")
     constants = pytest.importorskip("huggingface_hub").constants
     monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    # Without this, a hub name waits through half a minute of retries where there is no network.
+    # Without a network, a hub name would be retried for half a minute.
     monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return library

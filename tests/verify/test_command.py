@@ -1,4 +1,4 @@
-"""Bad input is told before an engine starts."""
+"""Bad input is refused before an engine starts."""
 
 from __future__ import annotations
 

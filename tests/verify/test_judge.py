@@ -1,4 +1,4 @@
-"""Judging made-up answers: what differs is found, and counted as what it is."""
+"""Differences between made-up answers are found and counted by their kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole verification over engines that are not there."""
+"""A whole verification, with fake engines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_ctc_spec.verify.judge import GroupResult
 from vllm_ctc_spec.verify.run import MAX_FAILURES, Task, Verification, verify
 
 Act = Callable[[Ask, Answer], Answer]
-"""What an engine with speculation makes of the right answer; raises what it fails with."""
+"""Takes a request and its right answer; returns the answer of the engine with speculation, or raises."""
 
 
 class FakeProcess:

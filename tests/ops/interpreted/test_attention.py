@@ -1,4 +1,4 @@
-"""The tree-attention kernels against their plain twin in float64."""
+"""The tree-attention kernels, compared with their plain version in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The K/V move against its plain twin."""
+"""The K/V move, compared with its plain version."""
 
 from __future__ import annotations
 

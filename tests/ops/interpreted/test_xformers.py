@@ -1,4 +1,4 @@
-"""Tree attention by xformers, whose kernels are interpreted as well, against its plain twin in float64."""
+"""Tree attention by xformers, whose kernels are interpreted too, compared with its plain version in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not here, and what the compiler makes of them is what was meant."""
+"""The kernels compile for GPUs that need not be present, with the expected instructions and memory."""
 
 from __future__ import annotations
 
