@@ -13,12 +13,14 @@ device needs of the host's lists goes there without waiting.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -33,6 +35,7 @@ from vllm_ctc_spec.engine.attention.choice import check_block_size, tree_attenti
 from vllm_ctc_spec.engine.drafting import CTCProposer, DraftRequests, VerifiedRows
 from vllm_ctc_spec.engine.host_tree import EMPTY_TREE, HostTree
 from vllm_ctc_spec.engine.step import Step
+from vllm_ctc_spec.engine.tensor_parallel import of_first_rank
 from vllm_ctc_spec.engine.walk import TreeWalker
 
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ class TreeModelRunner(GPUModelRunner):
         """The last tree drafted for each request; the scheduler holds its tokens, perhaps cut short."""
         self.step: Step | None = None
         self.control: BudgetControl | None = None
-        """None where the node budget is fixed."""
+        """None where the node budget is fixed, and on other ranks than the first, which decides for all."""
 
     def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
         layers = self.drafter.settings.target_layers
@@ -66,10 +69,9 @@ class TreeModelRunner(GPUModelRunner):
 
     def warm_up_attention(self) -> None:
         """For trees and for the drafter's frames, before the first request; needs the caches."""
-        frames = self.drafter.drafter.config
         for num_rows, num_heads in (
             (1 + self.drafter.settings.num_nodes, self.attention.layer.num_heads),
-            (1 + frames.num_frames, frames.num_attention_heads),
+            (1 + self.drafter.drafter.config.num_frames, self.drafter.num_heads),
         ):
             self.attention.warm_up(num_rows, num_heads, self.max_model_len)
 
@@ -80,9 +82,10 @@ class TreeModelRunner(GPUModelRunner):
             num_rows = min(self.max_num_reqs * (1 + settings.num_nodes), self.max_num_tokens)
             # vLLM's data parallel ranks of a MoE target run it in lock-step: each waits for all others.
             in_lock_step = self.parallel_config.data_parallel_size > 1 and self.model_config.is_moe
-            target = measure(timed(self._run_target), target_sizes(num_rows), in_lock_step)
-            drafting = measure(timed(self.drafter.profile), drafting_sizes(self.max_num_reqs))
-            self.control = BudgetControl(NodeBudget(target, drafting))
+            target = measure(_timed(self._run_target), target_sizes(num_rows), in_lock_step)
+            drafting = measure(_timed(self.drafter.profile), drafting_sizes(self.max_num_reqs))
+            if get_tp_group().is_first_rank:
+                self.control = BudgetControl(NodeBudget(target, drafting))
 
     @torch.inference_mode()
     def _run_target(self, num_rows: int) -> None:
@@ -234,11 +237,12 @@ class TreeModelRunner(GPUModelRunner):
         verified = self._verified_rows(step, [hidden_states, *(aux_hidden_states or ())])
         drafts: list[list[int]] = [[] for _ in step.trees]
         control, plan = self.control, None
-        if control is not None:
-            plan = control.plan(step)
+        if self.drafter.settings.options.adapts:
+            plan = of_first_rank(None if control is None else control.plan(step))
             if plan is None:
                 self.drafter.defer(verified)
-                control.observe(step, self.input_batch.req_ids, drafted=False)
+                if control is not None:
+                    control.observe(step, self.input_batch.req_ids, drafted=False)
                 return drafts
         drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
         requests = self._draft_requests(step, drafting, sampled_token_ids, common_attn_metadata)
@@ -246,6 +250,7 @@ class TreeModelRunner(GPUModelRunner):
         if control is not None and plan is not None:
             control.observe(step, self.input_batch.req_ids, drafted=bool(trees))
             trees = control.cut(plan, trees)
+        trees = of_first_rank(trees)
         self.trees = {request: tree for request, tree in self.trees.items() if request in self.requests}
         for index, tree in zip(drafting, trees):
             self.trees[self.input_batch.req_ids[index]] = tree
@@ -287,3 +292,9 @@ class TreeModelRunner(GPUModelRunner):
 
     def _sampling_params(self, index: int) -> Any:
         return self.requests[self.input_batch.req_ids[index]].sampling_params
+
+
+def _timed(run: Callable[[int], object]) -> Callable[[int], float]:
+    """For `measure`: the first rank's seconds on every rank, so that all run the same sizes."""
+    seconds_of = timed(run)
+    return lambda size: of_first_rank(seconds_of(size))

@@ -56,7 +56,7 @@ def resolve_settings(
     _check_engine(engine_args, parallel)
     _check_target(target)
     check_device(engine_args, target, parallel, options.attention_kernel)
-    _check_fit(config, drafter, target)
+    _check_fit(config, drafter, target, parallel)
     return EngineSettings(os.path.abspath(drafter), num_nodes, options, tuple(config.target_layers))
 
 
@@ -71,10 +71,12 @@ def _check_engine(engine_args: Any, parallel: ParallelConfig) -> None:
         raise ValueError(
             f'--worker-cls {parallel.worker_cls!r}: speculative method "ctc" brings its own worker. Remove it.'
         )
-    for setting in ("pipeline_parallel_size", "tensor_parallel_size", "decode_context_parallel_size"):
+    for setting in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, setting)
         if size > 1:
-            raise ValueError(f'{setting}={size}: speculative method "ctc" needs 1. Use data_parallel_size to scale.')
+            raise ValueError(
+                f'{setting}={size}: speculative method "ctc" needs 1. Use tensor_parallel_size or data_parallel_size.'
+            )
     if parallel.enable_dbo:
         raise ValueError('enable_dbo: speculative method "ctc" verifies a step in one piece. Remove --enable-dbo.')
     for setting in ("kv_transfer_config", "kv_offloading_size"):
@@ -114,7 +116,7 @@ def _check_target(target: ModelConfig) -> None:
             )
 
 
-def _check_fit(config: CTCDrafterConfig, drafter: str, target: ModelConfig) -> None:
+def _check_fit(config: CTCDrafterConfig, drafter: str, target: ModelConfig, parallel: ParallelConfig) -> None:
     shape = target_shape(target.hf_text_config)
     for name in ("hidden_size", "vocab_size", "num_key_value_heads", "head_dim"):
         ours, theirs = getattr(config, name), getattr(shape, name)
@@ -122,6 +124,13 @@ def _check_fit(config: CTCDrafterConfig, drafter: str, target: ModelConfig) -> N
             raise ValueError(
                 f"drafter {drafter!r} has {name} {ours}, but the target {target.model!r} has {theirs}: "
                 f"it was trained for another target. Train a drafter for this one."
+            )
+    num_ranks = parallel.tensor_parallel_size
+    for name in ("num_attention_heads", "intermediate_size"):
+        if getattr(config, name) % num_ranks:
+            raise ValueError(
+                f"tensor_parallel_size={num_ranks}: drafter {drafter!r} has {name} {getattr(config, name)}, which cannot "
+                f"be split so. Set a tensor_parallel_size that divides it."
             )
     num_layers = target.hf_text_config.num_hidden_layers
     if beyond := [layer for layer in config.target_layers if layer >= num_layers]:

@@ -44,7 +44,8 @@ class CTCWorker(Worker):
         self.model_runner.warm_up_drafting()
         self.model_runner.measure_step_cost()
         drafter = self.model_runner.drafter
-        logger.info(summary(drafter.settings, drafter.drafter.config.num_frames, type(self.model_runner).__name__))
+        # By one of the ranks.
+        logger.info_once(summary(drafter.settings, drafter.drafter.config.num_frames, type(self.model_runner).__name__))
         return times
 
 
