@@ -79,7 +79,7 @@ def draft_heads(worker: Any) -> dict[str, torch.Tensor]:
 
 
 def decide_by_rule(worker: Any) -> bool:
-    """In place of the adaptive budget: plain steps, and steps with few and with many nodes. False where there is none."""
+    """In place of a budget: plain steps, and steps with few and with many nodes. False where there is no budget."""
     control = worker.model_runner.control
     if control is None:
         return False

@@ -98,7 +98,8 @@ class CTCProposer:
         self.drafter.set_tables(self.target.embed_input_ids(tokens), head_rows(target, self.drafter))
         self.head = draft_head(target, self.drafter)
         split_layers(self.drafter)
-        self.num_heads = self.drafter.config.num_attention_heads // self.vllm_config.parallel_config.tensor_parallel_size
+        num_ranks = self.vllm_config.parallel_config.tensor_parallel_size
+        self.num_heads = self.drafter.config.num_attention_heads // num_ranks
         forward_context = self.vllm_config.compilation_config.static_forward_context
         attention_layers = get_layers_from_vllm_config(self.vllm_config, Attention)
         like = next(iter(attention_layers.values()))

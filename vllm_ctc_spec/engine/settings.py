@@ -129,8 +129,8 @@ def _check_fit(config: CTCDrafterConfig, drafter: str, target: ModelConfig, para
     for name in ("num_attention_heads", "intermediate_size"):
         if getattr(config, name) % num_ranks:
             raise ValueError(
-                f"tensor_parallel_size={num_ranks}: drafter {drafter!r} has {name} {getattr(config, name)}, which cannot "
-                f"be split so. Set a tensor_parallel_size that divides it."
+                f"tensor_parallel_size={num_ranks}: drafter {drafter!r} has {name} {getattr(config, name)}, which "
+                "so many ranks cannot share. Set a tensor_parallel_size that divides it."
             )
     num_layers = target.hf_text_config.num_hidden_layers
     if beyond := [layer for layer in config.target_layers if layer >= num_layers]:

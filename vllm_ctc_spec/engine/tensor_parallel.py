@@ -7,7 +7,7 @@ they measure never is.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
@@ -33,7 +33,7 @@ def split_layers(drafter: CTCDrafter) -> None:
     if num_ranks == 1:
         return
     copies = max(num_ranks // drafter.config.num_key_value_heads, 1)
-    for layer in drafter.layers:
+    for layer in cast(Any, drafter.layers):
         layer.q_proj = _loaded(ColumnParallelLinear, layer.q_proj.weight)
         for name in ("k_proj", "v_proj"):
             # Of fewer key-value heads than ranks each has copies, one for each rank whose query heads need it.
