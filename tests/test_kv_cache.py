@@ -123,3 +123,14 @@ def test_a_number_that_is_none_is_named(target, free, given):
     [(key, value)] = given.items()
     with pytest.raises(ValueError, match=f"{key}={value!r}: use a positive integer"):
         engine_options(target, [100], given)
+
+
+@pytest.mark.parametrize(("num_ranks", "heads"), [(1, KV_HEADS), (2, 1), (4, 1)])
+def test_each_rank_has_a_cache_for_its_heads_and_all_ranks_must_fit(target, free, num_ranks, heads):
+    given = {"tensor_parallel_size": num_ranks, "max_num_seqs": 8}
+    options = engine_options(target, [1000] * 8, given)
+    assert options["tensor_parallel_size"] == num_ranks
+    assert blocks(options, BYTES_PER_TOKEN * heads // KV_HEADS) == blocks(engine_options(target, [1000] * 8, {}))
+    free(num_ranks * options["kv_cache_memory_bytes"] + ENGINE_BYTES - 1)
+    with pytest.raises(ValueError, match="max_num_seqs=8 "):
+        engine_options(target, [1000] * 8, given)

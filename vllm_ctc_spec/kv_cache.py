@@ -49,7 +49,7 @@ def engine_options(
     lengths: tokens of each request, prompt and answer together. num_requests: most requests in flight; it is halved
     until they fit into memory, unless `given` has `max_num_seqs`. Raises ValueError if a single request does not fit.
     """
-    for key in ("max_model_len", "max_num_seqs"):
+    for key in ("max_model_len", "max_num_seqs", "tensor_parallel_size"):
         number = given.get(key)
         if number is not None and (type(number) is not int or number < 1):
             raise ValueError(f"{key}={number!r}: use a positive integer.")
@@ -58,14 +58,15 @@ def engine_options(
     num_requests = given.get("max_num_seqs", min(num_requests, len(lengths)))
     if {"kv_cache_memory_bytes", "gpu_memory_utilization"} & given.keys() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return {"max_num_seqs": num_requests, "max_model_len": max_model_len, **given}
-    bytes_per_block = _bytes_per_block(target, str(given.get("dtype", "auto")), trust)
+    num_ranks = given.get("tensor_parallel_size") or 1
+    bytes_per_block = _bytes_per_block(target, str(given.get("dtype", "auto")), num_ranks, trust)
     # vLLM refuses a cache without room for one request of max_model_len tokens, so the longest request counts as one.
     # The others need additional slots for their drafts, which never exceed max_model_len.
     longest = [max_model_len, *(min(n + MAX_NODES, max_model_len) for n in sorted(lengths, reverse=True)[1:])]
     needed = _num_blocks(longest[:num_requests]) * bytes_per_block
-    while not _fits(target, needed):
+    while not _fits(target, num_ranks * needed):
         if "max_num_seqs" in given or num_requests == 1:
-            raise _too_large(target, needed, num_requests, max_model_len)
+            raise _too_large(target, num_ranks * needed, num_requests, max_model_len)
         num_requests //= 2
         needed = _num_blocks(longest[:num_requests]) * bytes_per_block
     return {**_options(needed, num_requests, max_model_len), **given}
@@ -86,11 +87,13 @@ def context_length(target: str, trust_remote_code: bool = False) -> int:
     return int(config.get_text_config().max_position_embeddings)
 
 
-def _bytes_per_block(target: str, dtype: str, trust_remote_code: bool = False) -> int:
+def _bytes_per_block(target: str, dtype: str, num_ranks: int = 1, trust_remote_code: bool = False) -> int:
+    """On each rank of tensor parallelism, which vLLM gives its share of the key-value heads, one at least."""
     config = AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code)
     shape, num_layers = target_shape(config), config.get_text_config().num_hidden_layers + DRAFTER_LAYERS
     bytes_per_number = 4 if dtype in ("float32", "float") else 2
-    return 2 * num_layers * shape.num_key_value_heads * shape.head_dim * bytes_per_number * BLOCK_SIZE
+    num_heads = max(shape.num_key_value_heads // num_ranks, 1)
+    return 2 * num_layers * num_heads * shape.head_dim * bytes_per_number * BLOCK_SIZE
 
 
 def _num_blocks(lengths: Sequence[int]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vllm_ctc_spec.engine.adaptive.budget import DraftPlan
 from vllm_ctc_spec.engine.draft_head import draft_head
 from vllm_ctc_spec.engine.host_tree import HostTree
 
@@ -85,3 +86,43 @@ def embeddings_and_unit_logits(worker: Any) -> dict[str, torch.Tensor]:
         "embeddings": drafter.target.embed_input_ids(torch.arange(config.vocab_size)),
         "unit logits": drafter.head(torch.eye(config.hidden_size)),
     }
+
+
+def decide_by_rule(worker: Any) -> bool:
+    """In place of a budget: plain steps, and steps with few and with many nodes. False where there is no budget."""
+    control = worker.model_runner.control
+    if control is None:
+        return False
+    steps = count()
+
+    def plan(num_requests: int) -> DraftPlan | None:
+        step = next(steps)
+        # What a node takes, at a token a second: nothing, or more than most are worth.
+        return DraftPlan(num_requests, float(step % 5 > 3), 0.3) if step % 3 else None
+
+    control.budget.plan = plan
+    return True
+
+
+def draft_otherwise(worker: Any) -> None:
+    """On all ranks but the first."""
+    if worker.rank:
+        worker.model_runner.drafter.drafter.frame_queries.mul_(-1)
+
+
+def record_proposals(worker: Any) -> None:
+    drafter = worker.model_runner.drafter
+    propose = drafter.propose
+    worker.model_runner.proposed_tokens = []
+
+    def recording(*args: Any) -> list[HostTree]:
+        trees = propose(*args)
+        worker.model_runner.proposed_tokens.append([tree.tokens for tree in trees])
+        return trees
+
+    drafter.propose = recording
+
+
+def proposed_tokens(worker: Any) -> list[list[list[int]]]:
+    """Of each step, the tokens of the trees that this rank has drafted."""
+    return worker.model_runner.proposed_tokens

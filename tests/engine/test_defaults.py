@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +10,10 @@ from vllm import LLM, SamplingParams
 from vllm.config import CompilationMode
 
 from tests.engine.conftest import NUM_PROMPTS, complete, engine, seeded
-from tests.engine.probe import record_trees, recorded_trees
+from tests.engine.probe import decide_by_rule, record_trees, recorded_trees
 from tests.tiny_pair import TinyPair
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
-from vllm_ctc_spec.engine.adaptive.budget import DraftPlan
 from vllm_ctc_spec.engine.executor import CTCExecutor
 from vllm_ctc_spec.engine.settings import DEFAULT_NUM_NODES, EngineSettings
 
@@ -62,15 +60,3 @@ def test_answers_do_not_depend_on_what_the_budget_decides(plain: LLM, default: L
 
 def has_budget(worker: Any) -> bool:
     return worker.model_runner.control is not None
-
-
-def decide_by_rule(worker: Any) -> None:
-    budget = worker.model_runner.control.budget
-    steps = itertools.count()
-
-    def plan(num_requests: int) -> DraftPlan | None:
-        step = next(steps)
-        # What a node takes, at a token a second: nothing, or more than most are worth.
-        return DraftPlan(num_requests, float(step % 5 > 3), 0.3) if step % 3 else None
-
-    budget.plan = plan

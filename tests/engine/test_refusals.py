@@ -84,6 +84,7 @@ GEMMA = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "attn_l
 MAMBA = {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
 CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
 KEEPS_LAYERS = {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}
+DECODE_CONTEXT = {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}
 UNEVEN = {"num_attention_heads": 3, "num_key_value_heads": 2}
 ONE_IMAGE = {"limit_mm_per_prompt": {"image": 1}}
 
@@ -158,7 +159,9 @@ CASES = {
     "images": Case(rf"{TARGET} multimodal inputs \(--language-model-only turns them off\)", target=BLIP),
     "images with a limit": Case(f"{TARGET} multimodal inputs", target=BLIP, options=ONE_IMAGE),
     "pipeline": Case("pipeline_parallel_size=2", options={"pipeline_parallel_size": 2}),
-    "tensor parallel": Case("tensor_parallel_size=2", options={"tensor_parallel_size": 2}),
+    "context of a decode": Case("decode_context_parallel_size=2: .* needs 1", options=DECODE_CONTEXT),
+    "context of a prefill": Case("prefill_context_parallel_size=2", options={"prefill_context_parallel_size": 2}),
+    "ranks": Case(f"tensor_parallel_size=4: {FOLDER} has num_attention_heads 2", options={"tensor_parallel_size": 4}),
     "cache of 8 bits": Case("kv_cache_dtype='fp8'", options={"kv_cache_dtype": "fp8"}),
     "block size": Case("block_size=16.*multiple of 32", options={"block_size": 16}),
     "worker": Case("worker-cls 'some.Worker'", options={"worker_cls": "some.Worker"}),

@@ -143,8 +143,8 @@ class Engine:
         self.llm.collective_rpc("bench_start_clock")
 
     def stop_clock(self) -> dict[str, float]:
-        [times] = self.llm.collective_rpc("bench_stop_clock")
-        return dict(times)
+        first, *_ = self.llm.collective_rpc("bench_stop_clock")
+        return dict(first)
 
     def reset_memory(self) -> None:
         self.llm.collective_rpc("bench_reset_memory")

@@ -63,7 +63,7 @@ def _serve(connection: Connection) -> None:
                 case Question(prompt, sampling):
                     _answer(llm, connection, prompt, _sampling_params(sampling))
                 case ShowTree():
-                    [fields] = llm.collective_rpc("chat_last_tree")
+                    fields, *_ = llm.collective_rpc("chat_last_tree")
                     connection.send(None if fields is None else VerifiedTree(**fields))
                 case StopAnswer():
                     # The answer ended before the request to stop it arrived.

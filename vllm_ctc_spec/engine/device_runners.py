@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from vllm.distributed.parallel_state import graph_capture
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_ctc_spec.engine.cpu_modules import use_vllms_kernels
@@ -22,7 +24,9 @@ class TreeGPUModelRunner(TreeModelRunner):
     def warm_up_drafting(self) -> None:
         """Capture drafting in CUDA graphs, unless the user turned graphs off."""
         if self.compilation_config.cudagraph_mode.has_piecewise_cudagraphs():
-            self.drafter.capture(min(self.max_num_reqs, MAX_CAPTURED_REQUESTS), cuda_graphs())
+            # Lets vLLM record the sums over ranks.
+            recording = partial(graph_capture, self.device)
+            self.drafter.capture(min(self.max_num_reqs, MAX_CAPTURED_REQUESTS), cuda_graphs(recording))
 
 
 class TreeCPUModelRunner(TreeModelRunner, CPUModelRunner):

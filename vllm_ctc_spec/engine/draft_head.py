@@ -1,15 +1,21 @@
-"""The rows of the target's LM head that the drafter drafts with, as vLLM holds them."""
+"""The rows of the target's LM head that the drafter drafts with, as vLLM holds them: each rank has a part."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    DEFAULT_VOCAB_PADDING_SIZE,
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
 
 from vllm_ctc_spec.drafter.modeling import CTCDrafter
 
@@ -20,32 +26,43 @@ def draft_head(target: Any, drafter: CTCDrafter) -> Callable[[Tensor], Tensor]:
     The plain product, which the drafter was trained with: some models scale or cap their logits after it.
     """
     lm_head = _lm_head(target, drafter)
-    method, drafted = lm_head.quant_method, drafter.draft_vocab
-
-    def every(hidden: Tensor) -> Tensor:
-        # What stands behind the vocabulary is padding.
-        logits: Tensor = method.apply(lm_head, hidden)[:, : drafter.config.vocab_size]
-        return logits
-
+    drafted, every = drafter.draft_vocab, partial(_products, lm_head, drafter.config.vocab_size)
     if drafted is None:
         return every
     if not _is_plain(lm_head):
         return lambda hidden: every(hidden)[:, drafted]
-    rows, own_method = nn.Module(), UnquantizedEmbeddingMethod()
-    rows.weight = nn.Parameter(lm_head.weight.detach()[drafted], requires_grad=False)
-    own_method.process_weights_after_loading(rows)
-    return lambda hidden: own_method.apply(rows, hidden)
+    rows = _rows(lm_head, drafter)[drafted]
+    with rows.device:
+        # Any number of ranks can share so many.
+        padding = DEFAULT_VOCAB_PADDING_SIZE * get_tensor_model_parallel_world_size()
+        own = ParallelLMHead(*rows.shape, params_dtype=rows.dtype, padding_size=padding)
+    own.weight_loader(own.weight, rows)
+    own.quant_method.process_weights_after_loading(own)
+    return partial(_products, own, len(drafted))
 
 
 def head_rows(target: Any, drafter: CTCDrafter) -> Tensor:
     """[V, H], the target's LM head; of a quantized one what its product with each unit vector gives."""
-    lm_head, vocab_size = _lm_head(target, drafter), drafter.config.vocab_size
+    return _rows(_lm_head(target, drafter), drafter)
+
+
+def _rows(lm_head: Any, drafter: CTCDrafter) -> Tensor:
+    vocab_size = drafter.config.vocab_size
     if _is_plain(lm_head):
-        return lm_head.weight.detach()[:vocab_size]
+        return _of_all_ranks(lm_head, lm_head.weight.detach(), dim=0)[:vocab_size]
     weight = drafter.norm.weight
     units = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-    products: Tensor = lm_head.quant_method.apply(lm_head, units)
-    return products[:, :vocab_size].T
+    return _products(lm_head, vocab_size, units).T
+
+
+def _products(lm_head: Any, num_rows: int, hidden: Tensor) -> Tensor:
+    """[n, H] -> [n, num_rows]: what stands behind them is padding."""
+    return _of_all_ranks(lm_head, lm_head.quant_method.apply(lm_head, hidden), dim=-1)[:, :num_rows]
+
+
+def _of_all_ranks(lm_head: Any, part: Tensor, dim: int) -> Tensor:
+    """`part` of each rank, one after the other along `dim`; as it is where each rank has all of the LM head."""
+    return tensor_model_parallel_all_gather(part, dim) if lm_head.tp_size > 1 else part
 
 
 def _is_plain(lm_head: Any) -> bool:

@@ -31,6 +31,7 @@ from vllm_ctc_spec.engine.draft_head import draft_head, head_rows
 from vllm_ctc_spec.engine.graphs import Capture, DraftGraphs, DraftInputs
 from vllm_ctc_spec.engine.host_tree import HostTree, pack, unpack
 from vllm_ctc_spec.engine.settings import EngineSettings
+from vllm_ctc_spec.engine.tensor_parallel import split_layers
 
 MAX_DEFERRED_ROWS = 1024
 """Verified rows that are kept, in steps without drafts, before the drafter's keys and values of them are stored."""
@@ -97,6 +98,9 @@ class CTCProposer:
         tokens = torch.arange(self.drafter.config.vocab_size, device=self.drafter.device)
         self.drafter.set_tables(self.target.embed_input_ids(tokens), head_rows(self.target, self.drafter))
         self.head = draft_head(self.target, self.drafter)
+        split_layers(self.drafter)
+        num_ranks = self.vllm_config.parallel_config.tensor_parallel_size
+        self.num_heads = self.drafter.config.num_attention_heads // num_ranks
         forward_context = self.vllm_config.compilation_config.static_forward_context
         attention_layers = get_layers_from_vllm_config(self.vllm_config, Attention)
         like = next(iter(attention_layers.values()))
@@ -199,15 +203,15 @@ class CTCProposer:
 
     def _draft(self, inputs: DraftInputs) -> tuple[Draft, Tensor]:
         """All frames and their `emission_logits`."""
-        config, context = self.drafter.config, inputs.context
-        num_rows, num_heads = config.num_frames + 1, config.num_attention_heads
-        frames = self.attention.frames(context, num_rows, num_heads, inputs.hidden.dtype)
+        context, num_rows = inputs.context, self.drafter.config.num_frames + 1
+        frames = self.attention.frames(context, num_rows, self.num_heads, inputs.hidden.dtype)
 
         def attend(layer: int, query: Tensor, own: KeyValue) -> Tensor:
             cache = self.cache_layers[layer].kv_cache
             return self.attention.attend_frames(query, own.key, own.value, cache, frames, self.scale)
 
-        embeddings = self.target.embed_input_ids(inputs.last_tokens)
+        # Flat, as the target asks: over several ranks vLLM compiles the look-up for a number of dimensions.
+        embeddings = self.target.embed_input_ids(inputs.last_tokens.flatten()).unflatten(0, (-1, 2))
         drafted = self.drafter(embeddings, inputs.hidden, context.lens, attend)
         return drafted, emission_logits(self.drafter, drafted.frames, self.head)
 

@@ -9,8 +9,10 @@ Letters: R requests, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +69,8 @@ class DraftGraphs:
         return len(inputs.hidden) <= len(self._buffers.hidden)
 
 
-def cuda_graphs() -> Capture:
-    """Captures into CUDA graphs that share one pool of memory."""
+def cuda_graphs(recording: Callable[[], AbstractContextManager[Any]]) -> Capture:
+    """Captures into CUDA graphs that share one pool of memory, each in a context of `recording`."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(call: Call) -> Call:
@@ -76,7 +78,7 @@ def cuda_graphs() -> Capture:
         call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with recording(), torch.cuda.graph(graph, pool=pool):
             output = call()
 
         def replay() -> Tensor:

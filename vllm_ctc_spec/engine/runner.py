@@ -24,13 +24,12 @@ from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_ctc_spec.engine.adaptive.budget import NodeBudget
-from vllm_ctc_spec.engine.adaptive.control import BudgetControl
-from vllm_ctc_spec.engine.adaptive.cost import drafting_sizes, measure, target_sizes, timed
+from vllm_ctc_spec.engine.adaptive.control import BudgetControl, measured_control
 from vllm_ctc_spec.engine.attention.choice import attention_of_target
 from vllm_ctc_spec.engine.drafting import CTCProposer, DraftRequests, VerifiedRows
 from vllm_ctc_spec.engine.host_tree import EMPTY_TREE, HostTree
 from vllm_ctc_spec.engine.step import Step
+from vllm_ctc_spec.engine.tensor_parallel import of_first_rank
 from vllm_ctc_spec.engine.walk import TreeWalker
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class TreeModelRunner(GPUModelRunner):
         """The last tree drafted for each request; the scheduler holds its tokens, perhaps cut short."""
         self.step: Step | None = None
         self.control: BudgetControl | None = None
-        """None where the node budget is fixed."""
+        """None where the node budget is fixed, and on other ranks than the first, which decides for all."""
 
     def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
         layers = self.drafter.settings.target_layers
@@ -66,13 +65,15 @@ class TreeModelRunner(GPUModelRunner):
         """Before the first request; needs the compiled model."""
         settings = self.drafter.settings
         if settings.options.adapts:
-            num_rows = min(self.max_num_reqs * (1 + settings.num_nodes), self.max_num_tokens)
-            # vLLM's data parallel ranks of a MoE target run it in lock-step: each waits for all others.
-            in_lock_step = self.parallel_config.data_parallel_size > 1 and self.model_config.is_moe
-            target = measure(timed(self._run_target), target_sizes(num_rows), in_lock_step)
+            self.control = measured_control(
+                self._run_target,
+                self.drafter.profile,
+                min(self.max_num_reqs * (1 + settings.num_nodes), self.max_num_tokens),
+                self.max_num_reqs,
+                # vLLM's data parallel ranks of a MoE target run it in lock-step: each waits for all others.
+                in_lock_step=self.parallel_config.data_parallel_size > 1 and self.model_config.is_moe,
+            )
             self.maybe_remove_all_loras(self.lora_config)
-            drafting = measure(timed(self.drafter.profile), drafting_sizes(self.max_num_reqs))
-            self.control = BudgetControl(NodeBudget(target, drafting))
 
     @torch.inference_mode()
     def _run_target(self, num_rows: int) -> None:
@@ -219,11 +220,12 @@ class TreeModelRunner(GPUModelRunner):
         verified = self._verified_rows(step, [hidden_states, *(aux_hidden_states or ())])
         drafts: list[list[int]] = [[] for _ in step.trees]
         control, plan = self.control, None
-        if control is not None:
-            plan = control.plan(len(step.trees))
+        if self.drafter.settings.options.adapts:
+            plan = of_first_rank(None if control is None else control.plan(len(step.trees)))
             if plan is None:
                 self.drafter.defer(verified)
-                control.observe(step.ended(self.input_batch.req_ids, drafted=False))
+                if control is not None:
+                    control.observe(step.ended(self.input_batch.req_ids, drafted=False))
                 return drafts
         drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
         requests = self._draft_requests(step, drafting, sampled_token_ids, common_attn_metadata)
@@ -231,6 +233,7 @@ class TreeModelRunner(GPUModelRunner):
         if control is not None and plan is not None:
             control.observe(step.ended(self.input_batch.req_ids, drafted=bool(trees)))
             trees = control.cut(plan, trees)
+        trees = of_first_rank(trees)
         self.trees = {request: tree for request, tree in self.trees.items() if request in self.requests}
         for index, tree in zip(drafting, trees):
             self.trees[self.input_batch.req_ids[index]] = tree

@@ -56,7 +56,7 @@ def resolve_settings(
     drafter = find_drafter(model, target.model, revision, target.revision, hub_of(engine_args))
     config = check_drafter(drafter)
     check_device(engine_args, target, parallel, options.attention_kernel)
-    _check_fit(config, drafter, target)
+    _check_fit(config, drafter, target, parallel)
     return EngineSettings(
         os.path.abspath(drafter),
         num_nodes,
@@ -77,7 +77,6 @@ def is_v2(engine_args: Any, target: ModelConfig, parallel: ParallelConfig, optio
 
     lacking = {
         "attention_kernel='xformers'": options.attention_kernel == "xformers",
-        f"tensor_parallel_size={parallel.tensor_parallel_size}": parallel.tensor_parallel_size > 1,
         "enable_lora": engine_args.enable_lora,
         "return_sampling_mask": target.return_sampling_mask,
         "enable_trace_replay": target.enable_trace_replay,
@@ -104,10 +103,12 @@ def _check_engine(engine_args: Any, parallel: ParallelConfig) -> None:
         raise ValueError(
             f'--worker-cls {parallel.worker_cls!r}: speculative method "ctc" brings its own worker. Remove it.'
         )
-    for setting in ("pipeline_parallel_size", "tensor_parallel_size", "decode_context_parallel_size"):
+    for setting in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, setting)
         if size > 1:
-            raise ValueError(f'{setting}={size}: speculative method "ctc" needs 1. Use data_parallel_size to scale.')
+            raise ValueError(
+                f'{setting}={size}: speculative method "ctc" needs 1. Use tensor_parallel_size or data_parallel_size.'
+            )
     if parallel.enable_dbo:
         raise ValueError('enable_dbo: speculative method "ctc" verifies a step in one piece. Remove --enable-dbo.')
     for setting in ("kv_transfer_config", "kv_offloading_size"):
@@ -157,7 +158,7 @@ def _check_target(target: ModelConfig) -> None:
             )
 
 
-def _check_fit(config: CTCDrafterConfig, drafter: str, target: ModelConfig) -> None:
+def _check_fit(config: CTCDrafterConfig, drafter: str, target: ModelConfig, parallel: ParallelConfig) -> None:
     shape = target_shape(target.hf_text_config)
     for name in ("hidden_size", "vocab_size", "num_key_value_heads", "head_dim"):
         ours, theirs = getattr(config, name), getattr(shape, name)
@@ -165,6 +166,13 @@ def _check_fit(config: CTCDrafterConfig, drafter: str, target: ModelConfig) -> N
             raise ValueError(
                 f"drafter {drafter!r} has {name} {ours}, but the target {target.model!r} has {theirs}: "
                 f"it was trained for another target. Train a drafter for this one."
+            )
+    num_ranks = parallel.tensor_parallel_size
+    for name in ("num_attention_heads", "intermediate_size"):
+        if getattr(config, name) % num_ranks:
+            raise ValueError(
+                f"tensor_parallel_size={num_ranks}: drafter {drafter!r} has {name} {getattr(config, name)}, which "
+                "so many ranks cannot share. Set a tensor_parallel_size that divides it."
             )
     num_layers = target.hf_text_config.num_hidden_layers
     if beyond := [layer for layer in config.target_layers if layer >= num_layers]:

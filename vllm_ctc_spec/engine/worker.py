@@ -30,7 +30,8 @@ def summary(settings: EngineSettings, num_frames: int, runner: str, adapts: bool
 
 def log_summary(runner: Any, adapts: bool) -> None:
     drafter = runner.drafter
-    logger.info(summary(drafter.settings, drafter.drafter.config.num_frames, type(runner).__name__, adapts))
+    # By one of the ranks.
+    logger.info_once(summary(drafter.settings, drafter.drafter.config.num_frames, type(runner).__name__, adapts))
 
 
 class CTCWorker(Worker):
@@ -48,7 +49,7 @@ class CTCWorker(Worker):
         self.model_runner.drafter.warm_up_attention()
         self.model_runner.warm_up_drafting()
         self.model_runner.measure_step_cost()
-        log_summary(self.model_runner, adapts=self.model_runner.control is not None)
+        log_summary(self.model_runner, adapts=self.model_runner.drafter.settings.options.adapts)
         return times
 
 

@@ -37,35 +37,29 @@ class Job:
 
 
 def main(job: Job) -> None:
-    _pretend_a_cpu_backend()
-    import vllm.v1.sample.ops.topk_topp_sampler as topk_topp
     from vllm import LLM
 
-    # Triton's interpreter fails in this kernel. vLLM's other way is its plain version.
-    topk_topp.HAS_TRITON = False
     if job.async_scheduling:
         _allow_async_scheduling()
     if job.worker is not None:
         from vllm_ctc_spec.engine import plugin
 
         plugin.V2_WORKERS["cpu"] = job.worker
-    llm = LLM(
-        job.target,
-        dtype="float32",
-        enforce_eager=True,
-        kv_cache_memory_bytes=1 << 26,
-        disable_log_stats=False,
-        distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",
-        kernel_config={"enable_jit_warmup": False},
-        speculative_config=job.spec,
-        **job.options,
-    )
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 1 << 26,
+        "disable_log_stats": False,
+        "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+        "kernel_config": {"enable_jit_warmup": False},
+    }
+    llm = LLM(job.target, speculative_config=job.spec, **{**settings, **job.options})
     config = llm.llm_engine.vllm_config
     assert config.use_v2_model_runner and config.scheduler_config.async_scheduling == job.async_scheduling
     answers = {name: _serve(llm, job.prompts, group) for name, group in job.groups.items()}
     seen = {}
     if job.spec is not None:
-        [seen] = llm.collective_rpc("what_was_seen")
+        [seen, *_] = llm.collective_rpc("what_was_seen")
     metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     Path(job.answers).write_text(json.dumps({"answers": answers, "seen": seen, "metrics": metrics}), encoding="utf-8")
 
@@ -104,11 +98,15 @@ def _answer(output: Any) -> dict[str, Any]:
     }
 
 
-def _pretend_a_cpu_backend() -> None:
+def _interpret() -> None:
     import triton.backends
 
     driver = SimpleNamespace(is_active=lambda: True)
     triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+    import vllm.v1.sample.ops.topk_topp_sampler as topk_topp
+
+    # Triton's interpreter fails in this kernel. vLLM's other way is its plain version.
+    topk_topp.HAS_TRITON = False
 
 
 def _allow_async_scheduling() -> None:
@@ -125,5 +123,8 @@ def _allow_async_scheduling() -> None:
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
+if __name__ in ("__main__", "__mp_main__"):
+    # In worker processes, too, which load this module anew.
+    _interpret()
 if __name__ == "__main__":
     main(Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

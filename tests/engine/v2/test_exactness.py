@@ -86,6 +86,9 @@ def serve(folder: Path, job: Job) -> Served:
         "TRITON_INTERPRET": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # Inductor would take the backend that is pretended for one that compiles.
+        "TORCHDYNAMO_DISABLE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
     command = [sys.executable, "-m", "tests.engine.v2.serve", str(path)]
@@ -219,3 +222,21 @@ def test_an_adaptive_budget_verifies_fewer_nodes_and_changes_no_answer(
         assert_equal(served.answers[name], expected)
     drafts, nodes = (served.metrics[f"vllm:spec_decode_num_{what}"] for what in ("drafts", "draft_tokens"))
     assert 0 < nodes < NUM_NODES * drafts
+
+
+@pytest.mark.slow
+def test_two_ranks_of_tensor_parallel_are_exact(pair: TinyPair, prompts: list[list[int]], tmp_path: Path) -> None:
+    names = ("greedy", "penalties", "log probabilities")
+    fields = {
+        "groups": {name: GROUPS[name] for name in names},
+        "options": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+    }
+    plain = serve(tmp_path, job_of(pair, prompts, tmp_path, "plain", **fields))
+    for adaptive in (False, True):
+        spec = spec_of(pair, adaptive_budget=adaptive)
+        trees = serve(
+            tmp_path, job_of(pair, prompts, tmp_path, f"trees-{adaptive}", spec=spec, worker=WATCHED, **fields)
+        )
+        for name in names:
+            assert_equal(trees.answers[name], plain.answers[name])
+        assert trees.metrics["vllm:spec_decode_num_accepted_tokens"] > 0

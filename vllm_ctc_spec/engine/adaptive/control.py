@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vllm.distributed import get_tp_group
+
 from vllm_ctc_spec.engine.adaptive.budget import DraftPlan, NodeBudget, StepOutcome
+from vllm_ctc_spec.engine.adaptive.cost import drafting_sizes, measure, target_sizes, timed
 from vllm_ctc_spec.engine.host_tree import HostTree
+from vllm_ctc_spec.engine.tensor_parallel import of_first_rank
+
+Run = Callable[[int], object]
+"""Runs something of the given size, and waits for its end."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +61,20 @@ class BudgetControl:
         )
         self.budget.observe(outcome)
         self._last_requests, self._last_end = requests, now
+
+
+def measured_control(
+    run_target: Run, run_drafting: Run, most_rows: int, most_requests: int, in_lock_step: bool
+) -> BudgetControl | None:
+    """Measures both before the first request; None on other ranks than the first, which decides for all.
+
+    in_lock_step: see `measure`.
+    """
+    target = measure(_of_first_rank(timed(run_target)), target_sizes(most_rows), in_lock_step)
+    drafting = measure(_of_first_rank(timed(run_drafting)), drafting_sizes(most_requests))
+    return BudgetControl(NodeBudget(target, drafting)) if get_tp_group().is_first_rank else None
+
+
+def _of_first_rank(seconds_of: Callable[[int], float]) -> Callable[[int], float]:
+    """The first rank's seconds on every rank, so that all run the same sizes."""
+    return lambda size: of_first_rank(seconds_of(size))

@@ -8,16 +8,16 @@ node budget for every request and is told how many tokens came; it never sees a 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from vllm.distributed.parallel_state import graph_capture
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from vllm_ctc_spec.engine.adaptive.budget import NodeBudget
-from vllm_ctc_spec.engine.adaptive.control import BudgetControl
-from vllm_ctc_spec.engine.adaptive.cost import drafting_sizes, measure, target_sizes, timed
+from vllm_ctc_spec.engine.adaptive.control import measured_control
 from vllm_ctc_spec.engine.attention.choice import attention_of_target
 from vllm_ctc_spec.engine.graphs import MAX_CAPTURED_REQUESTS, cuda_graphs
 from vllm_ctc_spec.engine.v2.host_budget import HostBudget
@@ -90,11 +90,15 @@ class TreeModelRunnerV2(GPUModelRunner):
         """Before the first request; needs the compiled model."""
         settings = self.drafter.settings
         if settings.options.adapts and not self.scheduler_config.async_scheduling:
-            num_rows = min(self.max_num_reqs * (1 + settings.num_nodes), self.max_num_tokens)
-            in_lock_step = self.parallel_config.data_parallel_size > 1 and self.model_config.is_moe
-            target = measure(timed(self._run_target), target_sizes(num_rows), in_lock_step)
-            drafting = measure(timed(self.drafter.profile), drafting_sizes(self.max_num_reqs))
-            self.speculator.budget = HostBudget(BudgetControl(NodeBudget(target, drafting)))
+            control = measured_control(
+                self._run_target,
+                self.drafter.profile,
+                min(self.max_num_reqs * (1 + settings.num_nodes), self.max_num_tokens),
+                self.max_num_reqs,
+                in_lock_step=self.parallel_config.data_parallel_size > 1 and self.model_config.is_moe,
+            )
+            self.speculator.adapts = True
+            self.speculator.budget = None if control is None else HostBudget(control)
 
     @torch.inference_mode()
     def _run_target(self, num_rows: int) -> None:
@@ -109,7 +113,9 @@ class TreeModelRunnerV2(GPUModelRunner):
     def warm_up_drafting(self) -> None:
         """Capture drafting in CUDA graphs, unless the user turned graphs off."""
         if self.compilation_config.cudagraph_mode.has_piecewise_cudagraphs():
-            self.drafter.capture(min(self.max_num_reqs, MAX_CAPTURED_REQUESTS), cuda_graphs())
+            # Lets vLLM record the sums over ranks.
+            recording = partial(graph_capture, self.device)
+            self.drafter.capture(min(self.max_num_reqs, MAX_CAPTURED_REQUESTS), cuda_graphs(recording))
 
 
 class TreeCPUModelRunnerV2(TreeModelRunnerV2, CPUModelRunner):

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_ctc_spec.engine.drafting import CTCProposer, VerifiedRows
 from vllm_ctc_spec.engine.graphs import DraftInputs
+from vllm_ctc_spec.engine.tensor_parallel import of_first_rank
 from vllm_ctc_spec.engine.v2.device_trees import DeviceTrees
 from vllm_ctc_spec.engine.v2.host_budget import HostBudget
 
@@ -32,8 +34,10 @@ class CTCSpeculator(BaseSpeculator):
         self.device = device
         self.chain_only = np.zeros(self.num_slots, dtype=bool)
         """[S] requests with structured output: the grammar's mask is made for a chain."""
+        self.adapts = False
+        """Whether the node budget is adaptive."""
         self.budget: HostBudget | None = None
-        """None where the node budget is fixed."""
+        """On the first rank, which decides for all, if it is."""
 
     def load_model(self, target: Any) -> None:
         self.drafter.load_model(target)
@@ -76,10 +80,11 @@ class CTCSpeculator(BaseSpeculator):
         verified, last_rows, last_tokens = self._verified(input_batch, states, slots)
         self.drafter.store(verified)
         plan = None
-        if self.budget is not None:
-            plan = self.budget.plan(input_batch)
+        if self.adapts:
+            plan = of_first_rank(None if self.budget is None else self.budget.plan(input_batch))
             if plan is None:
-                self.budget.end_step(input_batch, self.trees.step, None, None)
+                if self.budget is not None:
+                    self.budget.end_step(input_batch, self.trees.step, None, None)
                 return nothing
         request_slots = input_batch.idx_mapping.long()
         lens = input_batch.seq_lens[: input_batch.num_reqs].long() - num_rejected
@@ -90,6 +95,7 @@ class CTCSpeculator(BaseSpeculator):
             self.drafter.attention.context(table, torch.arange(len(lens), device=self.device), lens),
         )
         packed = self.drafter.draft(inputs, self.chain_only[input_batch.idx_mapping_np].tolist())
+        packed = get_tp_group().broadcast(packed)
         if self.budget is not None:
             self.budget.end_step(input_batch, self.trees.step, plan, packed)
         return self.trees.store(request_slots, packed)

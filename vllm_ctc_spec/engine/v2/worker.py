@@ -33,7 +33,7 @@ class CTCWorkerV2(Worker):
         self.model_runner.drafter.warm_up_attention()
         self.model_runner.warm_up_drafting()
         self.model_runner.measure_step_cost()
-        log_summary(self.model_runner, adapts=self.model_runner.speculator.budget is not None)
+        log_summary(self.model_runner, adapts=self.model_runner.speculator.adapts)
         return times
 
 
