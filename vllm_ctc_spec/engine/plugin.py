@@ -4,8 +4,8 @@ Ledger of what is replaced in vLLM, why, and when it can go:
 
 * `EngineArgs.create_speculative_config`: translates our method to vLLM's "custom_class" with our worker.
   Goes when vLLM lets a plugin register a speculative method.
-* `EngineArgs.add_cli_args`: `--speculative-model` as another name of `--spec-model`, which vLLM had before 0.32.
-  Goes when nobody writes it any more.
+* `EngineArgs.add_cli_args`: `--speculative-model` as another name of `--spec-model`, as earlier versions of vLLM call
+  it. Goes when nobody writes it any more.
 * `SamplingParams._validate_spec_decode`: vLLM refuses min_p and logit_bias with any speculation, because its
   rejection sampler ignores them; our walk runs vLLM's own sampler at every node and honours them.
   Goes when the check asks the method.
