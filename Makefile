@@ -52,9 +52,9 @@ test-next: setup
 	scripts/setup-venv-next.sh
 	.venv-next/bin/python -m pytest --numprocesses 3 --dist worksteal $(NEXT_TESTS) $(ARGS)
 
-# Not part of `make test`, because it takes minutes and changes with vLLM and transformers more than with us.
+# Not part of `make test`, because it takes minutes. One process: all its tests wait for the same two engines.
 test-families: setup
-	$(BIN)/pytest --numprocesses 3 --dist worksteal -m families tests/engine/test_families.py $(ARGS)
+	$(BIN)/pytest -m families tests/engine/test_families.py $(ARGS)
 
 # Not part of `make test`, because counting lines slows the tests down.
 coverage: setup

@@ -1,0 +1,157 @@
+"""A tiny random target of each family, and a process that serves all of them, one after the other.
+
+One process, because most of an engine's start is the import of vLLM: `python -m tests.engine.families plain|trees
+FOLDER` reads the targets below FOLDER and writes their answers there.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import pickle
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    StableLmConfig,
+    Starcoder2Config,
+)
+
+from tests.engine.probe import RecordedTree, record_trees, recorded_trees
+from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.training.models import drafter_config
+
+VOCAB, HIDDEN, LAYERS, HEADS, INNER, CONTEXT = 64, 64, 2, 2, 96, 128
+NUM_NODES = 63
+TREES = {"num_speculative_tokens": NUM_NODES, "candidates": 64, "adaptive_budget": False}
+
+TOKENS = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+# Large weights, so that some tokens are much likelier than others.
+SIZES = {
+    "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+    "max_position_embeddings": CONTEXT, "initializer_range": 0.2, **TOKENS,
+}  # fmt: skip
+GATED = {**SIZES, "intermediate_size": INNER, "num_key_value_heads": 1}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+EXACT: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**GATED),
+    "qwen2": Qwen2Config(**GATED),
+    "qwen3": Qwen3Config(**GATED, head_dim=32),
+    "qwen3-moe": Qwen3MoeConfig(**GATED, **EXPERTS, head_dim=32, num_experts=4),
+    "mixtral": MixtralConfig(**GATED, num_experts_per_tok=2, num_local_experts=4),
+    "phi-2": PhiConfig(**SIZES, intermediate_size=INNER),
+    "phi-3": Phi3Config(**GATED),
+    "olmo2": Olmo2Config(**GATED),
+    "granite": GraniteConfig(**GATED, logits_scaling=2.0, embedding_multiplier=3.0, residual_multiplier=0.5),
+    "cohere": CohereConfig(**GATED, logit_scale=0.5),
+    "gemma": GemmaConfig(**GATED, head_dim=32),
+    "starcoder2": Starcoder2Config(**GATED),
+    "stablelm": StableLmConfig(**GATED),
+    "gpt-neox": GPTNeoXConfig(**SIZES, intermediate_size=INNER),
+    "gpt-2": GPT2Config(
+        n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=CONTEXT, initializer_range=0.2, **TOKENS
+    ),
+    "opt": OPTConfig(**SIZES | {"pad_token_id": 1}, ffn_dim=INNER, word_embed_proj_dim=HIDDEN, init_std=0.2),
+    "falcon": FalconConfig(**SIZES, multi_query=True, alibi=False),
+    # vLLM's own model class; transformers has none, and its weights have Llama's names.
+    "minicpm": LlamaConfig(**GATED, scale_emb=3, scale_depth=1.4, dim_model_base=32),
+}
+ARCHITECTURES = {"minicpm": "MiniCPMForCausalLM"}
+
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4, 6]]
+LENGTH = 24
+# One for each prompt, in one batch.
+SAMPLING: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0.8, "top_p": 0.9, "seed": 1, "repetition_penalty": 1.2, "presence_penalty": 0.3},
+    {"temperature": 0.7, "top_k": 20, "min_p": 0.02, "seed": 2},
+    {"temperature": 0, "ignore_eos": True},
+]
+
+
+@dataclass(frozen=True)
+class Served:
+    answers: list[tuple[list[int], str | None]]
+    """Tokens and finish reason for each prompt."""
+    trees: list[RecordedTree]
+    """All that were verified; none by plain vLLM."""
+    error: str = ""
+    """Where the engine failed."""
+
+
+def write_target(name: str, folder: Path) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(EXACT[name]).save_pretrained(folder)
+    if name in ARCHITECTURES:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"architectures": [ARCHITECTURES[name]]}))
+
+
+def write_drafter(target: PreTrainedConfig, folder: Path) -> None:
+    torch.manual_seed(1)
+    config = drafter_config(target, num_frames=3, label_length=3, condition_rank=8, initializer_range=0.2)
+    CTCDrafter(config).save_pretrained(folder)
+
+
+def serve(folder: Path, with_trees: bool) -> Served:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True}
+    options |= {"max_model_len": CONTEXT, "max_num_seqs": len(PROMPTS), "kv_cache_memory_bytes": 1 << 25}
+    if with_trees:
+        options["speculative_config"] = {"method": "ctc", "model": str(folder / "drafter"), **TREES}
+    llm = LLM(str(folder / "target"), **options)
+    try:
+        if with_trees:
+            llm.collective_rpc(record_trees)
+        prompts: Any = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+        params = [SamplingParams(**each, max_tokens=LENGTH) for each in SAMPLING]
+        outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+        trees = llm.collective_rpc(recorded_trees)[0] if with_trees else []
+        return Served([(list(each.token_ids), each.finish_reason) for each in outputs], trees)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def main(how: str, folder: Path) -> None:
+    for target in sorted(folder.iterdir()):
+        try:
+            served = serve(target, how == "trees")
+        except Exception:
+            served = Served([], [], traceback.format_exc())
+        (target / f"{how}.pickle").write_bytes(pickle.dumps(served))
+
+
+if __name__ == "__main__":
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # By its own name, which pickled objects have.
+    from tests.engine import families
+
+    families.main(sys.argv[1], Path(sys.argv[2]))
