@@ -1,22 +1,22 @@
-"""What a step costs on a CPU: plain vLLM against vLLM that drafts and verifies trees, Llama shapes with random weights.
+"""Measures the cost of a step on a CPU: plain vLLM, and vLLM with trees. Llama shapes with random weights.
 
     .venv/bin/python -m benchmarks.cpu.step_cost RESULTS.jsonl [--markdown PATH] [--png PATH]
     .venv/bin/python -m benchmarks.cpu.step_cost RESULTS.jsonl --shapes 0.5B --contexts 512 --batches 1 --nodes 32
 
-The first measures the whole grid, the second one cell: a shape, context, batch and number of nodes verified per
-request. RESULTS.jsonl gets one line per cell. Cells that are in it are skipped and failed ones are measured again, so a
-grid can be measured in several runs. The speed-up at acceptance length beta is beta / ratio. `benchmarks.gpu.step_cost`
-is the command for a GPU; it needs no vLLM.
+The first command measures the whole grid, the second one cell: a shape, context, batch and number of nodes verified per
+request. RESULTS.jsonl gets one line per cell. Measured cells are skipped and failed ones measured again, so a grid can
+be measured in several runs. The speed-up at acceptance length beta is beta / ratio. `benchmarks.gpu.step_cost` is the
+command for a GPU; it needs no vLLM.
 
-One plain engine and one with trees serve all cells of a shape. They take turns in rounds, so that a slow minute affects
-both, and the result is the median of the rounds' ratios.
+One plain engine and one with trees run all cells of a shape. They take turns in rounds, so that a slow minute affects
+both. The result is the median of the rounds' ratios.
 
-A drafter with random weights has almost nothing accepted, so the outcome is forced: all trees have the same shape, and
-each walk accepts three nodes that are not the first ones, so that keys and values move as with real text.
+With random weights almost nothing would be accepted. So all trees are given the same shape, and each walk accepts three
+nodes that are not the first ones, so that keys and values move as with real text.
 
 The requests of a batch share their context through vLLM's prefix cache and differ in a short tail, because most of the
-time would otherwise be prefill. The context's blocks are therefore in memory once, and a large batch may find more of
-them in the processor's caches than distinct contexts would leave there.
+time would otherwise be prefill. The context is therefore in memory only once, and more of it may be in the processor's
+caches than with distinct contexts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `benchmarks.cpu.step_cost` runs in vLLM's worker: a clock, and a forced outcome of every walk."""
+"""The part of `benchmarks.cpu.step_cost` in vLLM's worker: a clock, and a fixed result of every walk."""
 
 from __future__ import annotations
 

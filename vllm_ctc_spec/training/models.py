@@ -124,10 +124,10 @@ def start_like(drafter: CTCDrafter, target: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def start_from(drafter: CTCDrafter, folder: str | Path) -> None:
-    """Copy into `drafter` the weights of the drafter in `folder`, which may read fewer target layers: none.
+    """Copy into `drafter` the weights of the drafter in `folder`, which may read the target's last hidden state only.
 
-    The projection of layers that only `drafter` reads starts at zero, so that both draft alike at first. `drafter`
-    keeps its draft vocabulary. Raises ValueError that names the setting in which the two differ.
+    The projection of the layers that only `drafter` reads then starts at zero, so that both draft alike at first.
+    `drafter` keeps its draft vocabulary. Raises ValueError that names the setting in which the two differ.
     """
     other, config = check_drafter(str(folder)), drafter.config
     for field in ("target_layers", *SHAPE_FIELDS):
