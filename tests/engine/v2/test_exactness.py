@@ -193,7 +193,7 @@ def test_asynchronous_scheduling_is_exact(
 
 
 @pytest.mark.slow
-def test_thinking_budgets_and_processors_of_a_user_see_the_path(
+def test_thinking_budgets_processors_of_a_user_and_processed_log_probabilities_are_exact(
     pair: TinyPair, prompts: list[list[int]], tmp_path: Path
 ) -> None:
     # Text that the tiny target writes by itself, so that thoughts begin and end in prompts and in answers.
@@ -203,13 +203,18 @@ def test_thinking_budgets_and_processors_of_a_user_see_the_path(
     for name, options, group in (
         ("thoughts", {"reasoning_config": thoughts}, budgets),
         ("processors", {"logits_processors": processors}, per_prompt(temperature=0.8)),
+        (
+            "processed",
+            {"logprobs_mode": "processed_logprobs"},
+            kinds({"temperature": 0.8, "top_k": 20, "logprobs": 2}, {"temperature": 0.8, "logprobs": 1}),
+        ),
     ):
         fields = {"groups": {name: group}, "options": options}
         plain = serve(tmp_path, job_of(pair, prompts, tmp_path, f"plain-{name}", **fields))
         spec = spec_of(pair)
         trees = serve(tmp_path, job_of(pair, prompts, tmp_path, f"trees-{name}", spec=spec, worker=WATCHED, **fields))
         assert_equal(trees.answers[name], plain.answers[name])
-        assert trees.seen["levels"] > 0 and trees.seen["moves"] > 0
+        assert trees.seen["at_once" if name == "processed" else "levels"] > 0 and trees.seen["moves"] > 0
 
 
 @pytest.mark.slow

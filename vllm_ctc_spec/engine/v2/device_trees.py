@@ -41,37 +41,43 @@ class TreeStep:
     """[R] int64, row of each request's anchor: of a prompt its last row."""
     positions: Tensor
     """[M] int64, in the order of the cache's slots; those of vLLM's batch follow the depth."""
-    paths: AcceptedPaths
-    """Filled by the verifier. Until then nothing is accepted."""
+    paths: AcceptedPaths | None = None
+    """Set by the verifier, before anything below is asked for."""
 
     @property
     def num_rows(self) -> int:
         """M"""
         return len(self.positions)
 
+    @property
+    def accepted(self) -> AcceptedPaths:
+        assert self.paths is not None
+        return self.paths
+
     def path_rows(self) -> Tensor:
         """[R, D] int64: rows of the accepted nodes, by depth; beyond a path's end the anchor's."""
-        return self.anchors[:, None] + self.paths.nodes.clamp(min=0)
+        return self.anchors[:, None] + self.accepted.nodes.clamp(min=0)
 
     def source_rows(self) -> Tensor:
         """[M] int64: for each row, the row whose hidden state belongs to the row's slot after the walk."""
         source = torch.arange(self.num_rows + 1, device=self.rows.device)
-        depths = torch.arange(1, self.paths.nodes.shape[1] + 1, device=self.rows.device)
+        nodes = self.accepted.nodes
+        depths = torch.arange(1, nodes.shape[1] + 1, device=nodes.device)
         # What is not accepted goes to a row of its own, which is cut off.
-        target = (self.anchors[:, None] + depths).where(self.paths.nodes > 0, self.num_rows)
+        target = (self.anchors[:, None] + depths).where(nodes > 0, self.num_rows)
         source.scatter_(0, target.flatten(), self.path_rows().flatten())
         return source[:-1]
 
     def verified_slots(self, slots: Tensor) -> Tensor:
         """[M] int64: `slots` [M] with -1 in rows whose position is not verified."""
-        rejected = self.nodes > self.paths.num_accepted[self.requests]
+        rejected = self.nodes > self.accepted.num_accepted[self.requests]
         verified = slots.clone()
         verified[self.rows] = verified[self.rows].masked_fill(rejected, -1)
         return verified
 
     def moves(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """[R, D] int64 each: slots whose keys and values move, and where to; -1 where nothing moves."""
-        nodes = self.paths.nodes
+        nodes = self.accepted.nodes
         depths = torch.arange(1, nodes.shape[1] + 1, device=nodes.device)
         moves = (nodes > 0) & (nodes != depths)
         last = self.num_rows - 1
@@ -129,11 +135,7 @@ class DeviceTrees:
         sequential = positions.clone()
         slot = input_batch.idx_mapping[at_request].long()
         positions[rows] = sequential[at_anchor[at_request]] + self.depths[slot, at_node - 1]
-        nothing = AcceptedPaths(
-            torch.full((len(counts), self.max_depth), -1, dtype=torch.int64, device=device),
-            torch.zeros(len(counts), dtype=torch.int64, device=device),
-        )
-        self.step = TreeStep(input_batch, counts, rows, at_request, at_node, at_anchor, sequential, nothing)
+        self.step = TreeStep(input_batch, counts, rows, at_request, at_node, at_anchor, sequential)
 
     def of_step(self, tokens: Tensor) -> TokenTrees:
         """The trees of the step's requests, cut to the rows that were scheduled; tokens: [R, N]."""

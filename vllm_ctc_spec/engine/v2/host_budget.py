@@ -31,7 +31,7 @@ class HostBudget:
         """packed: trees [R, 4 N + 1] of `host_tree.pack`, of all requests of the batch; None if nothing was drafted."""
         num_accepted, expected = 0, 0.0
         if step is not None:
-            num_accepted = int(step.paths.num_accepted.sum())
+            num_accepted = int(step.accepted.num_accepted.sum())
             last = [self.trees.get(request, EMPTY_TREE) for request in batch.req_ids]
             expected = sum(sum(tree.probabilities[:count]) for tree, count in zip(last, step.counts))
         # Trees of requests whose prompt is not read to its end are of no use.

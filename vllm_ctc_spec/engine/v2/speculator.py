@@ -113,7 +113,7 @@ class CTCSpeculator(BaseSpeculator):
             return VerifiedRows(fuse(hidden), batch.positions[:total], slots), last, tokens[last]
         source = step.source_rows()
         verified = VerifiedRows(fuse(hidden[source]), step.positions, step.verified_slots(slots))
-        last = step.anchors + step.paths.num_accepted
+        last = step.anchors + step.accepted.num_accepted
         return verified, last, tokens[source[last]]
 
     def _block_table(self, batch: Any) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import LogprobsTensors
@@ -23,8 +24,9 @@ from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected, post_up
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
-from vllm_ctc_spec.algorithm.walk import accept_greedy, child_of
+from vllm_ctc_spec.algorithm.walk import AcceptedPaths, accept_greedy, child_of
 from vllm_ctc_spec.engine.v2.device_trees import DeviceTrees
 
 
@@ -32,14 +34,11 @@ from vllm_ctc_spec.engine.v2.device_trees import DeviceTrees
 class Walked:
     tokens: Tensor
     """[R, D + 1] int64, the target's tokens along the path; beyond its end anything."""
-    nodes: Tensor
-    """[R, D] int64, accepted nodes by depth, padded with -1."""
-    num_accepted: Tensor
-    """[R] int64"""
+    paths: AcceptedPaths
     rows: Tensor
     """[R, D + 1] int64, row of the logits of each token."""
-    processed: Tensor
-    """[R * (D + 1), V], the logits that the tokens were drawn from; read where log probabilities are of them."""
+    processed: Tensor | None
+    """[R * (D + 1), V], the logits that the tokens were drawn from, where log probabilities are of them."""
 
 
 class TreeVerifier:
@@ -60,14 +59,14 @@ class TreeVerifier:
         assert step is not None
         num_nans = get_num_nans(logits) if self.sampler.compute_nans else None
         tokens = self._drafted(input_batch, invalid_drafts)
-        if self._sees_path(input_batch):
+        # Level by level the sampler has one row of each request, so that memory is no question.
+        if self._sees_path(input_batch) or len(logits) > get_max_chunk_logits(logits.shape[1]):
             walked = self._walk_levels(logits, input_batch, tokens)
         else:
             walked = self._walk_at_once(logits, input_batch, tokens)
-        step.paths.nodes.copy_(walked.nodes)
-        step.paths.num_accepted.copy_(walked.num_accepted)
+        step.paths = walked.paths
         num_sampled, num_rejected = get_num_sampled_and_rejected(
-            (walked.num_accepted + 1).int(),
+            (walked.paths.num_accepted + 1).int(),
             input_batch.seq_lens,
             input_batch.cu_num_logits,
             input_batch.idx_mapping,
@@ -135,16 +134,15 @@ class TreeVerifier:
         rows = (starts[:, None] + columns).clamp(max=len(logits) - 1)
         of_nodes = choices[rows]
         paths = accept_greedy(self.trees.of_step(tokens), of_nodes, self.trees.max_depth)
-        at = torch.nn.functional.pad(paths.nodes.clamp(min=0), (1, 0))
+        at = F.pad(paths.nodes.clamp(min=0), (1, 0))
         path_rows = rows.gather(1, at)
-        return Walked(
-            of_nodes.gather(1, at), paths.nodes, paths.num_accepted, path_rows, processed[path_rows.flatten()]
-        )
+        kept = processed[path_rows.flatten()] if self._reads_processed(batch) else None
+        return Walked(of_nodes.gather(1, at), paths, path_rows, kept)
 
     def _walk_levels(self, logits: Tensor, batch: Any, tokens: Tensor) -> Walked:
         states, penalties = self.sampler.req_states, self.sampler.penalties_state
         trees, slots = self.trees.of_step(tokens), batch.idx_mapping.long()
-        starts = batch.cu_num_logits[:-1].long()
+        starts, reads_processed = batch.cu_num_logits[:-1].long(), self._reads_processed(batch)
         node = torch.zeros_like(starts)
         # Of an unfinished prompt vLLM keeps no sample.
         alive = batch.seq_lens[: batch.num_reqs] >= states.prefill_len.gpu[slots]
@@ -154,7 +152,8 @@ class TreeVerifier:
             sampled, level = self._sample(logits[at], batch, at, batch.idx_mapping)
             drawn.append(sampled.long())
             rows.append(at)
-            processed.append(level)
+            if reads_processed:
+                processed.append(level)
             emitted.append(alive)
             self._write(batch, sampled, alive)
             child = child_of(trees, node, drawn[-1])
@@ -165,11 +164,15 @@ class TreeVerifier:
         path = torch.stack(nodes[:-1], 1)
         return Walked(
             torch.stack(drawn, 1),
-            path,
-            (path > 0).sum(1),
+            AcceptedPaths(path, (path > 0).sum(1)),
             torch.stack(rows, 1),
-            torch.stack(processed, 1).flatten(0, 1),
+            torch.stack(processed, 1).flatten(0, 1) if processed else None,
         )
+
+    def _reads_processed(self, batch: Any) -> bool:
+        """Whether somebody asks for log probabilities of the logits that tokens are drawn from."""
+        asks = self.sampler.get_logprobs_dims(batch.idx_mapping_np) is not None
+        return asks and self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
 
     def _write(self, batch: Any, sampled: Tensor, alive: Tensor) -> None:
         """As vLLM does after a step of plain decoding."""
@@ -199,7 +202,7 @@ class TreeVerifier:
         num_logprobs, most_tokens = dims
         num_requests, num_levels = walked.rows.shape
         mode = self.sampler.logprobs_mode
-        rows = walked.processed if mode in PROCESSED_LOGPROBS_MODES else logits[walked.rows.flatten()]
+        rows = logits[walked.rows.flatten()] if walked.processed is None else walked.processed
         scores: LogprobsTensors = compute_topk_scores(
             rows,
             num_logprobs,
