@@ -219,3 +219,21 @@ def test_an_adaptive_budget_verifies_fewer_nodes_and_changes_no_answer(
         assert_equal(served.answers[name], expected)
     drafts, nodes = (served.metrics[f"vllm:spec_decode_num_{what}"] for what in ("drafts", "draft_tokens"))
     assert 0 < nodes < NUM_NODES * drafts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [{"num_speculative_tokens": 63}, {"tree": "chain"}, {"tree": "template"}], ids=str)
+def test_every_kind_of_tree_is_exact_up_to_the_end_of_the_context(
+    pair: TinyPair, prompts: list[list[int]], tmp_path: Path, spec: dict[str, Any]
+) -> None:
+    group = kinds(
+        {"temperature": 0, "max_tokens": 100, "ignore_eos": True},
+        {"temperature": 0.8, "max_tokens": 30, "logprobs": 1},
+        {"temperature": 0.8, "max_tokens": 20, "presence_penalty": 0.4},
+    )
+    fields = {"groups": {"group": group}, "options": {"max_model_len": 64, "max_num_batched_tokens": 300}}
+    plain = serve(tmp_path, job_of(pair, prompts, tmp_path, "plain", **fields))
+    ours = spec_of(pair, **spec)
+    trees = serve(tmp_path, job_of(pair, prompts, tmp_path, "trees", spec=ours, worker=WATCHED, **fields))
+    assert_equal(trees.answers["group"], plain.answers["group"])
+    assert plain.answers["group"][0]["finish_reason"] == "length"
