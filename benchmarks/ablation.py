@@ -1,10 +1,11 @@
-"""Which drafter is best at equal training time: emission families, slack, depth and trees, on one target.
+"""Compares drafters after equal training time: emission families, slack, depth and trees, on one target.
 
     .venv/bin/python benchmarks/ablation.py TARGET QUESTIONS WORK_FOLDER [--minutes 4] [--json PATH] [--png PATH]
 
-The target answers QUESTIONS greedily with plain vLLM, the last 150 of them for the evaluation only; then each row of
-the table is trained for the same time, one after the other or with `--jobs` side by side, each on its share of the
-cores, and judged by walking its trees along the text of the unseen prompts. What WORK_FOLDER holds is not made again.
+First the target answers QUESTIONS greedily with plain vLLM; the last 150 are for the evaluation only. Then each drafter
+of the table is trained for the same time. With `--jobs` several are trained at the same time, each on its share of the
+cores. They are judged by walking their trees along the answers to the unseen questions. Results in WORK_FOLDER are
+reused.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from vllm_ctc_spec.tables import console
 from vllm_ctc_spec.training.prompts import read_prompts
 from vllm_ctc_spec.training.regenerate import RegenerateSettings, regenerate
 
 NUM_UNSEEN = 150
 NUM_VARIED = 4
-"""Copies of each training question with other numbers in it: greedy decoding has one answer to a prompt, and more
+"""Copies of each training question with other numbers in it. Greedy decoding has one answer to a prompt, and more
 greedy text teaches more than text sampled at other temperatures."""
 
 ENGINE = {"max_model_len": 1024, "enforce_eager": True, "gpu_memory_utilization": 0.3}
 ENGINE_NODES = 32
 NUM_SERVED = 50
-"""Unseen prompts that the engine answers with each drafter."""
+"""Number of unseen prompts that the engine answers with each drafter."""
 
 BUDGETS = (8, 16, 32, 63)
 
@@ -47,9 +48,9 @@ BUDGETS = (8, 16, 32, 63)
 class Variant:
     name: str
     options: str
-    """Of `vllm-ctc-spec train fit`."""
+    """Arguments of `vllm-ctc-spec train fit`."""
     trained: Path | None = None
-    """The drafter, if it need not be trained."""
+    """Folder of a drafter that is already trained."""
 
 
 VARIANTS = (
@@ -76,7 +77,7 @@ def main() -> None:
     for variant, result in zip(chosen, results, strict=True):
         result["engine"] = _engine_length(_drafter(variant, options), unseen, options)
     for table in (_acceptance_table(results), _detail_table(results)):
-        Console().print(table)
+        console().print(table)
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
     if options.png is not None:
@@ -88,10 +89,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("target")
     parser.add_argument("questions", help="JSONL with a `question` per line, put into the target's chat template")
     parser.add_argument("work", type=Path, help="folder for rows, drafters and their evaluations")
-    parser.add_argument("--minutes", type=float, default=4, help="training time of each row (default %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="rows trained side by side (default %(default)s)")
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="these rows of the table only")
-    parser.add_argument("--trained", nargs="+", type=Path, default=[], help="drafters that make rows as they are")
+    parser.add_argument("--minutes", type=float, default=4, help="training time of each drafter (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="drafters trained at the same time (default %(default)s)")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="only these drafters")
+    parser.add_argument("--trained", nargs="+", type=Path, default=[], help="folders of further, trained drafters")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
     return parser.parse_args()
@@ -108,7 +109,7 @@ def _write_rows(options: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def _vary(question: str, copy: int) -> str:
-    """Copy 0 is the question itself; in others each number is another one with as many digits."""
+    """Copy 0 is the question itself. In others each number is replaced by a random one with as many digits."""
     if copy == 0:
         return question
     draw = random.Random(f"{copy} {question}")
@@ -130,7 +131,7 @@ def _drafter(variant: Variant, options: argparse.Namespace) -> Path:
 
 
 def _engine_length(drafter: Path, unseen: Path, options: argparse.Namespace) -> float:
-    """vLLM's own mean acceptance length, greedy; it is that of batch 1, because a batch changes no token."""
+    """vLLM's mean acceptance length, greedy. Batching does not change it, because it changes no token."""
     from vllm import SamplingParams
 
     from vllm_ctc_spec.engine.lifetime import started
@@ -179,12 +180,12 @@ def _acceptance_table(results: list[dict[str, Any]]) -> Table:
 
 
 def _detail_table(results: list[dict[str, Any]]) -> Table:
-    table = Table("drafter", "right after first choice", "after sibling", "believed / accepted, 63 nodes", "loss")
+    table = Table("drafter", "right after first choice", "after sibling", "expected / accepted, 63 nodes", "loss")
     for result in results:
         evaluation = result["evaluation"]
-        belief = [tree["belief"] for tree in evaluation["trees"] if tree["num_nodes"] == max(BUDGETS)]
+        ratios = [tree["expected_over_accepted"] for tree in evaluation["trees"] if tree["num_nodes"] == max(BUDGETS)]
         shares = [evaluation[name]["share"] for name in ("after_first_choice", "after_sibling")]
-        values = [*shares, belief[0], result["training"]["losses"][-1]]
+        values = [*shares, ratios[0], result["training"]["losses"][-1]]
         table.add_row(result["name"], *(f"{value:.2f}" for value in values))
     return table
 

@@ -1,10 +1,9 @@
-"""Acceptance length on unseen text, and what restricting its tokens costs.
+"""Acceptance length on unseen text, with all tokens and with fewer: fewer candidates, or a smaller draft vocabulary.
 
     .venv/bin/python benchmarks/acceptance.py TARGET DRAFTER ROWS [--json PATH]
 
-ROWS is text of the target's own that the drafter was not trained on (`train regenerate`). Trees for random anchors are
-walked along that text (vllm_ctc_spec/training/evaluate.py). Tokens are restricted in two ways: to a request's
-candidates, and to the first tokens of the draft vocabulary, if the drafter has one.
+ROWS is text that the target wrote and the drafter was not trained on (`train regenerate`). Trees for random anchors are
+walked along that text (vllm_ctc_spec/training/evaluate.py).
 """
 
 from __future__ import annotations
@@ -18,25 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from vllm_ctc_spec.config import MAX_FRAMES, SpecOptions
 from vllm_ctc_spec.drafter.checkpoint import check_drafter, load_drafter
+from vllm_ctc_spec.tables import console
 from vllm_ctc_spec.training.evaluate import TreeChoice, evaluate
 
 BUDGETS = (4, 8, 12, 16, 32, 63)
 
 DEFAULT = SpecOptions().candidates
 CANDIDATES = (DEFAULT, 4, 8, 16, 64)
-"""Per frame: what is no candidate is no node, and enters the normaliser without its bias."""
+"""Candidates per frame. Other tokens cannot be nodes, and enter the normaliser without their bias."""
 
-FEWEST_DRAFTED = 512
+MIN_DRAFTED = 512
+"""Smallest draft vocabulary to measure."""
 
 
 def trees(candidates: int) -> list[TreeChoice]:
     chain = SpecOptions(tree="chain", candidates=candidates)
-    return [(chain, MAX_FRAMES), *((SpecOptions(candidates=candidates), num_nodes) for num_nodes in BUDGETS)]
+    prefix = SpecOptions(candidates=candidates)
+    return [TreeChoice(chain, MAX_FRAMES), *(TreeChoice(prefix, num_nodes) for num_nodes in BUDGETS)]
 
 
 def main() -> None:
@@ -66,14 +67,14 @@ def measure(target: str, drafter: str, rows: Path) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         for size, fewer in with_fewer_tokens(drafter, Path(folder)):
             add(f"{size} tokens drafted", str(fewer), DEFAULT, {"drafted": size})
-    Console().print(table)
+    console().print(table)
     return results
 
 
 def with_fewer_tokens(path: str, folder: Path) -> Iterator[tuple[int, Path]]:
-    """The drafter with half of its draft vocabulary, a quarter of it and so on, if it has one."""
+    """Sizes and folders of the drafter with half of its draft vocabulary, a quarter of it and so on, if it has one."""
     size = (check_drafter(path).draft_vocab_size or 0) // 2
-    while size >= FEWEST_DRAFTED:
+    while size >= MIN_DRAFTED:
         drafter = load_drafter(path, torch.float32)
         drafter.draft_only(drafter.draft_vocab[:size])
         drafter.save_pretrained(folder / str(size))

@@ -1,11 +1,11 @@
-"""The adaptive budget on synthetic machines: what it reaches, against the best fixed number of nodes.
+"""Compares the adaptive budget with the best fixed number of nodes, on synthetic machines.
 
     .venv/bin/python benchmarks/budget_simulation.py [--json FILE]
 
-Nothing is measured here and no engine runs: a step's seconds come from a formula, the accepted tokens from a random
-drafter. Speeds are tokens over those that plain decoding emits in the same time at the same load, after the first
-thousand steps; "first 1,000" is the same of these. vLLM's own table of draft lengths by batch size
-(`num_speculative_tokens_per_batch_size`) is there as if somebody had tuned it for the machine and the drafter.
+No engine runs and nothing is measured: a step's seconds come from a formula, accepted tokens from a random drafter. A
+speed is the number of tokens over that of plain decoding in the same time at the same load. "speed", "fixed" and
+"table" are of the steps after the first thousand. "table" is vLLM's table of draft lengths by batch size
+(`num_speculative_tokens_per_batch_size`), tuned for the machine and the drafter.
 
 Letters: R requests, N nodes of a tree, T frames.
 """
@@ -37,28 +37,29 @@ ANSWER = 400
 
 @dataclass(frozen=True)
 class Machine:
-    """Times are shares of a plain step of one request without context, unless they are in seconds."""
+    """Times are relative to a plain step of one request without context, except `plain_seconds`."""
 
     name: str
     plain_seconds: float
+    """Seconds of that step."""
     row: float
-    """Each further row."""
+    """Cost of each further row."""
     tile: int = 1
-    """Rows that are computed together."""
+    """Number of rows that are computed together."""
     free_rows: int = 1
-    """That cost nothing."""
+    """Number of rows that cost nothing."""
     draft: float = 0.15
-    """Drafting for one request."""
+    """Cost of drafting for one request."""
     draft_request: float = 0.02
-    """For each further request."""
+    """Cost of drafting for each further request."""
     overhead: float = 0.15
-    """Of each step, beside the target's pass; unknown at start-up."""
+    """Cost of a step beside the target's pass; not measured at start-up."""
     row_overhead: float = 0.003
-    """Of each row; unknown at start-up."""
+    """The same for each row."""
     attention: float = 0.0
-    """To 1,000 positions, once for a request."""
+    """Cost of attention to 1,000 positions, once per request."""
     row_attention: float = 0.0
-    """The same, for each row."""
+    """The same, once per row."""
     contexts: tuple[int, int] = (100, 2000)
     """Shortest and longest prompt."""
     noise: float = 0.08
@@ -67,7 +68,7 @@ class Machine:
     """Amplitude of a sine of 1,500 steps that multiplies the time of a step."""
 
     def target(self, rows: Any) -> Any:
-        """What is measured at start-up, elementwise."""
+        """Seconds of the target's pass by rows, elementwise: the table that is measured at start-up."""
         tiles = np.ceil(np.maximum(rows - self.free_rows, 0) / self.tile) * self.tile
         return self.plain_seconds * (1 + self.row * tiles)
 
@@ -75,7 +76,8 @@ class Machine:
         return self.plain_seconds * (self.draft + self.draft_request * (num_requests - 1))
 
     def verifying(self, num_requests: Any, rows: Any, context: Any, row_context: Any) -> Any:
-        """Seconds of a step without drafting; context: thousands of positions of all requests, and of all rows."""
+        """Seconds of a step without drafting. context, row_context: thousands of positions, summed over requests and
+        over rows."""
         beside = self.overhead + self.row_overhead * rows
         attention = self.attention * context + self.row_attention * row_context
         return self.target(rows) + self.plain_seconds * (beside + attention)
@@ -85,11 +87,11 @@ class Machine:
 class Drafter:
     name: str
     level: float
-    """Logit of the chance that the first token is right."""
+    """Mean logit of the probability that the first draft token is right."""
     spread: float = 1.3
-    """Of that logit, from request to request and from step to step."""
+    """Standard deviation of that logit over requests and steps."""
     excess: float = 0.0
-    """By how much the logit that the drafter reports exceeds the true one."""
+    """Reported logit minus true logit."""
 
 
 GOOD = Drafter("good", 0.8)
@@ -102,14 +104,14 @@ USELESS_OVERCONFIDENT = Drafter("useless and sure", -5.0, spread=1.0, excess=5.0
 
 @dataclass(frozen=True)
 class Trees:
-    """Of one drafter, for each of a grid of logits."""
+    """Trees of one drafter, for each logit of GRID."""
 
     reported: np.ndarray
-    """[grid, N] psi, descending."""
+    """[grid, N], the drafter's psi of each node, descending."""
     expected_length: np.ndarray
-    """[grid, N + 1], the sum of psi over the first nodes."""
+    """[grid, N + 1], the sum of psi over the first 0 .. N nodes."""
     accepted: np.ndarray
-    """[grid, N + 1, T] chance that a path of at least so many nodes is accepted, by the nodes that are verified."""
+    """[grid, N + 1, T], probability that 1 .. T tokens or more are accepted if the first 0 .. N nodes are verified."""
 
 
 GRID = np.linspace(-7, 5, 49)
@@ -126,7 +128,7 @@ def trees_of(excess: float, num_frames: int = NUM_FRAMES) -> Trees:
 
 
 def _best_tree(logit: float, excess: float, num_frames: int) -> Iterator[tuple[float, float, int]]:
-    """Reported psi, true psi and depth of the N nodes of largest reported psi."""
+    """Reported psi, true psi and depth of the N nodes with the largest reported psi."""
     shares = 0.5 ** np.arange(1, 8)
     heap = [(-1.0, 1.0, 0)]
     for node in range(NUM_NODES + 1):
@@ -150,7 +152,7 @@ class Case:
     machine: Machine
     drafter: Drafter
     requests: str
-    """A number, or "fewest to most" of them that come and go."""
+    """A number, or "fewest to most" for a number that changes."""
 
     def __str__(self) -> str:
         return f"{self.machine.name}, {self.machine.plain_seconds:g} s, {self.drafter.name}, {self.requests}"
@@ -160,14 +162,14 @@ class Case:
         fewest, _, most = self.requests.partition(" to ")
         if not most:
             return np.full(num_steps, int(fewest))
-        # Their logarithm is a random walk between two walls; it stays for some 20 steps.
+        # The logarithm is a random walk, reflected at both ends, that moves every 20 steps.
         walk = np.repeat(rng.normal(0, 0.5, num_steps // 20 + 1).cumsum(), 20)[:num_steps]
         low, high = math.log(int(fewest)), math.log(int(most))
         return np.exp(low + np.abs((walk - low) % (2 * (high - low)) - (high - low))).round().astype(int)
 
 
 class Traffic:
-    """The requests of one case: their contexts grow, and the difficulty of their texts is a random process."""
+    """The requests of one case. Their contexts grow, and the difficulty of their texts is a random process."""
 
     def __init__(self, case: Case, seed: int = 0) -> None:
         self.case, self.rng = case, np.random.default_rng(seed)
@@ -186,7 +188,7 @@ class Traffic:
         return self.prompts[:num_requests] + self.emitted[:num_requests]
 
     def texts(self, num_requests: int) -> np.ndarray:
-        """[R] places in GRID, of the next step."""
+        """[R], indices in GRID of the requests' logits in the next step."""
         self.difficulty += 0.5 * (self.rng.normal(size=len(self.difficulty)) * 3**0.5 - self.difficulty)
         drafter = self.case.drafter
         logits = drafter.level + drafter.spread * self.difficulty[:num_requests]
@@ -207,7 +209,7 @@ class Traffic:
 
 
 def fixed_speedups(case: Case) -> tuple[np.ndarray, float]:
-    """Expected, without noise: of each of FIXED, and of a table by batch size that is the best of them for each."""
+    """Expected speeds without noise: of each number of nodes in FIXED, and of the best table by batch size."""
     traffic = Traffic(case)
     trees = trees_of(case.drafter.excess)
     places = np.concatenate(
@@ -234,24 +236,27 @@ def fixed_speedups(case: Case) -> tuple[np.ndarray, float]:
 
 @dataclass(frozen=True)
 class Run:
-    """[steps] each: tokens that a step is expected to emit, those of plain decoding in the same time, and nodes."""
+    """Results by step."""
 
     tokens: np.ndarray
+    """[steps], tokens that the step is expected to emit."""
     without: np.ndarray
+    """[steps], tokens of plain decoding in the same time."""
     nodes: np.ndarray
+    """[steps], verified nodes."""
 
     def speedup(self, first: int, last: int | None = None) -> float:
         return float(self.tokens[first:last].sum() / self.without[first:last].sum())
 
     @property
     def worst(self) -> float:
-        """Of all stretches of NUM_FIRST steps."""
+        """The lowest speed of any NUM_FIRST steps in sequence."""
         sums = (np.convolve(counts, np.ones(NUM_FIRST), "valid") for counts in (self.tokens, self.without))
         return float(np.divide(*sums).min())
 
 
 def make_budget(machine: Machine, most_requests: int, rng: np.random.Generator) -> NodeBudget:
-    """Its start-up measurement; the machine is as noisy then as later."""
+    """The budget after its start-up measurements, which are as noisy as later steps."""
 
     def noisy(seconds: Callable[[int], Any]) -> Callable[[int], float]:
         return lambda size: float(seconds(size)) * math.exp(machine.noise * rng.normal())
@@ -267,7 +272,7 @@ def simulate(case: Case, seed: int = 0) -> Run:
     tokens, without, all_nodes = np.zeros((3, NUM_STEPS))
     places, nodes = np.zeros(0, int), np.zeros(0, int)
     for step, num_requests in enumerate(traffic.num_requests):
-        # Those that have come since were not drafted for.
+        # Requests that joined since the last step have no drafts.
         nodes = np.pad(nodes[:num_requests], (0, max(num_requests - len(nodes), 0)))
         places = np.pad(places[:num_requests], (0, max(num_requests - len(places), 0)))
         reached = trees.accepted[places, nodes]
@@ -336,7 +341,7 @@ CASES = [
 
 
 def row_of(case: Case) -> dict[str, Any]:
-    """Of the table and of the file."""
+    """One row of the table and of the JSON file."""
     fixed, table = fixed_speedups(case)
     run = simulate(case)
     return {
@@ -356,7 +361,7 @@ def row_of(case: Case) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows here, too")
+    parser.add_argument("--json", type=Path, help="also write the rows as JSON")
     options = parser.parse_args()
     names = ("speed", "fixed", "table", "first 1,000", "worst 1,000")
     print(f"{'machine':31}{'step':>7}  {'drafter':17}{'requests':9}" + "".join(f"{name:>13}" for name in names))

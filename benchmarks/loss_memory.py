@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/loss_memory.py [--vocab 131072] [--anchors 512]
 
-Beside it stands what one float32 tensor [anchors, frames, vocabulary] would take. Each loss runs in a process of its
-own, and what that process held before the loss is subtracted (Linux: the peak of its resident memory).
+The table also has the size of one float32 tensor [anchors, frames, vocabulary]. Each loss runs in its own process: the
+memory is the peak of its resident size, less its resident size before the loss (Linux only).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import resource
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig, Draft
+from vllm_ctc_spec.tables import console
 from vllm_ctc_spec.training.loss import alignment_loss
 
 HIDDEN, FRAMES = 1024, 8
@@ -34,7 +34,7 @@ def resident() -> int:
 
 
 def measure(name: str, vocab: int, num_anchors: int) -> tuple[int, int]:
-    """Bytes of the peak above what stood before, and of the gradients, which stay."""
+    """Bytes of the peak above the memory before the loss, and bytes of the gradients, which stay in memory."""
     torch.manual_seed(0)
     drafter = CTCDrafter(CTCDrafterConfig(hidden_size=HIDDEN, vocab_size=vocab, num_frames=FRAMES, **LOSSES[name]))
     lm_head = torch.randn(vocab, HIDDEN, dtype=torch.bfloat16)
@@ -62,7 +62,7 @@ def main() -> None:
         for name in LOSSES:
             peak, gradients = pool.apply(measure, (name, options.vocab, options.anchors))
             table.add_row(name, *(f"{value / 1e6:.0f}" for value in (peak, gradients, whole)))
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

@@ -23,4 +23,4 @@ SHAPES = {
     "7B": Shape(32, 4096, 11008, 32, 32, 32000, 128),
     "8B": Shape(32, 4096, 14336, 32, 8, 128256, 128),
 }
-"""Llama-2-7B, Llama-3-8B, two smaller ones for a CPU, and one that only shows that a command runs."""
+"""Llama-2-7B, Llama-3-8B, two smaller ones for a CPU, and a tiny one to try a command."""

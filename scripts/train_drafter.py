@@ -1,9 +1,9 @@
-"""Train the drafter that the package ships again, from nothing: fetch its target, then `vllm-ctc-spec train all`.
+"""Trains the drafter that the package ships again, from nothing: fetches its target, then runs `train all`.
 
     scripts/train_drafter.py OUTPUT [PROMPTS] [--OPTION ...]
 
-The result is OUTPUT/drafter. A run that was killed goes on where it was. Options are those of `train all`; the last
-value of an option counts.
+The result is OUTPUT/drafter. A run that was killed resumes where it stopped. Options are those of
+`vllm-ctc-spec train all`; they override the ones below.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from __future__ import annotations
 import sys
 
 from vllm_ctc_spec.cli import main
-from vllm_ctc_spec.demo.pair import HUB_NAME, default_target
+from vllm_ctc_spec.training.command import import_torch
+
+# Before any other import loads torch.
+import_torch()
+from vllm_ctc_spec.demo.pair import HUB_NAME, default_target  # noqa: E402
 
 OPTIONS = ["--own-prompts=7000", "--temperatures", "0", "0.5", "0", "1", "--max-tokens=320"]
 OPTIONS += ["--minutes=120", "--steps=1000000", "--anchors-per-row=256"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ SHARED = {
     "draft": set(),
 }
 """Parameters that vLLM replaces by the target's own when the checkpoint lacks them."""
+
+SERVED = [kind for kind in METHODS if kind != "medusa" or importlib.util.find_spec("vllm.v1.spec_decode.medusa")]
+"""vLLM 0.33 has no Medusa; 0.32 serves what was trained."""
 
 HIDDEN, LENGTH, PERIOD = 64, 30, 10
 
@@ -100,7 +104,7 @@ def test_the_loss_falls(trained, kind):
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("kind", SERVED)
 def test_the_checkpoint_fills_vllms_module_and_nothing_is_left_over(kind, target_path, trained, tmp_path, parallel):
     module = vllm_module(kind, target_path, trained[kind], tmp_path / "rendezvous")
     weights = load_file(trained[kind] / "model.safetensors")
@@ -139,7 +143,7 @@ def plain_pass(head: EagleHead, tokens: torch.Tensor, features: torch.Tensor) ->
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     query, key = (rotate(part, positions, head.config.rope_parameters["rope_theta"]) for part in (query, key))
-    heads_first = (part.transpose(0, 1)[None] for part in (query, key, value))
-    mixed = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+    query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
     residual = residual + attention.o_proj(mixed.flatten(1))
     return residual + head.layer.mlp(head.layer.post_attention_layernorm(residual))

@@ -1,4 +1,4 @@
-"""The command `vllm-ctc-spec`. Each of its commands imports what it needs when it runs, so that --help is fast."""
+"""The command `vllm-ctc-spec`. Its commands import what they need when they run, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--nodes", type=int, default=32, help="node budget, 1 to 63 (default %(default)s)")
     inspect.add_argument("--tree", default="prefix", help="prefix, template or chain (default %(default)s)")
     inspect.add_argument(
-        "--candidates", type=int, default=32, help="tokens that the tree may contain, 1 to 64 (default %(default)s)"
+        "--candidates", type=int, default=32, help="candidate tokens per frame, 1 to 64 (default %(default)s)"
     )
     inspect.add_argument(
-        "--skip", type=int, default=0, help="draw the tree after so many decoding steps (default %(default)s)"
+        "--skip", type=int, default=0, help="decoding steps before the one whose tree is drawn (default %(default)s)"
     )
     inspect.add_argument("--png", type=Path, metavar="PATH", help="also write a PNG (needs matplotlib)")
     inspect.set_defaults(run=_inspect)

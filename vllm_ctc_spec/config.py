@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 from transformers import PretrainedConfig
 
 MAX_NODES = 63
-"""Largest node budget: with the anchor, 64 rows, so that an ancestor mask is one int64."""
+"""Largest node budget. With the anchor these are 64 rows, so that an ancestor mask fits an int64."""
 
 MAX_FRAMES = 16
 
@@ -36,15 +36,17 @@ _COUNTS = (
 
 
 class CTCDrafterConfig(PretrainedConfig):
-    """Architecture of a CTC drafter; stored as `config.json` beside its weights.
+    """Architecture of a CTC drafter, stored as `config.json` beside its weights.
 
-    `hidden_size`, `vocab_size`, `num_key_value_heads` and `head_dim` are the target's, because the drafter
-    shares its embedding and LM head and keeps its keys and values in the same paged cache.
-    `emission` names the family (see algorithm/ctc.py): "independent" (CTC, repeats merge) or "conditioned"
-    (one label per frame, each emission conditioned on the emitted tokens through tables of rank `condition_rank`).
-    Only `draft_vocab_size` tokens are drafted, whose ids are stored with the weights; None drafts every token.
-    `target_layers` are the layers of the target whose outputs the drafter reads beside the last hidden state, counted
-    as vLLM counts auxiliary hidden states: 0 stands for the embeddings, i for the output of the i-th layer.
+    `hidden_size`, `vocab_size`, `num_key_value_heads` and `head_dim` must be the target's, because the drafter shares
+    its embedding and LM head, and its keys and values are in the same paged cache.
+    `emission` is the family (algorithm/ctc.py): "independent" (CTC, repeats merge) or "conditioned" (one label per
+    frame, conditioned on the emitted tokens through tables of rank `condition_rank`).
+    `draft_vocab_size` is the number of tokens that are drafted, whose ids are stored with the weights; None: all.
+    `target_layers` are the layers of the target that the drafter reads beside the last hidden state, numbered as vLLM's
+    auxiliary hidden states: 0 is the embeddings, i the output of the i-th layer.
+
+    Raises ValueError that names the field if a value is not usable.
     """
 
     model_type = "ctc_drafter"
@@ -111,7 +113,7 @@ class CTCDrafterConfig(PretrainedConfig):
         self.target_layers = layers
 
     def _check_numbers(self) -> None:
-        """Raises ValueError that names the field. The other checks rely on the types that this one ensures."""
+        """Raises ValueError that names the field. Called first, because the other checks need numbers."""
         needs = {name: (is_integer(getattr(self, name), 1), "an integer of at least 1") for name in _COUNTS}
         needs["condition_rank"] = is_integer(self.condition_rank, 0), "an integer of at least 0"
         optional = self.draft_vocab_size is None or is_integer(self.draft_vocab_size)
@@ -130,7 +132,7 @@ class CTCDrafterConfig(PretrainedConfig):
 
     @property
     def has_blank(self) -> bool:
-        """False where every frame holds one label: conditioned emissions with as many labels as frames."""
+        """False if each frame has one label: conditioned emissions with as many labels as frames."""
         return self.emission == "independent" or self.label_length < self.num_frames
 
 
@@ -139,7 +141,8 @@ class SpecOptions:
     """Our keys of `speculative_config`, beside vLLM's `method`, `model` and `num_speculative_tokens`.
 
     tree: "prefix" is the optimal tree; "template" (arXiv 2412.00061) and "chain" (greedy path) are for comparison.
-    candidates: how many tokens a tree may contain: those with the largest probability in any one frame.
+    candidates: candidate tokens per frame. A tree has tokens only from the T * candidates ones whose largest
+        probability in any frame is highest.
     min_prefix_probability: nodes with a smaller prefix probability are not verified.
     adaptive_budget: verify as many nodes, up to the node budget, as make the batch faster (engine/adaptive/); a
         template tree is always verified whole.
@@ -205,7 +208,7 @@ def check_node_budget(num_nodes: Any) -> int:
 
 
 def is_integer(value: Any, least: int | None = None) -> bool:
-    """Booleans, which Python counts as integers, are none. least: smallest value allowed."""
+    """Whether `value` is an int, not a bool, and at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that exist whole or not at all, the run that has claimed them, and the user's cache."""
+"""Writes files and folders whole or not at all, records which run they belong to, and finds the user's cache."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 RECORD = "settings.json"
-"""The settings of the run that has claimed the folder."""
+"""File with the settings of the run to which a folder belongs."""
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty sibling folder that becomes `path` when the body succeeds.
+    """Yield an empty folder beside `path`, and rename it to `path` when the body succeeds.
 
-    A folder that stood at `path` is replaced only then; between the two renames it waits as `.<name>.old`.
+    An existing folder is replaced only then; between the two renames it is `.<name>.old`.
     """
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
@@ -41,7 +41,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, contents: bytes) -> None:
-    """On return `contents` are on disk."""
+    """Replace the file at `path`. On return `contents` are on disk; after an error the old file is unchanged."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -54,28 +54,28 @@ def write_atomically(path: Path, contents: bytes) -> None:
 
 
 def save_png(figure: Figure, path: Path, dpi: int, **options: Any) -> None:
-    """options: of matplotlib's `savefig`."""
+    """Write a PNG atomically. options: further ones of matplotlib's `savefig`."""
     png = BytesIO()
     figure.savefig(png, format="png", dpi=dpi, **options)
     write_atomically(path, png.getvalue())
 
 
 def user_cache(name: str) -> Path:
-    """Our folder `name` in the user's cache, by the XDG base directory specification."""
+    """The package's folder `name` in the user's cache (XDG base directory specification)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm_ctc_spec" / name
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Create the checkpoints' folder, or make sure that the run to be resumed there had the same settings.
+    """Create a folder for checkpoints; if it exists, check that its run had the same settings.
 
-    settings: JSON values, one level. Raises ValueError that names the first setting that differs.
+    settings: JSON values by name. Raises ValueError that names the first setting that differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, folder / RECORD, settings)
 
 
 def claim_file(path: Path, settings: dict[str, Any]) -> None:
-    """Claim a file of lines, whose settings stand beside it; those of a file without lines are written anew."""
+    """As `claim`, for a file of lines, with the record beside it. The record of an empty file is replaced."""
     record = path.with_name(f"{path.name}.settings.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or not path.stat().st_size:
@@ -84,9 +84,9 @@ def claim_file(path: Path, settings: dict[str, Any]) -> None:
 
 
 def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether a run of the same settings has ended in `folder`, which it claimed there.
+    """Whether `folder` is the finished output of a run with the same settings.
 
-    Raises ValueError where anything else stands in it.
+    Raises ValueError if it holds anything else.
     """
     if not folder.exists() or not any(folder.iterdir()):
         return False

@@ -1,4 +1,4 @@
-"""The token tree of one decoding step, drawn: draft tokens, prefix probabilities and the accepted path."""
+"""Draws the token tree of one decoding step: draft tokens, prefix probabilities and the accepted path."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ class DrawnTree:
     accepted: set[int]
     """Nodes of the accepted path, the anchor included."""
     emitted: str
-    """The text of the step: the accepted path and the target's own token after it."""
+    """Text of the accepted path and of the target's own token after it."""
 
     @property
     def expected_length(self) -> float:
-        """Tokens that the step emits by the drafter's own probabilities: the sum of psi, the anchor's 1 included."""
+        """Expected tokens of the step: the sum of psi, where the anchor's 1 stands for the target's own token."""
         return sum(self.probabilities)
 
 
 def draw(
     target: str, drafter: str, prompt: str | list[int], num_nodes: int, options: SpecOptions, skip: int = 0
 ) -> DrawnTree:
-    """Run the reference loop on `prompt` (float32, greedy) and keep the tree of step `skip + 1`.
+    """Run the reference loop on `prompt` (float32, greedy), and return the tree of step `skip + 1`.
 
-    target, drafter: model folders. prompt: text or token ids. Raises ValueError where the drafter does not fit the
-    target.
+    target, drafter: model folders. prompt: text or token ids. Raises ValueError if the drafter is not the target's, or
+    if the prompt is empty.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -82,7 +82,7 @@ def draw(
 
 
 def to_terminal(drawn: DrawnTree) -> Tree:
-    """Accepted nodes in green, and marked by a word for terminals without colours."""
+    """A tree to print. Accepted nodes are green, and marked by a word for terminals without colours."""
     branches: list[Tree] = []
     for node, parent in enumerate(drawn.parents):
         is_taken = node in drawn.accepted
@@ -101,7 +101,7 @@ def summary(drawn: DrawnTree) -> str:
 
 
 def to_png(drawn: DrawnTree, path: Path) -> None:
-    """Depth from left to right, the accepted path in green; the width of an edge shows psi. Needs matplotlib."""
+    """Draw the tree from left to right, the accepted path in green, edges as wide as their psi. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     rows = _rows(drawn.parents)

@@ -1,4 +1,4 @@
-"""Engine options with a KV cache of the size that known requests need; vLLM's default takes most of the memory."""
+"""Engine options with a KV cache sized for known requests. vLLM's default takes most of the memory."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ BLOCK_SIZE = 128
 """Tokens of a cache block on vLLM's CPU backend; on CUDA blocks are smaller."""
 
 DRAFTER_LAYERS = 4
-"""Layers reserved for a drafter's keys and values, each as large as one of the target's."""
+"""Layers to reserve for a drafter's keys and values, each as large as one of the target's."""
 
 ENGINE_BYTES = 1 << 30
-"""Allowance for what vLLM's processes hold beside weights and cache."""
+"""Allowance for the memory of vLLM's processes beside weights and cache."""
 
-SMALLEST_MODEL_LEN = 1024
+MIN_MODEL_LEN = 1024
 
 NUM_REQUESTS = 128
-"""Largest number of requests in flight, where the user names none."""
+"""Default of the largest number of requests in flight."""
 
 
 def kv_cache_options(target: str, num_requests: int, max_model_len: int, dtype: str = "bfloat16") -> dict[str, Any]:
@@ -44,9 +44,9 @@ def kv_cache_options(target: str, num_requests: int, max_model_len: int, dtype: 
 def engine_options(
     target: str, lengths: Sequence[int], given: Mapping[str, Any], num_requests: int = NUM_REQUESTS
 ) -> dict[str, Any]:
-    """Options for `vllm.LLM`: `given` by the user, and defaults for the rest that fit requests of `lengths` tokens.
+    """Options for `vllm.LLM`: those `given` by the user, and defaults for the others.
 
-    lengths: prompt and answer of each request together. `num_requests` limits the requests in flight; it is halved
+    lengths: tokens of each request, prompt and answer together. num_requests: most requests in flight; it is halved
     until they fit into memory, unless `given` has `max_num_seqs`. Raises ValueError if a single request does not fit.
     """
     for key in ("max_model_len", "max_num_seqs"):
@@ -58,8 +58,8 @@ def engine_options(
     if {"kv_cache_memory_bytes", "gpu_memory_utilization"} & given.keys() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return {"max_num_seqs": num_requests, "max_model_len": max_model_len, **given}
     bytes_per_block = _bytes_per_block(target, str(given.get("dtype", "auto")))
-    # vLLM refuses a cache in which no request of max_model_len tokens fits, so one request counts as so long. The
-    # others need slots for their drafts, which never go beyond max_model_len.
+    # vLLM refuses a cache without room for one request of max_model_len tokens, so the longest request counts as one.
+    # The others need additional slots for their drafts, which never exceed max_model_len.
     longest = [max_model_len, *(min(n + MAX_NODES, max_model_len) for n in sorted(lengths, reverse=True)[1:])]
     needed = _num_blocks(longest[:num_requests]) * bytes_per_block
     while not _fits(target, needed):
@@ -73,9 +73,9 @@ def engine_options(
 def fitting_model_len(target: str, longest: int) -> int:
     """`max_model_len` for requests of up to `longest` tokens and their drafts.
 
-    A power of two, because vLLM's compile cache depends on it and engines for similar work should share it.
+    It is a power of two, because vLLM's compile cache depends on it, and engines for similar work should share that.
     """
-    rounded = 1 << (max(longest + MAX_NODES, SMALLEST_MODEL_LEN) - 1).bit_length()
+    rounded = 1 << (max(longest + MAX_NODES, MIN_MODEL_LEN) - 1).bit_length()
     return min(rounded, context_length(target))
 
 
@@ -92,12 +92,12 @@ def _bytes_per_block(target: str, dtype: str) -> int:
 
 
 def _num_blocks(lengths: Sequence[int]) -> int:
-    """One more than the requests need, which vLLM reserves."""
+    """Blocks for requests of these lengths, and one more, which vLLM reserves."""
     return 1 + sum(-(-length // BLOCK_SIZE) for length in lengths)
 
 
 def _fits(target: str, cache: int) -> bool:
-    # Asking a GPU for its free memory would already take some of it.
+    # On a GPU vLLM checks this. Asking it for its free memory here would already take some of it.
     return torch.cuda.device_count() > 0 or cache + _weight_bytes(target) + ENGINE_BYTES <= _free_bytes()
 
 
@@ -125,7 +125,7 @@ def _too_large(target: str, cache: int, num_requests: int, max_model_len: int) -
 def _options(cache: int, num_requests: int, max_model_len: int) -> dict[str, Any]:
     return {
         "kv_cache_memory_bytes": cache,
-        # The bytes above replace this share, but on a GPU vLLM still refuses to start if it is not free.
+        # The bytes above replace this share, but on a GPU vLLM still refuses to start if the share is not free.
         "gpu_memory_utilization": 0.01,
         "max_num_seqs": num_requests,
         "max_model_len": max_model_len,

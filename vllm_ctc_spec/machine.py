@@ -1,4 +1,4 @@
-"""This machine: what measurements and model cards say of it, and the number type that is fast on it."""
+"""Describes this machine, for measurements and model cards, and chooses the number type that is fast on it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from vllm_ctc_spec.engine.compat import installed_vllm
 class Machine:
     cpu: str
     num_cores: int
-    """That this process may use."""
+    """Cores that this process may use."""
     memory_gib: float
     gpu: str | None
     versions: dict[str, str]
-    """By distribution: vLLM, torch, transformers and this package."""
+    """Of vLLM, torch, transformers and this package, by distribution name."""
 
 
 def this_machine() -> Machine:
@@ -37,7 +37,7 @@ def this_machine() -> Machine:
 
 
 def bf16_is_fast() -> bool:
-    """True where matrix products have native bfloat16 instructions; emulated, they are slower than float32."""
+    """Whether the machine has instructions for bfloat16 matrix products. Emulated, they are slower than float32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
@@ -45,7 +45,7 @@ def bf16_is_fast() -> bool:
 
 
 def target_dtype() -> torch.dtype:
-    """The number type of a target where the user names none."""
+    """The default number type of a target."""
     return torch.bfloat16 if bf16_is_fast() else torch.float32
 
 

@@ -1,7 +1,7 @@
-"""The whole method on a Hugging Face model, greedy, without cache or batching: short, slow, easy to read.
+"""The whole method on a Hugging Face model, greedy, without cache or batching: slow, and easy to read.
 
 Every step runs the target once over [verified text, anchor, tree nodes], with a mask that lets each node see the text
-and its ancestors, then walks the tree along the target's greedy choices. The engine's tests compare with it.
+and its ancestors, then walks the tree along the target's greedy choices. Tests compare the engine with it.
 
 Letters: P positions of the text with the anchor, N nodes, H hidden size, V vocabulary without blank.
 """
@@ -29,14 +29,14 @@ class ReferenceStep:
     accepted_nodes: list[int]
     """Node indices from the anchor's child downwards."""
     tokens: list[int]
-    """Emitted by the step: the accepted path, then the target's own token."""
+    """Tokens of the step: the accepted path, then the target's own token."""
 
 
 @torch.inference_mode()
 def decode(
     target: Any, drafter: CTCDrafter, prompt: list[int], num_nodes: int, options: SpecOptions
 ) -> Iterator[ReferenceStep]:
-    """Greedy decoding that never ends; the first step reads the prompt and has no tree.
+    """Yield decoding steps without end. The first one reads the prompt and has no tree.
 
     target: a transformers causal LM.
     """
@@ -63,7 +63,7 @@ def decode(
 def run_target(
     target: Any, layers: Sequence[int], tokens: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
 ) -> Tensor:
-    """[1, P, (1 + k) H] for tokens [1, P]: last hidden states after the final norm, then the outputs of k `layers`."""
+    """[1, P, (1 + k) H], last hidden states after the final norm, then outputs of the k `layers`; tokens: [1, P]."""
     options = {"attention_mask": mask, "position_ids": positions, "output_hidden_states": True, "use_cache": False}
     outputs = target.model(tokens, **options)
     return torch.cat((outputs.last_hidden_state, *(outputs.hidden_states[layer] for layer in layers)), dim=-1)
@@ -87,7 +87,7 @@ def draft(
 ) -> TokenTrees:
     """The tree for the next step.
 
-    hidden: [1, n + 1, (1 + k) H] of positions 0..n; last_tokens: those at n and n + 1, the latter is the anchor.
+    hidden: [1, n + 1, (1 + k) H] of positions 0..n; last_tokens: the tokens at n and n + 1, which is the anchor.
     """
     hidden, length = drafter.fuse(hidden), hidden.shape[1]
     context = drafter.context(hidden, torch.arange(length)[None])

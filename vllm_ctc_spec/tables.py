@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 
 PIPED_WIDTH = 400
-"""Columns. A pipe or a file has no width, and rich would cut tables to 80."""
+"""Columns of a stdout that is no terminal. rich would assume 80 and cut tables."""
 
 
 def console() -> Console:
-    """For stdout."""
+    """A console for stdout that does not cut tables in a pipe."""
     return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 

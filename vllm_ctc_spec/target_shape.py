@@ -1,4 +1,4 @@
-"""Sizes of a target, from its Hugging Face config, whose field names differ between model families."""
+"""Reads the sizes of a target from its Hugging Face config, whose field names differ between model families."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class TargetShape:
     intermediate_size: int
     max_position_embeddings: int
     rope_theta: float
-    """The target's, or 10000, for the drafter alone, if the target has no rotary positions."""
+    """The target's rotary base; 10000, for the drafter only, if the target has no rotary positions."""
 
 
 def target_shape(config: PretrainedConfig) -> TargetShape:
-    """Raises ValueError if the config has a field under no known name."""
+    """The target's sizes. Raises ValueError if a field is missing under all known names."""
     text = config.get_text_config()
     heads, hidden_size = _first(text, "num_attention_heads"), _first(text, "hidden_size")
     return TargetShape(
@@ -42,7 +42,7 @@ def target_shape(config: PretrainedConfig) -> TargetShape:
 
 def _num_key_value_heads(text: PretrainedConfig, heads: int) -> int:
     if text.model_type == "falcon" and not text.new_decoder_architecture:
-        # Its `num_kv_heads` counts in the new architecture only.
+        # `num_kv_heads` is used by the new architecture only.
         return 1 if text.multi_query else heads
     if text.model_type == "gpt_bigcode":
         return 1 if text.multi_query else heads

@@ -1,4 +1,4 @@
-"""Options for vLLM, checked by name before an engine starts: those of `vllm.LLM` and of `speculative_config`."""
+"""Checks names of options before an engine starts: those of `vllm.LLM` and of `speculative_config`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm_ctc_spec.engine.vllm_api import engine_options, speculative_options
 
 
 def check_engine_keys(where: str, options: Iterable[str]) -> None:
-    """Raises ValueError that names an option that `vllm.LLM` does not have."""
+    """Raises ValueError that names the first option that `vllm.LLM` does not have. where: setting to name in it."""
     known = engine_options()
     for key in options:
         if key not in known:
@@ -18,7 +18,7 @@ def check_engine_keys(where: str, options: Iterable[str]) -> None:
 
 
 def check_speculative_keys(where: str, config: dict[str, Any]) -> None:
-    """Raises ValueError that names what is wrong in a `speculative_config`."""
+    """Raises ValueError if a `speculative_config` has an unknown key or, for our method, an unusable value."""
     if config.get("method") == "ctc":
         check_ctc(where, config)
         return
@@ -31,7 +31,7 @@ def check_speculative_keys(where: str, config: dict[str, Any]) -> None:
 
 
 def check_ctc(where: str, spec: dict[str, Any]) -> None:
-    """Raises ValueError that names what is wrong in a `speculative_config` of our method."""
+    """Raises ValueError if a `speculative_config` of our method has an unknown key or an unusable value or drafter."""
     from vllm_ctc_spec.drafter.checkpoint import check_drafter
 
     own = {key: value for key, value in spec.items() if key not in ("method", "model", "num_speculative_tokens")}

@@ -1,4 +1,4 @@
-"""What every baseline is to the training loop: a module that returns its loss and writes a checkpoint for vLLM."""
+"""Base class of the baselines: a module that returns its loss and writes a checkpoint for vLLM."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Baseline(nn.Module, ABC):
-    """Holds the frozen target, which is only read, beside what learns.
+    """A drafter that is trained, with the frozen target.
 
-    Batches are those of `AnchorCollator`: anchors are trained positions, labels the tokens after them. An anchor is
+    Batches are those of `collate_anchors`: anchors are trained positions, labels the tokens after them. An anchor is
     the last token that the target has produced; hidden states exist up to the position before it.
     """
 
@@ -23,7 +23,7 @@ class Baseline(nn.Module, ABC):
     batch_size: int
     """Rows per step."""
     learning_rate: float
-    """Peak, of `MuonAdamW`."""
+    """Peak learning rate of `MuonAdamW`."""
 
     def __init__(self, target: PreTrainedModel) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Baseline(nn.Module, ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write what `vllm.LLM(speculative_config={"model": folder})` loads."""
+        """Write a checkpoint for `vllm.LLM(speculative_config={"model": folder})`."""
 
 
 def save_checkpoint(folder: Path, config: PretrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -56,5 +56,5 @@ def save_checkpoint(folder: Path, config: PretrainedConfig, weights: dict[str, T
 
 
 def rows_at(x: Tensor, positions: Tensor) -> Tensor:
-    """[B, M, H] from x [B, L, H] and positions [B, M]; of padding, positions may lie behind the end."""
+    """[B, M, H], rows of x [B, L, H] at positions [B, M]; positions of padding may be beyond the end."""
     return x.gather(1, positions.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,4 +1,4 @@
-"""A small Llama that drafts on its own (vLLM's `draft_model`), with the target's tokenizer.
+"""A small Llama that drafts independently of the target (vLLM's `draft_model`), with the target's tokenizer.
 
 Letters: B rows, L tokens, M anchors, U labels = 1.
 """

@@ -1,7 +1,7 @@
 """EAGLE (Li et al., arXiv 2401.15077) and EAGLE-3 (arXiv 2503.01840) heads for vLLM's Llama versions of them.
 
-At position i the head gets the embedding of token i + 1 and the target's feature of position i, and guesses token
-i + 2; behind the anchor it goes on with its own output as feature. Parameters have the names of vLLM's checkpoints.
+At position i the head reads the embedding of token i + 1 and the target's feature of position i, and predicts token
+i + 2. After the anchor it reads its own output in place of the feature. Parameters are named as in vLLM's checkpoints.
 
 Letters: B rows, L tokens, M anchors, U labels = steps of drafting, H hidden size, K kv heads, D head size.
 """
@@ -24,11 +24,11 @@ from vllm_ctc_spec.training.models import drafter_config
 from vllm_ctc_spec.training.objective import attend_before_anchor, target_hidden
 
 MIN_DEPTH = 7
-"""Layers of a target whose EAGLE-3 features (vLLM's default: 2, half, last but three) are three different ones."""
+"""Fewest layers of a target for EAGLE-3, which reads three different ones: 2, half, last but three (vLLM's default)."""
 
 
 class DraftLayer(LlamaDecoderLayer):
-    """Llama's decoder layer, whose attention may read wider rows than its residual stream has."""
+    """Llama's decoder layer, whose attention may have wider inputs than its residual stream."""
 
     def __init__(self, config: LlamaConfig, input_size: int) -> None:
         super().__init__(config, layer_idx=0)
@@ -56,15 +56,15 @@ class DraftLayer(LlamaDecoderLayer):
 
 
 class EagleHead(Baseline):
-    """The unrolled pass that both versions share."""
+    """The unrolled pass of both versions."""
 
     layer: DraftLayer
     layer_name: str
-    """Of `layer` in the checkpoint."""
+    """Name of `layer` in the checkpoint."""
 
     def __init__(self, target: PreTrainedModel) -> None:
         super().__init__(target)
-        # The drafter of this project has the target's sizes for the same reason: one KV group in vLLM.
+        # With the target's sizes, as our own drafter, so that vLLM needs only one KV group.
         like = drafter_config(target.config)
         names = (
             "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -79,9 +79,9 @@ class EagleHead(Baseline):
         )
 
     def unrolled(self, input_ids: Tensor, features: Tensor, anchors: Tensor, labels: Tensor) -> list[Tensor]:
-        """The head's own feature [B, M, H] at each of its U steps; features: [B, L, H].
+        """The head's outputs [B, M, H] at each of its U steps; features: [B, L, H], the target's.
 
-        As when serving, a step reads the target's features before the anchor and its own behind it, where EAGLE-3
+        As in serving, a step reads the target's features before the anchor and the head's own outputs after it. EAGLE-3
         calls this training-time test; with one step it is EAGLE's training.
         """
         embed = self.target.get_input_embeddings()
@@ -101,7 +101,7 @@ class EagleHead(Baseline):
 
     @abstractmethod
     def inputs(self, embedding: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layer's attention reads, and its residual stream."""
+        """Input of the layer's attention, and its residual stream."""
 
     def save(self, folder: Path) -> None:
         # Embedding and LM head are absent, so that vLLM shares the target's.
@@ -111,7 +111,7 @@ class EagleHead(Baseline):
 
 
 class Eagle(EagleHead):
-    """EAGLE's own loss: smooth L1 to the target's next feature, and 0.1 of the cross-entropy to its distribution."""
+    """EAGLE's loss: smooth L1 to the target's next feature, and 0.1 times the cross-entropy to its distribution."""
 
     num_labels = 1
     batch_size = 2
@@ -142,7 +142,7 @@ class Eagle(EagleHead):
 
 
 class Eagle3(EagleHead):
-    """Three of the target's layers as features; cross-entropy alone, over steps that read the head's own outputs."""
+    """Features of three of the target's layers; cross-entropy only, over steps that read the head's own outputs."""
 
     num_labels = 3
     batch_size = 2
@@ -170,7 +170,7 @@ class Eagle3(EagleHead):
     def forward(self, input_ids: Tensor, anchors: Tensor, valid: Tensor, labels: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             outputs = self.target.get_decoder()(input_ids=input_ids, use_cache=False, output_hidden_states=True)
-        # Entry k is what layer k reads, in vLLM too.
+        # Entry k is the input of layer k, as in vLLM.
         chosen = [outputs.hidden_states[k] for k in self.config.eagle_aux_hidden_state_layer_ids]
         features = self.fc(torch.cat(chosen, dim=-1))
         losses = []

@@ -1,6 +1,6 @@
 """Medusa heads (Cai et al., arXiv 2401.10774) for vLLM's `MedusaModel`.
 
-Head k reads the target's last hidden state before the anchor and guesses the token k + 1 places behind the anchor.
+Head k reads the target's last hidden state before the anchor and predicts the token k + 1 positions after the anchor.
 
 Letters: B rows, L tokens, M anchors, n valid anchors, U labels = heads, H hidden size, V vocabulary.
 """

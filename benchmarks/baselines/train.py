@@ -1,14 +1,14 @@
-"""Train what vLLM's users would pick instead of our drafter, for the same target, rows and wall time.
+"""Trains vLLM's other drafters, for the same target, rows and time as ours.
 
     .venv/bin/python benchmarks/baselines/train.py KIND TARGET ROWS OUTPUT --minutes M [--threads N]
 
 KIND: medusa, eagle, eagle3 or draft. ROWS is what `vllm-ctc-spec train regenerate` writes. OUTPUT is a folder that
 stock vLLM serves: `vllm.LLM(TARGET, speculative_config={"method": METHOD, "model": OUTPUT,
-"num_speculative_tokens": 5})`, where METHOD is KIND, or draft_model for draft.
+"num_speculative_tokens": 5})`, where METHOD is KIND, or draft_model for draft; Medusa up to vLLM 0.32 only.
 
-Rows, anchors, schedule, optimizer, precision (bf16 target, float32 weights that learn) and loop are those of our own
-drafter's training; each baseline has the learning rate and the batch size that did best in runs of half a minute,
-judged offline.
+Rows, anchors, schedule, optimizer, precision (bf16 target, float32 trained weights) and loop are those of our own
+drafter's training. Learning rate and batch size of each baseline are the best of runs of half a minute, by acceptance
+length without an engine.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KINDS: dict[str, type[Baseline]] = {"medusa": Medusa, "eagle": Eagle, "eagle3": 
 MAX_LENGTH = 512
 """Tokens; longer rows are cut."""
 ALL_ANCHORS = 10**9
-"""A row brings all its anchors: the pass of the target over the row is paid for anyway."""
+"""Every anchor of a row is trained, because the target runs over the whole row anyway."""
 
 
 def train(kind: str, target_path: str, rows_path: Path, output: Path, budget: Budget) -> Path:

@@ -22,13 +22,13 @@ from typing import Any
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
-from rich.console import Console
 
 from tests.tiny_pair import build_tiny_pair
 from vllm_ctc_spec.bench.config import BenchConfig, Method, PromptSource
 from vllm_ctc_spec.bench.records import Sampling
 from vllm_ctc_spec.bench.report import to_terminal
 from vllm_ctc_spec.bench.run import Bench
+from vllm_ctc_spec.tables import console
 
 SAMPLING = {"float32": (Sampling(), Sampling(temperature=1.0)), "bfloat16": (Sampling(),)}
 BATCHES = (1, 8)
@@ -99,7 +99,7 @@ def main() -> int:
     wrong = [row for row in checks if not row["ok"]]
     (options.results / "engine_check.json").write_text(json.dumps({"checks": checks, "results": results}, indent=1))
     for dtype, each in results.items():
-        Console().print(dtype, to_terminal(each))
+        console().print(dtype, to_terminal(each))
     print(f"{torch.cuda.get_device_name()}: {len(checks) - len(wrong)} of {len(checks)} right", *wrong, sep="\n")
     return 1 if wrong else 0
 

@@ -63,10 +63,10 @@ def test_node_probabilities_equal_the_sum_over_alignments_and_are_the_largest(ca
     psi = prefix_probabilities(case.outcomes())
     for trees in _prefix_trees(case, num_nodes):
         prefixes = node_prefixes(trees)
-        believed = trees.prefix_logp[0, : len(prefixes)].exp().tolist()
+        found = trees.prefix_logp[0, : len(prefixes)].exp().tolist()
         assert len(set(prefixes)) == len(prefixes) == min(num_nodes, len(psi))
-        assert believed == pytest.approx([psi[prefix] for prefix in prefixes], rel=1e-5)
-        assert believed == pytest.approx(sorted(psi.values(), reverse=True)[:num_nodes], rel=1e-5)
+        assert found == pytest.approx([psi[prefix] for prefix in prefixes], rel=1e-5)
+        assert found == pytest.approx(sorted(psi.values(), reverse=True)[:num_nodes], rel=1e-5)
 
 
 @_settings
@@ -109,9 +109,9 @@ def test_every_leading_slice_is_a_tree_in_descending_probability(case: Case, num
 @given(cases(), st.integers(1, 20), st.floats(0.0, 0.9))
 def test_min_prefix_probability_cuts_the_tail_of_the_same_tree(case: Case, num_nodes: int, least: float) -> None:
     for whole, cut in zip(_prefix_trees(case, num_nodes), _prefix_trees(case, num_nodes, least), strict=True):
-        believed = whole.prefix_logp[0].exp()
+        found = whole.prefix_logp[0].exp()
         # The logarithm moves a value by an ulp, so nodes at the very threshold may fall on either side.
-        assert (believed > least * (1 + 1e-6)).sum() <= cut.num_nodes[0] <= (believed >= least * (1 - 1e-6)).sum()
+        assert (found > least * (1 + 1e-6)).sum() <= cut.num_nodes[0] <= (found >= least * (1 - 1e-6)).sum()
         assert node_prefixes(cut) == node_prefixes(whole)[: int(cut.num_nodes[0])]
 
 
@@ -170,7 +170,8 @@ def test_the_search_finds_the_trees_that_are_built_level_by_level(
 
     def emissions(dtype: torch.dtype) -> ConditionedEmissions:
         conditioning = Conditioning(*(table.to(dtype) for table in tables))
-        return conditioned_emissions(logits, *states.to(dtype), conditioning, num_candidates)
+        start, gate = states.to(dtype)
+        return conditioned_emissions(logits, start, gate, conditioning, num_candidates)
 
     # The search is in float32 always.
     for search, build in ((search_prefix_trees, build_prefix_trees), (search_chains, build_chains)):
@@ -194,8 +195,10 @@ def test_without_blank_and_bias_a_prefix_has_the_product_of_its_positions() -> N
     zero, tables = torch.zeros(1, 2), Conditioning(torch.zeros(8, 2), torch.zeros(2, 2), torch.zeros(8, 2))
     trees = build_prefix_trees(conditioned_emissions(logits, zero, zero, tables, 8), 32)
     logp = logits[0].log_softmax(-1)
-    for prefix, believed in zip(node_prefixes(trees), trees.prefix_logp[0].tolist(), strict=True):
-        assert believed == pytest.approx(sum(logp[frame, token].item() for frame, token in enumerate(prefix)), abs=1e-5)
+    for prefix, prefix_logp in zip(node_prefixes(trees), trees.prefix_logp[0].tolist(), strict=True):
+        assert prefix_logp == pytest.approx(
+            sum(logp[frame, token].item() for frame, token in enumerate(prefix)), abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("num_nodes", [1, 16, 63])

@@ -24,15 +24,15 @@ def test_the_template_is_a_tree_of_63_paths_with_parents_first() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(independent_cases(max_frames=5), st.integers(1, 63))
-def test_nodes_are_distinct_prefixes_believed_no_more_than_their_prefix_probability(
+def test_nodes_are_distinct_prefixes_and_no_value_exceeds_their_prefix_probability(
     case: IndependentCase, num_nodes: int
 ) -> None:
     psi = prefix_probabilities(case.outcomes())
     trees = build_template_trees(case.logits[None], num_nodes)
     prefixes = node_prefixes(trees)
     assert len(set(prefixes)) == len(prefixes)
-    for prefix, believed in zip(prefixes, trees.prefix_logp[0].tolist()):
-        assert 0 < math.exp(believed) <= psi[prefix] * (1 + 1e-5)
+    for prefix, path_logp in zip(prefixes, trees.prefix_logp[0].tolist()):
+        assert 0 < math.exp(path_logp) <= psi[prefix] * (1 + 1e-5)
     assert [len(prefix) for prefix in prefixes] == trees.depths[0, : len(prefixes)].tolist()
 
 
@@ -60,7 +60,7 @@ def test_paths_lose_repeats_and_blanks_and_merge(best: list[list[int]], expected
     assert node_prefixes(trees) == expected
 
 
-def test_a_prefix_is_believed_as_much_as_the_best_path_that_leads_to_it() -> None:
+def test_the_value_of_a_prefix_is_that_of_the_best_path_that_leads_to_it() -> None:
     trees = build_template_trees(_labels([[3, 1], [1, 3]], num_labels=4), 8)
     first, second = torch.tensor([0.0, -1.0]).log_softmax(-1).tolist()
     assert trees.prefix_logp[0, 0].item() == pytest.approx(max(first + first, second, second + first, second + second))

@@ -111,8 +111,8 @@ def test_a_subset_and_a_split_of_a_data_set_are_chosen(
     folder = tmp_path / "questions"
     folder.mkdir()
     configs = ["---", "configs:"]
-    for subset, question in (("main", "one"), ("other", "two")):
-        (folder / f"{subset}.jsonl").write_text(json.dumps({"question": question}) + "\n")
+    for subset, text in (("main", "one"), ("other", "two")):
+        (folder / f"{subset}.jsonl").write_text(json.dumps({"question": text}) + "\n")
         files = f"data_files: [{{split: test, path: {subset}.jsonl}}]"
         configs += [f"- config_name: {subset}", f"  {files}"]
     (folder / "README.md").write_text("\n".join([*configs, "---", ""]))

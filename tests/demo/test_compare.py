@@ -92,7 +92,7 @@ def test_equal_texts_and_their_figures(tokenizer: PreTrainedTokenizerFast):
     assert found.tokens_per_second == {PLAIN: 1.0, CTC: 4.0}
     assert found.speedup == 4
     assert found.acceptance_length == 4
-    assert all(row.text == "equal" and row.parts_at is None and row.speedup == 4 for row in found.rows)
+    assert all(row.text == "equal" and row.differs_at is None and row.speedup == 4 for row in found.rows)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_texts_that_part(tokenizer: PreTrainedTokenizerFast, gap: Gap | None, dt
     engines = FakeEngines(ctc=(7, 8, 8, 8), gap=gap)
     found = compare(engines, answered(engines, tokenizer), dtype)
     assert found.texts[text] == 13
-    assert {(row.text, row.parts_at) for row in found.rows} == {(text, 2)}
+    assert {(row.text, row.differs_at) for row in found.rows} == {(text, 2)}
 
 
 def test_sameness_in_float32_is_of_all_tokens(tokenizer: PreTrainedTokenizerFast):
@@ -139,8 +139,8 @@ def test_a_terminal_without_colours_gets_plain_lines(tokenizer: PreTrainedTokeni
     assert max(map(len, text.splitlines())) <= 80
     assert text.count("near-tie at 2") == 13
     assert "0 of 13 equal" in text
-    assert "different tokens" not in printed(lambda console: show.verdict(console, found, True, 3))
-    assert "different tokens" in printed(lambda console: show.verdict(console, found, False, 3))
+    assert "different tokens" not in printed(lambda console: show.conclusion(console, found, True, 3))
+    assert "different tokens" in printed(lambda console: show.conclusion(console, found, False, 3))
     json.dumps(dataclasses.asdict(found))
 
 

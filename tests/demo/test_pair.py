@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import io
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import zipfile
@@ -112,13 +114,13 @@ def test_an_index_that_is_not_reached_is_one_error(tmp_path: Path, monkeypatch: 
         assert options["env"]["TMPDIR"] == str(tmp_path)
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution\n")
 
-    monkeypatch.setattr(fetch_module.subprocess, "run", refuse)
+    monkeypatch.setattr(subprocess, "run", refuse)
     with pytest.raises(FetchError, match=r"pip download .* failed \(ERROR: No matching distribution\)"):
         fetch(SOURCE, tmp_path)
 
 
 def test_an_environment_without_pip_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fetch_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FetchError, match="has no pip"):
         fetch(SOURCE, tmp_path)
 
@@ -128,7 +130,7 @@ def test_without_room_nothing_is_fetched(
 ):
     pip = answer_with(WHEEL)
     usage = namedtuple("usage", "free")(5_000_000)
-    monkeypatch.setattr(pair_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match=r"needs \d+ MB in .*, and 5 MB are free") as raised:
         default_target(print)
     assert "XDG_CACHE_HOME" in str(raised.value)
@@ -147,7 +149,7 @@ def _killed_while_converting() -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    pair_module.convert = die
+    setattr(pair_module, "convert", die)  # noqa: B010
     default_target(print)
 
 

@@ -76,7 +76,7 @@ class InterpretedWorker(CTCCPUWorker):
 
         # Start-up refuses what is for CUDA only.
         chosen = choice.tree_attention_of
-        choice.tree_attention_of = lambda layers, kernel: chosen(layers, self.kernel)
+        setattr(choice, "tree_attention_of", lambda layers, kernel: chosen(layers, self.kernel))  # noqa: B010
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{backend.__module__}.{backend.__name__}")
 
     def determine_available_memory(self) -> int:

@@ -17,7 +17,8 @@ import vllm_ctc_spec
 from vllm_ctc_spec.engine import compat
 
 PACKAGE = Path(vllm_ctc_spec.__file__).parent
-SIGNATURES = Path(__file__).with_name("vllm_signatures.json")
+SIGNATURES = Path(__file__).with_name("vllm_signatures")
+"""A file for each minor version of vLLM that we support."""
 
 
 def sources() -> dict[str, ast.Module]:
@@ -48,15 +49,17 @@ def own_attributes(path: str) -> Iterator[tuple[str, set[str]]]:
     """Classes of ours in a file, and what they read of `self` without having it from themselves."""
     for node in ast.walk(sources()[path]):
         if isinstance(node, ast.ClassDef):
-            on_self = [each for each in ast.walk(node) if _is_on_self(each)]
+            attributes = [each for each in ast.walk(node) if isinstance(each, ast.Attribute)]
+            on_self = [each for each in attributes if isinstance(each.value, ast.Name) and each.value.id == "self"]
             written = {each.attr for each in on_self if isinstance(each.ctx, ast.Store)}
             defined = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
             declared = {each.target.id for each in node.body if isinstance(each, ast.AnnAssign)}
             yield node.name, {each.attr for each in on_self} - written - defined - declared
 
 
-def _is_on_self(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+def recorded_file() -> Path:
+    """That of the installed vLLM."""
+    return SIGNATURES / f"{'.'.join(str(compat.installed_vllm()).split('.')[:2])}.json"
 
 
 def signatures() -> dict[str, list[str]]:
@@ -80,4 +83,4 @@ def _parameters(function: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    SIGNATURES.write_text(json.dumps(signatures(), indent=1) + "\n")
+    recorded_file().write_text(json.dumps(signatures(), indent=1) + "\n")

@@ -97,7 +97,7 @@ def test_no_other_choice_brings_more_at_the_rate_seen(
     assert worth(chosen) == pytest.approx(max(map(worth, every.tolist())))
 
 
-def test_belief_is_weighed_by_what_was_accepted() -> None:
+def test_psi_is_corrected_by_what_was_accepted() -> None:
     trees, plan = [[0.9, 0.8, 0.7]], DraftPlan(1, 1.0, 0.0)
     budget = line(0.5)
     assert budget.choose(plan, trees) == [3]

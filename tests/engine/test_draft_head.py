@@ -52,7 +52,7 @@ def test_only_these_are_drafted_and_no_token_changes(
 
     expected = products.pop("target")[:, drafted]
     for name, product in products.items():
-        torch.testing.assert_close(product, expected, msg=lambda difference, name=name: f"{name}: {difference}")
+        torch.testing.assert_close(product, expected, msg=f"{name}: {{}}".format)
 
 
 def test_a_target_without_a_head_to_draft_with_is_refused() -> None:

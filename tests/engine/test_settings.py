@@ -72,9 +72,9 @@ def test_another_method_is_left_to_vllm(pair: TinyPair) -> None:
 def test_an_unsupported_vllm_is_refused_only_when_the_method_is_used(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compat, "installed_vllm", lambda: "0.33.0")
+    monkeypatch.setattr(compat, "installed_vllm", lambda: "0.34.0")
     assert EngineArgs(model=str(pair.target)).create_engine_config().speculative_config is None
-    with pytest.raises(RuntimeError, match=r"supports vLLM 0\.32\.x, but 0\.33\.0"):
+    with pytest.raises(RuntimeError, match=r"supports vLLM >=0\.32,<0\.34, but 0\.34\.0"):
         configure(pair, {})
 
 

@@ -39,8 +39,8 @@ class Rows:
         self.blocks = torch.tensor([[4, 1, 3]])
         positions = torch.arange(CONTEXT)
         self.slots = self.blocks[0][positions // BLOCK] * BLOCK + positions % BLOCK
-        context = (random(CONTEXT, KV_HEADS, HEAD_SIZE) for _ in range(2))
-        write_cache(self.cache, self.slots, *context, ISA)
+        key, value = (random(CONTEXT, KV_HEADS, HEAD_SIZE) for _ in range(2))
+        write_cache(self.cache, self.slots, key, value, ISA)
         self.query = random(1, num_rows, HEADS, HEAD_SIZE)
         self.key = random(1, num_rows, KV_HEADS, HEAD_SIZE)
         self.value = random(1, num_rows, KV_HEADS, HEAD_SIZE)

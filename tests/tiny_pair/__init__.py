@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 from tests.tiny_pair.corpus import write_corpus
 from tests.tiny_pair.target import train_target
 from vllm_ctc_spec.machine import target_dtype
+from vllm_ctc_spec.training.fit import FitSettings, fit
 from vllm_ctc_spec.training.loop import Budget
 from vllm_ctc_spec.training.prompts import read_prompts
 from vllm_ctc_spec.training.regenerate import RegenerateSettings, regenerate
-from vllm_ctc_spec.training.trainer import FitSettings, fit
 
 DRAFTER = {"num_frames": 8, "label_length": 8, "condition_rank": 128}
 

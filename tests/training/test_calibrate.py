@@ -1,4 +1,4 @@
-"""One factor on all logits makes belief equal to acceptance."""
+"""One factor on all logits makes the expected accepted length equal to the measured one."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch
 from tests.training.tiny_models import VOCAB, tiny_drafter, tiny_target
 from vllm_ctc_spec.drafter.drafting import emission_logits, set_tables_from
 from vllm_ctc_spec.training import calibrate as calibrate_module
-from vllm_ctc_spec.training.calibrate import calibrate, scale_logits, split_rows
+from vllm_ctc_spec.training.calibrate import RowSplit, calibrate, scale_logits, split_rows
 from vllm_ctc_spec.training.data import AnchorDataset, TrainingRow, collate_anchors
 from vllm_ctc_spec.training.objective import DraftObjective
 
@@ -31,20 +31,20 @@ def test_scaling_multiplies_every_logit(emission, label_length):
 
 
 @pytest.mark.parametrize("emission", ["conditioned", "independent"])
-def test_belief_equals_acceptance_on_the_calibration_rows(emission):
+def test_the_expected_accepted_length_is_the_measured_one_on_the_calibration_rows(emission):
     target = tiny_target()
     objective = DraftObjective(tiny_drafter(target, emission=emission, label_length=4), target)
     rows = noisy_counting_rows(40)
     train(objective, rows)
-    before, accepted = beliefs(objective, rows)
-    assert before < 0.9 * accepted
+    expected, accepted = expected_and_accepted(objective, rows)
+    assert expected < 0.9 * accepted
     calibrate(objective, rows)
-    believed, accepted = beliefs(objective, rows)
-    assert believed == pytest.approx(accepted, rel=0.03)
+    expected, accepted = expected_and_accepted(objective, rows)
+    assert expected == pytest.approx(accepted, rel=0.03)
 
 
 def noisy_counting_rows(count: int) -> list[TrainingRow]:
-    """Text that counts, but where every fourth token is random: what comes next is never certain."""
+    """Rows that count up, with one random token in four, so that no next token is certain."""
     generator = torch.Generator().manual_seed(5)
     rows = []
     for start in range(count):
@@ -66,7 +66,7 @@ def train(objective: DraftObjective, rows: list[TrainingRow]) -> None:
         optimizer.step()
 
 
-def beliefs(objective: DraftObjective, rows: list[TrainingRow]) -> tuple[float, float]:
+def expected_and_accepted(objective: DraftObjective, rows: list[TrainingRow]) -> tuple[float, float]:
     objective.eval()
     set_tables_from(objective.drafter, objective.target)
     return calibrate_module.expected_and_accepted(objective, calibrate_module._draft(objective, rows, 0), 1.0)
@@ -74,17 +74,18 @@ def beliefs(objective: DraftObjective, rows: list[TrainingRow]) -> tuple[float, 
 
 def test_rows_to_calibrate_on_are_not_trained_on():
     rows = noisy_counting_rows(100)
-    trained, kept = split_rows(rows)
-    assert (len(trained), len(kept)) == (95, 5)
-    assert not {id(row) for row in trained} & {id(row) for row in kept}
-    assert len(split_rows(rows, share=2, most=10)[1]) == 10
-    assert split_rows(rows[:10]) == (rows[:10], [])
+    split = split_rows(rows)
+    assert (len(split.trained), len(split.calibration)) == (95, 5)
+    assert not {id(row) for row in split.trained} & {id(row) for row in split.calibration}
+    assert len(split_rows(rows, share=2, max_calibration=10).calibration) == 10
+    assert split_rows(rows[:10]) == RowSplit(rows[:10], [])
 
 
 def test_rows_of_a_calibration_rows_prompt_are_not_trained_on():
     def row(prompt: int, answer: int) -> TrainingRow:
         return TrainingRow(torch.tensor([prompt, prompt + 1, answer]), torch.tensor([False, False, True]))
 
-    trained, kept = split_rows([row(prompt, answer) for answer in range(3) for prompt in range(40)])
-    assert (len(trained), len(kept)) == (3 * 38, 2)
-    assert not {int(row.token_ids[0]) for row in trained} & {int(row.token_ids[0]) for row in kept}
+    split = split_rows([row(prompt, answer) for answer in range(3) for prompt in range(40)])
+    assert (len(split.trained), len(split.calibration)) == (3 * 38, 2)
+    trained, kept = ({int(row.token_ids[0]) for row in rows} for rows in (split.trained, split.calibration))
+    assert not trained & kept

@@ -6,12 +6,12 @@ import sys
 import pytest
 
 from tests.training.tiny_models import tiny_drafter, tiny_target
-from vllm_ctc_spec.training.card import Words, command_line, training_facts, write_card
+from vllm_ctc_spec.training.card import CardDetails, command_line, training_facts, write_card
 from vllm_ctc_spec.training.data import TrainingRow
 from vllm_ctc_spec.training.evaluate import CHAIN, Evaluation, Rate, TreeAcceptance
 from vllm_ctc_spec.training.stages import named_sets
 
-NO_WORDS = Words()
+NO_DETAILS = CardDetails()
 
 
 def evaluation(length: float, error: float | None) -> Evaluation:
@@ -35,7 +35,7 @@ def rows():
     return [TrainingRow(torch.arange(5), torch.tensor([False, True, True, True, False]))] * 2
 
 
-def written(drafter, words=NO_WORDS, sets=None, target="org/name"):
+def written(drafter, words=NO_DETAILS, sets=None, target="org/name"):
     path = drafter / "README.md"
     write_card(path, drafter, target, words, sets or {"one": evaluation(2.0, 0.1)})
     return path.read_text()
@@ -45,7 +45,7 @@ def test_what_training_recorded_stands_in_the_card(drafter):
     record = {"steps": 1234, "seconds": 630.0, **training_facts(rows())}
     assert (record["num_rows"], record["num_tokens"]) == (2, 6)
     (drafter / "training.json").write_text(json.dumps(record))
-    card = written(drafter, Words(text="its own answers, Apache-2.0"))
+    card = written(drafter, CardDetails(text="its own answers, Apache-2.0"))
     for fact in (
         "| text | its own answers, Apache-2.0 |",
         "| rows | 2, 6 trained tokens |",
@@ -84,7 +84,7 @@ def test_each_set_has_a_column(drafter):
 
 
 def test_words_are_kept_for_the_next_card(drafter):
-    assert "# CTC drafter for Big" in written(drafter, Words("Big", "poems"))
+    assert "# CTC drafter for Big" in written(drafter, CardDetails("Big", "poems"))
     again = written(drafter)
     assert "# CTC drafter for Big" in again and "| text | poems |" in again
 

@@ -16,7 +16,8 @@ from vllm_ctc_spec.training.data import (
     read_rows,
     with_anchors,
 )
-from vllm_ctc_spec.training.prompts import read_prompts
+from vllm_ctc_spec.training.prompts import read_prompts, read_questions, turn_prompt
+from vllm_ctc_spec.training.sources import Line
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception(m.role) }}{% endif %}"
@@ -171,7 +172,9 @@ def test_skipping_leaves_out_the_bad_lines_and_no_others(tokenizer, tmp_path):
     assert [message.split(":")[0] for message in prompts] == [f"{path}, line {number}" for number in (1, 3)]
 
 
-@pytest.mark.parametrize("read", [read_prompts, lambda *arguments: read_rows(*arguments[:2], 100, arguments[2])])
+@pytest.mark.parametrize(
+    "read", [read_prompts, lambda source, tokenizer, skipped: read_rows(source, tokenizer, 100, skipped)]
+)
 @pytest.mark.parametrize("chat_template", [None, {"tool_use": TEMPLATE}])
 @pytest.mark.parametrize("layout", [{"messages": MESSAGES}, {"conversations": SHAREGPT}])
 def test_a_missing_chat_template_is_no_fault_of_a_line(tokenizer, tmp_path, read, chat_template, layout):
@@ -194,6 +197,22 @@ def test_fields_that_are_none_are_as_good_as_absent(tokenizer, tmp_path):
     assert spelled(plain) == spelled(same)
 
 
+def test_the_chat_template_reads_its_variables(tokenizer, tmp_path):
+    style = "{% if style is not defined %}{{ raise_exception('no style') }}{% endif %}({{ style }})"
+    styled = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=style + TEMPLATE)
+    path, kwargs = write(tmp_path / "a.jsonl", {"messages": MESSAGES}), {"style": "new"}
+    (row,) = read_rows(path, styled, 100, chat_template_kwargs=kwargs)
+    assert spelled(row) == ("(new)<user>hi<assistant>yes|<user>so<assistant>no|", "yes|no|")
+    for lines in ({"messages": MESSAGES[:1]}, {"turns": ["hi", "so"]}):
+        (question,) = read_questions([Line("row 1", lines)], styled, chat_template_kwargs=kwargs)
+        assert "".join(map(chr, question.first)) == "(new)<user>hi<assistant>"
+    later = turn_prompt(question, [[ord("n")]], styled, kwargs)
+    assert later is not None
+    assert "".join(map(chr, later)) == "(new)<user>hi<assistant>n|<user>so<assistant>"
+    with pytest.raises(ValueError, match=r"line 1: the tokenizer's chat template refuses the messages \(no style\)"):
+        read_rows(path, styled, 100)
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", {"messages": MESSAGES})
     tokenizer = PreTrainedTokenizerFast(
@@ -208,8 +227,8 @@ def test_anchors_are_usable_iff_they_and_their_labels_are_trained():
     row = TrainingRow(torch.arange(9), trained)
     assert row.usable_anchors(2).tolist() == [1, 5, 6]
     assert row.usable_anchors(8).tolist() == []
-    assert with_anchors([row, row], least_labels=4) == []
-    assert len(with_anchors([row, row], least_labels=2)) == 2
+    assert with_anchors([row, row], min_labels=4) == []
+    assert len(with_anchors([row, row], min_labels=2)) == 2
 
 
 def counting_rows(*lengths: int) -> list[TrainingRow]:
@@ -231,7 +250,7 @@ def test_labels_that_are_not_trained_are_missing_and_so_are_those_after_them():
     row = TrainingRow(torch.arange(10, 18), torch.tensor([0, 1, 1, 1, 0, 1, 1, 1], dtype=torch.bool))
     labels = row.labels(torch.tensor([1, 2, 5, 6]), 3)
     assert labels.tolist() == [[12, 13, MISSING], [13, MISSING, MISSING], [16, 17, MISSING], [17, MISSING, MISSING]]
-    dataset = AnchorDataset([row], label_length=3, anchors_per_row=9, least_labels=1)
+    dataset = AnchorDataset([row], label_length=3, anchors_per_row=9, min_labels=1)
     assert sorted(dataset[0].anchors.tolist()) == [1, 2, 5, 6]
 
 

@@ -25,6 +25,7 @@ from vllm_ctc_spec.training.evaluate import (
     PAPER_TREE,
     Evaluation,
     Observations,
+    TreeChoice,
     evaluate,
     observe,
     standard_error,
@@ -34,7 +35,7 @@ from vllm_ctc_spec.training.report import to_json, to_png, to_table
 
 NUM_ANCHORS, NUM_FRAMES, NUM_TOKENS = 60, 3, 4
 BUDGETS = (1, 4, 16, 63)
-TREES = (CHAIN, *((SpecOptions(), num_nodes) for num_nodes in BUDGETS), PAPER_TREE)
+TREES = (CHAIN, *(TreeChoice(SpecOptions(), num_nodes) for num_nodes in BUDGETS), PAPER_TREE)
 FAMILIES = {
     "independent": ("independent", NUM_FRAMES),
     "conditioned": ("conditioned", NUM_FRAMES - 1),
@@ -110,17 +111,17 @@ def accepted_prefixes(tree: set[Prefix], text: Prefix) -> list[Prefix]:
     return [text[:depth] for depth in range(1, len(text) + 1) if text[:depth] in tree]
 
 
-def test_length_belief_and_depths_equal_a_count_over_anchors(problem: Problem):
+def test_length_expected_length_and_depths_equal_a_count_over_anchors(problem: Problem):
     evaluation = problem.evaluation()
     shapes: list[Callable] = [chain, *(lambda psi, n=n: best_tree(psi, n) for n in BUDGETS)]
     assert [tree.num_nodes for tree in evaluation.trees] == [NUM_FRAMES, *BUDGETS, 63]
     for tree, shape in zip(evaluation.trees, shapes):
         nodes = [shape(psi) for psi in problem.psi]
         reached = [len(accepted_prefixes(*pair)) for pair in zip(nodes, problem.texts)]
-        believed = sum(psi[prefix] for psi, prefixes in zip(problem.psi, nodes) for prefix in prefixes)
+        expected = sum(psi[prefix] for psi, prefixes in zip(problem.psi, nodes) for prefix in prefixes)
         assert tree.length == pytest.approx(1 + sum(reached) / NUM_ANCHORS)
-        assert tree.expected == pytest.approx(1 + believed / NUM_ANCHORS, rel=1e-5)
-        assert tree.belief == pytest.approx(believed / sum(reached), rel=1e-5)
+        assert tree.expected == pytest.approx(1 + expected / NUM_ANCHORS, rel=1e-5)
+        assert tree.expected_over_accepted == pytest.approx(expected / sum(reached), rel=1e-5)
         counts = [NUM_ANCHORS, *(sum(depth <= each for each in reached) for depth in range(1, NUM_FRAMES + 1))]
         assert tree.depth_shares == pytest.approx([count / NUM_ANCHORS for count in counts[1:]])
         conditional = [now / above if above else None for above, now in pairwise(counts)]
@@ -133,9 +134,9 @@ def test_depth_shares_add_up_to_the_accepted_length(problem: Problem):
         assert math.prod(share or 0.0 for share in tree.conditional_shares) == pytest.approx(tree.depth_shares[-1])
 
 
-def test_the_paper_tree_believes_nothing_and_no_best_tree_of_its_size_is_shorter(problem: Problem):
+def test_the_paper_tree_has_no_expected_length_and_no_best_tree_of_its_size_is_shorter(problem: Problem):
     *_, best, paper = problem.evaluation().trees
-    assert (paper.tree, paper.expected, paper.belief) == ("template", None, None)
+    assert (paper.tree, paper.expected, paper.expected_over_accepted) == ("template", None, None)
     assert 1 < paper.length <= best.length
 
 
@@ -200,7 +201,9 @@ def test_a_drafter_that_is_right_and_sure_has_the_known_numbers(family: str):
         full = 1.0 if tree.num_nodes >= NUM_FRAMES else 0.0
         assert tree.depth_shares == (1.0, full, full)
         assert tree.length == 2 + 2 * full and tree.standard_error == 0
-        assert tree.tree == "template" or (tree.expected, tree.belief) == pytest.approx((tree.length, 1.0))
+        assert tree.tree == "template" or (tree.expected, tree.expected_over_accepted) == pytest.approx(
+            (tree.length, 1.0)
+        )
     assert (evaluation.after_first_choice.share, evaluation.after_first_choice.count) == (1.0, 4)
     assert (evaluation.after_sibling.share, evaluation.after_sibling.count) == (None, 0)
     assert evaluation.reliability[-1].accepted.count == 6 and evaluation.reliability[-1].accepted.share == 1.0
@@ -269,7 +272,7 @@ def test_json_survives_json_and_holds_what_is_derived(problem: Problem):
     assert json.loads(json.dumps(fields, allow_nan=False)) == fields
     for tree, expected in zip(fields["trees"], problem.evaluation().trees, strict=True):
         assert tree["conditional_shares"] == list(expected.conditional_shares)
-        assert (tree["length"], tree["belief"]) == (expected.length, expected.belief)
+        assert (tree["length"], tree["expected_over_accepted"]) == (expected.length, expected.expected_over_accepted)
         assert tree["options"]["tree"] == expected.tree
 
 
@@ -308,8 +311,9 @@ def test_a_gpu_sees_what_the_cpu_sees(problem: Problem):
     def on_gpu(values: Tensor) -> Tensor:
         return values.cuda()
 
-    draft, tensors = Draft(*map(on_gpu, problem.draft)), map(on_gpu, (problem.logits, problem.labels, problem.rows))
-    observed = observe(tiny_tables(problem.family).cuda(), draft, *tensors, TREES)
+    draft, drafter = Draft(*map(on_gpu, problem.draft)), tiny_tables(problem.family).cuda()
+    logits, labels, rows = map(on_gpu, (problem.logits, problem.labels, problem.rows))
+    observed = observe(drafter, draft, logits, labels, rows, TREES)
     assert torch.equal(observed.num_accepted, problem.observed().num_accepted)
     assert torch.equal(observed.right_next, problem.observed().right_next)
-    torch.testing.assert_close(observed.believed, problem.observed().believed)
+    torch.testing.assert_close(observed.expected, problem.observed().expected)

@@ -1,5 +1,6 @@
 """The schedule ends with the budget, and Muon orthogonalises in the precision that is fast."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_ctc_spec.training import loop
-from vllm_ctc_spec.training.loop import FINAL_RATE, Budget, BudgetBar, BudgetCallback, MuonAdamW
+from vllm_ctc_spec.training.loop import FINAL_RATE, Budget, BudgetBar, BudgetCallback, MuonAdamW, drop_checkpoints
 
 
 def test_the_rate_rises_then_falls_to_its_final_value():
@@ -74,3 +75,13 @@ def test_muon_orthogonalises_in_float32_where_bfloat16_is_emulated(
     error = float((update - expected).norm() / expected.norm())
     assert error < tolerance
     assert fast == (error > 1e-4)  # bfloat16 has 8 bits.
+
+
+def test_dropping_checkpoints_keeps_the_files_of_others(tmp_path):
+    for name in ("empty", "logged"):
+        (tmp_path / name / "checkpoint-2").mkdir(parents=True)
+        (tmp_path / name / "settings.json").write_text("{}")
+    (tmp_path / "logged" / "runs").mkdir()
+    for name in ("empty", "logged"):
+        drop_checkpoints(tmp_path / name)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == [Path("logged"), Path("logged/runs")]

@@ -2,12 +2,32 @@
 
 import pytest
 import torch
-from transformers import FalconConfig, GPT2Config, MambaConfig, OPTConfig, OPTForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    FalconConfig,
+    GPT2Config,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MambaConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from tests.training.tiny_models import VOCAB, tiny_drafter, tiny_target
-from vllm_ctc_spec.training.models import check_target, drafter_config, load_target, start_from
+from vllm_ctc_spec.drafter.drafting import emission_logits, head_of
+from vllm_ctc_spec.training.fit import dry_run
+from vllm_ctc_spec.training.models import (
+    check_target,
+    drafter_config,
+    load_target,
+    logit_multiplier,
+    start_from,
+    start_like,
+)
 from vllm_ctc_spec.training.objective import DraftObjective
-from vllm_ctc_spec.training.trainer import dry_run
 
 
 def test_the_drafter_has_the_targets_shapes():
@@ -142,3 +162,34 @@ def test_a_drafter_of_another_shape_is_refused_by_the_setting(tmp_path, fields, 
     tiny_drafter(target, target_layers=[1]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         start_from(tiny_drafter(target, **{"target_layers": [1]} | fields), tmp_path)
+
+
+MULTIPLIED = {
+    "Granite": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 16.0}, {"logits_scaling": 1.0}),
+    "Cohere": (CohereForCausalLM, CohereConfig, {"logit_scale": 1 / 16}, {"logit_scale": 1.0}),
+}
+
+
+@pytest.mark.parametrize(("model", "config", "scaled", "plain"), MULTIPLIED.values(), ids=MULTIPLIED)
+@torch.no_grad()
+def test_a_target_that_multiplies_its_logits_is_one_with_another_head(model, config, scaled, plain):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
+    ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    torch.manual_seed(0)
+    target = model(config(**sizes, **ids, **scaled, tie_word_embeddings=False)).eval()
+    twin = model(config(**sizes, **ids, **plain, tie_word_embeddings=False)).eval()
+    twin.load_state_dict(target.state_dict())
+    twin.lm_head.weight.div_(16)
+    text = torch.randint(VOCAB, (1, 20))
+    torch.testing.assert_close(twin(text).logits, target(text).logits)
+    assert logit_multiplier(target) == pytest.approx(1 / 16) and logit_multiplier(twin) == 1
+
+    drafts = []
+    for each in (target, twin):
+        drafter = tiny_drafter(each)
+        start_like(drafter, each)
+        draft = DraftObjective(drafter, each).draft(text, torch.tensor([[5, 19]])).of(torch.ones(1, 2).bool())
+        drafts.append((emission_logits(drafter, draft.frames, head_of(drafter, each.lm_head.weight)), draft.gate))
+    for ours, theirs in zip(*drafts, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -13,6 +13,7 @@ from vllm_ctc_spec.training.regenerate import (
     _temperature,
     all_turns,
     append_rows,
+    around_user_turn,
     regenerate,
     resume_rows,
 )
@@ -60,7 +61,8 @@ def test_a_run_with_other_settings_is_refused_before_an_engine_starts(tmp_path):
     append_rows(path, ROWS)
     regenerate("target", PROMPTS, path, settings)
     regenerate("target", PROMPTS, path, settings)
-    for name, value in {"temperatures": (0.5,), "max_tokens": 7, "seed": 1}.items():
+    changed = {"temperatures": (0.5,), "max_tokens": 7, "seed": 1, "chat_template_kwargs": {"style": "new"}}
+    for name, value in changed.items():
         with pytest.raises(ValueError, match=rf"rows\.jsonl' holds an unfinished run with {name}=.* delete the file"):
             regenerate("target", PROMPTS, path, dataclasses.replace(settings, **{name: value}))
     with pytest.raises(ValueError, match="target='target'; this one has 'other'"):
@@ -68,6 +70,23 @@ def test_a_run_with_other_settings_is_refused_before_an_engine_starts(tmp_path):
     # Without rows there is nothing that could be mixed.
     path.unlink()
     regenerate("other", [], path, settings)
+
+
+def test_the_settings_beside_the_rows_have_the_variables_of_the_chat_template(tmp_path):
+    path, settings = tmp_path / "rows.jsonl", RegenerateSettings(chat_template_kwargs={"style": "new"})
+    append_rows(path, ROWS)
+    regenerate("target", PROMPTS, path, settings)
+    recorded = json.loads((tmp_path / "rows.jsonl.settings.json").read_text())
+    assert recorded["chat_template_kwargs"] == {"style": "new"}
+
+
+def test_own_prompts_stand_where_the_template_puts_a_user_turn(tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{{ start }} : {% for m in messages %}{{ m.content }} \n{% endfor %}{{ end }}\nassistant"
+    tokenizer.save_pretrained(tmp_path)
+    around = around_user_turn(str(tmp_path), {"start": "one", "end": "two"})
+    assert words_of(tokenizer, around.before) == "one :"
+    assert around.after == ["two"]
 
 
 @pytest.mark.parametrize("line", ['{"prompt_token_ids": [3], "token_', "[3]", '{"prompt_token_ids": [3]}', "\0\0\0"])

@@ -1,9 +1,8 @@
 """CTC drafting and exact acceptance, without an engine: frames -> emissions -> token tree -> accepted path.
 
-Read in this order: ctc.py (the mathematics, one request, log space), emissions.py, prefix_tree.py (levels.py and
-blank_families.py are its parts), token_tree.py, walk.py. best_first.py finds the same trees on a host core,
-template_tree.py is the paper's tree, for comparison, and next_token.py serves evaluation. Nothing here knows vLLM or
-transformers.
+Read in this order: ctc.py (the mathematics, for one request, in log space), emissions.py, prefix_tree.py (levels.py and
+blank_families.py are its parts), token_tree.py, walk.py. best_first.py finds the same trees on a CPU, template_tree.py
+is the paper's tree, for comparison, and next_token.py is for evaluation. Nothing here imports vLLM or transformers.
 """
 
 from .best_first import search_chains, search_prefix_trees

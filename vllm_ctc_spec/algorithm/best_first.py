@@ -1,8 +1,8 @@
-"""The trees of prefix_tree.py for one host core: a best-first search, where no frame is blank.
+"""Best-first search for the trees of prefix_tree.py, on the CPU, for emissions without a blank.
 
-Since psi never grows along a path, the most probable prefix that is not in the tree is always a child of one that is:
-N times the best of them is taken, and its children are looked at. That is N prefixes expanded instead of the up to N
-of each level, but one after the other, which suits a CPU as the few large operations of a level suit a GPU.
+Since psi never grows along a path, the most probable prefix outside the tree is always a child of a node in it. The
+search adds that prefix N times and expands it. It expands N prefixes in all, one after the other, where prefix_tree.py
+expands up to N per level in a few large operations, which suits a GPU.
 
 Letters: R requests, T frames, N nodes, C candidates, r rank of the conditioning.
 """
@@ -21,12 +21,12 @@ from .token_tree import TokenTrees, check_num_nodes
 def search_prefix_trees(
     emissions: ConditionedEmissions, num_nodes: int, min_prefix_probability: float = 0.0
 ) -> TokenTrees:
-    """As `build_prefix_trees`; tensors on the host, no blank."""
+    """As `build_prefix_trees`; needs tensors on the CPU and emissions without a blank."""
     return _search(emissions, num_nodes, min_prefix_probability, is_chain=False)
 
 
 def search_chains(emissions: ConditionedEmissions, num_nodes: int) -> TokenTrees:
-    """As `build_chains`; tensors on the host, no blank."""
+    """As `build_chains`; needs tensors on the CPU and emissions without a blank."""
     return _search(emissions, num_nodes, 0.0, is_chain=True)
 
 
@@ -39,10 +39,10 @@ def _search(emissions: ConditionedEmissions, num_nodes: int, min_psi: float, is_
     counts = torch.zeros(num_requests, dtype=torch.int64)
     state_in, logit_out, rows = conditioning.state_in, conditioning.logit_out, tokens
     if state_in.dtype != torch.float32:
-        # No whole table is converted at every step.
+        # Only the candidates' rows are converted, because converting whole tables at every step takes long.
         state_in, logit_out = (F.embedding(tokens, table).flatten(0, 1) for table in (state_in, logit_out))
         rows = torch.arange(tokens.numel()).view_as(tokens)
-    # Not before: vLLM looks through all modules when its CPU worker starts, and fails at what llvmlite has in its own
+    # Imported late: when vLLM's CPU worker starts, it inspects all loaded modules and fails on llvmlite's
     # (vllm/triton_utils/dispatcher.py).
     from .best_first_loops import search_all
 

@@ -1,4 +1,4 @@
-"""The loops of best_first.py, compiled by numba. Letters as there."""
+"""The loops of best_first.py, compiled by numba. Letters: see there."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from numba import njit
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    # Sums may be taken in any order, or they would not use the processor's vectors.
+    # With a fixed order of summation the compiler could not use vector instructions.
     options = {"fastmath": {"reassoc", "contract"}}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:
-        # There is no folder that it may be kept in; each process compiles it anew.
+        # numba found no folder for its cache, so each process compiles the function again.
         return njit(**options)(function)
 
 
 @compiled
 def search_all(rows, frames, states, tables, min_psi, is_chain, trees):  # type: ignore[no-untyped-def]
-    """rows: [R, C], of the candidates in state_in and logit_out. frames: token_logp [R, T, C], tail_mass [R, T];
-    states: start, gate [R, r]; tables: state_in [n, r], transition [r, r], logit_out [n, r].
+    """Fill `trees` with the search's result.
 
-    trees: columns (nodes' candidates), parents, depths, psi [R, N], counts [R], all zeros, to be filled.
+    rows: [R, C], rows of the candidates in state_in and logit_out. frames: token_logp [R, T, C], tail_mass [R, T].
+    states: start, gate [R, r]. tables: state_in [n, r], transition [r, r], logit_out [n, r]. trees: columns (the nodes'
+    candidates), parents, depths, psi [R, N] and counts [R], all zero.
     """
     token_logp, tail_mass = frames
     start, gate = states
@@ -37,7 +38,7 @@ def search_all(rows, frames, states, tables, min_psi, is_chain, trees):  # type:
     weights = np.empty(num_candidates, np.float32)
     for request in range(len(psi)):
         column, parent, depth, best = columns[request], parents[request], depths[request], psi[request]
-        # `best` is in descending order. The tree's nodes stand before the best prefixes that are not in it yet.
+        # `best` is in descending order: the nodes of the tree, then the best prefixes outside it.
         size = 0
         for node in range(num_nodes):
             if node > size:
@@ -61,7 +62,7 @@ def search_all(rows, frames, states, tables, min_psi, is_chain, trees):  # type:
             )
             room = node + 1 if is_chain else num_nodes
             for candidate in range(num_candidates):
-                # Rounding must not lift a child above its parent.
+                # Rounding must not make a child more probable than its parent.
                 child = min(weights[candidate] * scale, above)
                 if not (child > 0.0 and child >= min_psi) or (size == room and child <= best[size - 1]):
                     continue
@@ -87,9 +88,10 @@ def advance(state_in, transition, state, child):  # type: ignore[no-untyped-def]
 
 @compiled
 def weigh(token_logp, logit_out, rows, state, tail_mass, weights):  # type: ignore[no-untyped-def]
-    """weights [C]: each candidate's share of the sum that is returned; both relative to the largest.
+    """Write the candidates' unnormalised probabilities into `weights` [C], and return the normaliser.
 
-    logit_out: [n, r], of which the candidates have `rows` [C]; state: [r], gated.
+    Both are relative to the largest. token_logp: [C]. logit_out: [n, r], with the candidates' rows at `rows` [C].
+    state: [r], gated. tail_mass: probability of all labels that are not candidates.
     """
     largest = np.float32(math.log(tail_mass)) if tail_mass > 0.0 else np.float32(-np.inf)
     for candidate in range(len(weights)):
@@ -99,7 +101,7 @@ def weigh(token_logp, logit_out, rows, state, tail_mass, weights):  # type: igno
             total += row[index] * state[index]
         weights[candidate] = total
         largest = max(largest, total)
-    # Labels that are not candidates have no bias.
+    # Labels that are not candidates get no bias.
     total = tail_mass * np.exp(-largest)
     for candidate in range(len(weights)):
         weights[candidate] = np.exp(weights[candidate] - largest)

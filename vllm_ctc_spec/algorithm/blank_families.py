@@ -1,24 +1,24 @@
-"""Emissions with a blank, where a prefix may be completed at several frames.
+"""Psi of prefixes for emissions with a blank, where the last token of a prefix may be emitted at several frames.
 
-Both families of emissions are read as one process. The state of a prefix h = y_1 .. y_j is the row
+Both families have the same recursion. The state of a prefix h = y_1 .. y_j is the row
 
-    arrive_t(h) = P(the last token of h is emitted, and h thereby completed, exactly at frame t),
+    arrive_t(h) = P(h is complete exactly at frame t, where its last token is emitted),
 
-so psi(h) = sum_t arrive_t(h), and one more token c costs one product with a T x T matrix:
+so psi(h) = sum_t arrive_t(h), and appending a token c takes one product with a T x T matrix:
 
     arrive_t(h.c) = p_t(c | h) * before_t(h),    before_t(h) = sum_{s < t} arrive_s(h) * wait_{s,t}(h)
 
-where wait_{s,t}(h) = P(nothing is added in frames s+1 .. t-1 after h was completed at s). In the conditioned family
-that is a run of blanks. In the independent one it is a run of the last token u, then a run of blanks (Graves et al.
-2006, section 3.2, whose gamma_n + gamma_b at t-1 it sums to); if c repeats u, at least one blank must lie between.
-The sums over s are the forward variables of the paper, unrolled.
+where wait_{s,t}(h) = P(frames s+1 .. t-1 add nothing, after h was complete at s). In the conditioned family these
+frames are blank. In the independent family they repeat the last token u and are then blank; if c = u, at least one of
+them must be blank. before_t is gamma_n + gamma_b at t-1 of Graves et al. 2006, section 3.2, with the recursion over
+frames written as a sum.
 
-An emission is a product of what the frame says, what the prefix says and a normaliser of the two,
+An emission is a product of a factor of the frame, a factor of the prefix, and a normaliser,
 
     p_t(c | h) = frame_t(c) * lift_h(c) / total_t(h),
 
-so that psi of all children of all prefixes of a level is one product over the frames, before they exist. Where no
-frame is blank, that product has one term.
+so that the psi of all children of a level is one matrix product over the frames. Without a blank that product would
+have one term; prefix_tree.py has that case.
 
 Letters: R requests, T frames, C candidates, M prefixes kept at a level, r rank of the conditioning.
 """
@@ -71,7 +71,7 @@ class IndependentProcess:
 
 
 class ConditionedProcess:
-    """With blanks, so that a prefix may arrive at any frame."""
+    """Conditioned emissions with a blank."""
 
     def __init__(self, emissions: ConditionedEmissions, blank_logp: Tensor) -> None:
         self._emissions = emissions
@@ -89,7 +89,7 @@ class ConditionedProcess:
         return lift[..., :-1], total, lift[..., -1:] * self._labels[:, None, :, -1] / total
 
     def _children(self, psi: Tensor, states: Tensor, weight: Tensor, lift: Tensor) -> Children:
-        """Of prefixes with psi [R, M]; weight: [R, M, T] before_t(h) / total_t(h)."""
+        """The children of prefixes with psi [R, M]; weight: [R, M, T], before_t(h) / total_t(h)."""
 
         def arrive(chosen: Chosen) -> Tensor:
             own_lift = lift[chosen.request, chosen.row, chosen.column][..., None]
@@ -113,16 +113,16 @@ class ConditionedProcess:
 
 
 def _all_blank(blank: Tensor) -> Tensor:
-    """[..., T] from [..., T]: the probability that all frames before each are blank."""
+    """[..., T], for each frame the probability that all frames before it are blank; blank: [..., T]."""
     return F.pad(blank.cumprod(-1)[..., :-1], (1, 0), value=1.0)
 
 
 def _runs(label: Tensor) -> Tensor:
-    """[..., T, T] from [..., T]: the product of frames s+1 .. t of `label`, 1 where s = t, 0 where s > t."""
+    """[..., T, T], entry s, t: the product of `label` [..., T] over frames s+1 .. t; 1 if s = t, 0 if s > t."""
     frame = torch.arange(label.shape[-1], device=label.device)
     return torch.where(frame > frame[:, None], label[..., None, :], 1.0).cumprod(-1).triu()
 
 
 def _before(at: Tensor) -> Tensor:
-    """The values [..., s, t] of the frame before each frame t, zero for the first."""
+    """[..., T, T], entry s, t: `at` [..., T, T] at s, t-1; 0 for the first frame."""
     return F.pad(at[..., :-1], (1, 0))

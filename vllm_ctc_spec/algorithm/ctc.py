@@ -1,14 +1,14 @@
-"""CTC prefix probabilities as the mathematics reads: one request, plain Python loops, log space.
+"""CTC prefix probabilities, written as the equations: one request, plain Python loops, log space.
 
-The oracle of the batched code in prefix_tree.py. Two families of emission over V tokens and a blank:
+Tests compare the batched code in prefix_tree.py with it. Two families of emission over V tokens and a blank:
 
 * independent (Graves et al. 2006, section 3.2): repeats merge, blanks drop;
 * conditioned: one label per frame, the rest blank, nothing merges, and the frame's distribution depends on the
   emitted prefix, through a state that is a linear recurrence over its tokens.
 
-Both are a frozen record with a method `extend` from a prefix h to h.c, a `prefix_logp` = log psi(h), the log
-probability that the collapsed output starts with h, and an `end_logp`, that it is h and no more. Impossible
-events are -inf and never become NaN.
+A prefix h is a frozen record of its family. `extend` returns the record of h.c, `prefix_logp` is log psi(h), the log
+probability that the collapsed output starts with h, and `end_logp` that it is exactly h. Impossible events have -inf,
+never NaN.
 
 Letters: T frames, V vocabulary without blank (which is column V), r rank of the condition tables.
 """

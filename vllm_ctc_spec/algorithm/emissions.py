@@ -1,16 +1,16 @@
-"""From frame logits to the probabilities of a few candidate tokens: what the tree builder reads.
+"""Emission probabilities of a few candidate tokens, computed from frame logits; the tree builders read them.
 
 Two families of emission, over V tokens and a blank, which is column V of the logits:
 
 * independent: p_t(c), plain CTC (Graves et al. 2006, section 3.1): repeats merge, blanks drop;
-* conditioned: p_t(c | h) = softmax_c(frame_t[c] + (s(h) * gate) . B[c]), h the emitted prefix, whose state is a linear
-  recurrence over its tokens, s(h.c) = A[c] + W s(h): one label per frame, the rest blank, nothing merges. Without a
-  blank (no column V) token j can only stand at frame j, which is what a drafter trained with cross-entropy per position
-  says; independent positions are the case of rank 0.
+* conditioned: p_t(c | h) = softmax_c(frame_t[c] + (s(h) * gate) . B[c]), where h is the emitted prefix and its state is
+  a linear recurrence, s(h.c) = A[c] + W s(h). One label per frame, the rest blank, nothing merges. Without a blank
+  (no column V) token j stands at frame j, as in a drafter that is trained with cross-entropy per position; rank 0
+  makes the positions independent.
 
-Everything has a fixed shape and nothing waits for the device, so the functions can be captured in a graph.
+Shapes are fixed and nothing waits for the device, so that CUDA graphs can capture the functions.
 
-A drafter may draft some tokens only; logits then have a column for each of these, and `drafted` names them.
+If a drafter drafts only some tokens, logits have a column for each of them, and `drafted` has their ids.
 
 Letters: R requests, T frames, V vocabulary without blank, K tokens of it that are drafted (V where no `drafted` is
 given), C candidates, r rank of the tables.
@@ -54,16 +54,16 @@ class IndependentEmissions:
 
 @dataclass(frozen=True)
 class ConditionedEmissions:
-    """Log probabilities of C distinct candidate tokens in each frame before conditioning, and what conditions them."""
+    """Log probabilities of C distinct candidate tokens in each frame before conditioning, and the conditioning."""
 
     tokens: Tensor
     """[R, C] int64, distinct within a request."""
     token_logp: Tensor
     """[R, T, C] float32, log softmax(frame_t)[c]."""
     blank_logp: Tensor | None
-    """[R, T] float32; None if no frame is blank."""
+    """[R, T] float32; None without a blank."""
     tail_mass: Tensor
-    """[R, T] float32, the probability of all labels that are not candidates. They get no bias."""
+    """[R, T] float32, total probability of the labels that are not candidates. They get no bias."""
     start: Tensor
     """[R, r], the state of the empty prefix."""
     gate: Tensor
@@ -79,10 +79,10 @@ class ConditionedEmissions:
 
 
 def independent_emissions(logits: Tensor, num_candidates: int, drafted: Tensor | None = None) -> IndependentEmissions:
-    """Emissions of the min(K, num_candidates) tokens with the largest probability in any one frame.
+    """Emissions of the min(K, num_candidates) tokens whose largest probability in any frame is highest.
 
-    logits: [R, T, K + 1], any floating type, blank last; -inf is allowed, a frame of nothing else is not.
-    drafted: [K] int64, distinct.
+    logits: [R, T, K + 1], any floating type, blank last; -inf is allowed, but not for all labels of a frame.
+    drafted: [K] int64, distinct token ids.
     Raises ValueError if the shape or num_candidates is unusable.
     """
     _check(logits, num_candidates)
@@ -99,10 +99,10 @@ def conditioned_emissions(
     num_candidates: int,
     drafted: Tensor | None = None,
 ) -> ConditionedEmissions:
-    """Emissions of the min(K, num_candidates) tokens with the largest probability in any one frame without bias.
+    """Emissions of the min(K, num_candidates) tokens whose largest probability in any frame, without bias, is highest.
 
-    The normaliser is exact where all K tokens are candidates. Otherwise all labels that are none enter it as one mass
-    without bias: wrong by as much as a state's bias would move mass to or from them.
+    The normaliser is exact if all K tokens are candidates. Otherwise the other labels enter it as one mass without
+    bias, which neglects the mass that a state's bias would move to or from them.
 
     logits: [R, T, K], or with a blank [R, T, K + 1], blank last; start: [R, r], the state of the empty prefix;
     gate: [R, r]; drafted: [K] int64, distinct.
@@ -141,7 +141,7 @@ def _check(logits: Tensor, num_candidates: int) -> None:
 
 
 def _top_columns(logp: Tensor, num_candidates: int) -> Tensor:
-    """[R, C], by their largest value over the frames of logp [R, T, K]."""
+    """[R, C], the columns with the largest maximum over the frames of logp [R, T, K]."""
     best = logp.amax(1)
     return best.topk(min(best.shape[-1], num_candidates), dim=-1).indices
 

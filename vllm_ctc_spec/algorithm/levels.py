@@ -1,4 +1,4 @@
-"""The records that the tree builder and the families of emissions exchange, one level of prefixes at a time.
+"""Records that the tree builder and the families of emissions exchange, one level of prefixes at a time.
 
 Letters: R requests, T frames, C candidates, M prefixes kept at a level, r rank of the conditioning.
 """
@@ -18,20 +18,20 @@ class Level:
     """The prefixes kept at one depth, in descending psi."""
 
     arrive: Tensor
-    """[R, M, T], or [R, M, 1] where only one frame is possible."""
+    """[R, M, T], probability that the prefix is complete at frame t (blank_families.py); [R, M, 1] without a blank."""
     candidates: Tensor
-    """[R, M] index of the last token among the candidates."""
+    """[R, M], index of the last token among the candidates."""
     parents: Tensor
-    """[R, M] index among the prefixes kept at the depth above."""
+    """[R, M], index of the parent among the prefixes kept at the depth above."""
     psi: Tensor
     """[R, M]"""
     states: Tensor
-    """[R, M, r], where emissions are conditioned, else r = 0."""
+    """[R, M, r], states of conditioned emissions; r = 0 for independent ones."""
 
 
 @dataclass(frozen=True)
 class Children:
-    """Of all M prefixes of a level."""
+    """All children of the M prefixes of a level."""
 
     parents_psi: Tensor
     """[R, M]"""
@@ -40,36 +40,36 @@ class Children:
     psi: Tensor
     """[R, M, C]"""
     arrive: Callable[[Chosen], Tensor]
-    """The rows of some of them: [R, M', T] or [R, M', 1]."""
+    """Computes `Level.arrive` of chosen children, [R, M', T] or [R, M', 1]."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Some children of a level."""
+    """The M' children of a level that are kept."""
 
     request: Tensor
-    """[R, 1] 0 .. R - 1"""
+    """[R, 1], 0 .. R - 1"""
     row: Tensor
-    """[R, M'] their parents in the level."""
+    """[R, M'], index of the parent in the level."""
     column: Tensor
-    """[R, M'] their candidates."""
+    """[R, M'], index of the candidate."""
     psi: Tensor
     """[R, M']"""
 
 
 class Process(Protocol):
-    """What the level loop needs of emissions."""
+    """A family of emissions, as the tree builder uses it."""
 
     def first(self) -> Children:
-        """Of the empty prefix."""
+        """The children of the empty prefix."""
 
     def children(self, level: Level, depth: int) -> Children:
-        """Of a level of prefixes of `depth` tokens."""
+        """The children of a level, whose prefixes have `depth` tokens."""
 
     def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """[R, M, r]"""
+        """[R, M, r], the states after appending `tokens` [R, M] to prefixes with `states` [R, M, r]."""
 
 
 def request_rows(index: Tensor) -> Tensor:
-    """[R, 1] to address rows of a batched table together with index [R, M]."""
+    """[R, 1], 0 .. R - 1, to index a batched table together with `index` [R, M]."""
     return torch.arange(index.shape[0], device=index.device)[:, None]

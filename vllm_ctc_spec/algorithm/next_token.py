@@ -1,7 +1,7 @@
-"""The drafter's most probable next token along a given text, exact over the whole vocabulary: for evaluation.
+"""The drafter's most probable next token along a given text, exact over the whole vocabulary, for evaluation.
 
-A tree holds the few children that made it into its node budget; here every token c competes with
-psi(h.c) = sum_t phi_{t-1}(h) p_t(c | h), from the forward variables phi of ctc.py, batched and in log space.
+A tree has only the children that fit its node budget. Here every token c is compared by its
+psi(h.c) = sum_t phi_{t-1}(h) p_t(c | h), with the forward variables phi of ctc.py, batched and in log space.
 
 Letters: R requests, T frames, U tokens of text, V vocabulary without blank, r rank of the conditioning.
 """
@@ -16,7 +16,7 @@ from .emissions import Conditioning
 
 
 def independent_next_tokens(logits: Tensor, path: Tensor) -> Tensor:
-    """[R, U]: argmax_c psi(path[:d].c) for d = 0 .. U - 1, where repeats merge; -1 where all are 0.
+    """[R, U] int64, argmax_c psi(path[:d].c) for d = 0 .. U - 1, for independent emissions; -1 if all psi are 0.
 
     logits: [R, T, V + 1], blank last. path: [R, U] int64, U <= T.
     """
@@ -24,7 +24,7 @@ def independent_next_tokens(logits: Tensor, path: Tensor) -> Tensor:
     probability, blank = logp.exp(), logp[..., -1]
     blank_logp = _forward(_certain_start(blank), blank)
     token_logp = torch.full_like(blank_logp, -torch.inf)
-    # At the root nothing but blanks stands before, so that a repeat of any token is as good as another one.
+    # At the root only blanks come before, so the choice of the previous token does not matter.
     last = torch.cat((path[:, :1], path[:, :-1]), dim=1)
     best = []
     for previous, token in zip(last.T, path.T, strict=True):
@@ -42,7 +42,7 @@ def independent_next_tokens(logits: Tensor, path: Tensor) -> Tensor:
 def conditioned_next_tokens(
     logits: Tensor, start: Tensor, gate: Tensor, conditioning: Conditioning, path: Tensor
 ) -> Tensor:
-    """[R, U]: argmax_c psi(path[:d].c) for d = 0 .. U - 1, each frame given the prefix; -1 where all are 0.
+    """[R, U] int64, argmax_c psi(path[:d].c) for d = 0 .. U - 1, for conditioned emissions; -1 if all psi are 0.
 
     logits: [R, T, V], or with a blank [R, T, V + 1], blank last. start, gate: [R, r], see emissions.py.
     path: [R, U] int64, U <= T.
@@ -63,12 +63,16 @@ def conditioned_next_tokens(
 
 
 def _certain_start(frames: Tensor) -> Tensor:
-    """[R, T + 1] log probability of arriving at the empty prefix in frame 0 .. T, from any [R, T]."""
+    """[R, T + 1], log probability of arriving at the empty prefix at frame 0 .. T: certain at frame 0. frames: any
+    [R, T]."""
     return F.pad(torch.full_like(frames, -torch.inf), (1, 0), value=0.0)
 
 
 def _forward(arrival_logp: Tensor, stay_logp: Tensor) -> Tensor:
-    """[R, T + 1] log probability of being in a state after frames 1 .. t: arrived [R, T + 1] and stayed [R, T]."""
+    """[R, T + 1], log probability of being in a state after frames 1 .. t.
+
+    arrival_logp: [R, T + 1], of arriving at each frame; stay_logp: [R, T], of staying in each frame.
+    """
     at = [arrival_logp[:, 0]]
     for arrived, stayed in zip(arrival_logp[:, 1:].T, stay_logp.T, strict=True):
         at.append(torch.logaddexp(at[-1] + stayed, arrived))
@@ -76,18 +80,24 @@ def _forward(arrival_logp: Tensor, stay_logp: Tensor) -> Tensor:
 
 
 def _arrival(before_logp: Tensor, emission: Tensor) -> Tensor:
-    """[R, T + 1]: in the state before [R, T + 1] until frame t - 1, then the label emitted [R, T] at t."""
+    """[R, T + 1], log probability of arriving at each frame t.
+
+    before_logp: [R, T + 1], of being in the state before after frame t - 1; emission: [R, T], of the label at t.
+    """
     return F.pad(before_logp[:, :-1] + emission, (1, 0), value=-torch.inf)
 
 
 def _children(before_logp: Tensor, scale_logp: Tensor, probability: Tensor) -> Tensor:
-    """[R, C]: sum over t of before_{t-1} p_t(c), [R, T + 1] and [R, T, C], relative to the largest scale_{t-1}."""
+    """[R, C], the sum over t of before_{t-1} p_t(c), relative to the largest scale_{t-1}.
+
+    before_logp, scale_logp: [R, T + 1]; probability: [R, T, C].
+    """
     peak = scale_logp[:, :-1].amax(-1, keepdim=True).clamp(min=torch.finfo(scale_logp.dtype).min)
     return ((before_logp[:, :-1] - peak).exp()[:, None] @ probability)[:, 0]
 
 
 def _most_probable(psi: Tensor) -> Tensor:
-    """[R] from [R, V]: a prefix that fills all frames has no next token, not token 0."""
+    """[R], argmax of psi [R, V]; -1 if all are 0, as after a prefix that fills all frames."""
     best = psi.max(-1)
     return best.indices.where(best.values > 0, -1)
 

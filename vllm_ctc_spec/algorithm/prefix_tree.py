@@ -1,16 +1,14 @@
 """The best token tree of a CTC drafter: the N prefixes with the largest prefix probability psi.
 
-Each level extends its prefixes by all candidates, which a family of emissions does: those with a blank are in
-blank_families.py; the default family, which has none, is the class below.
+psi never grows along a path, so the N prefixes with the largest psi form a connected tree, and no other tree of N nodes
+has a larger expected accepted length. The tree is built level by level. A level extends its prefixes by all candidates
+and keeps the best N, less the number of ancestors that these need; the best N of all levels are the tree. Extending is
+the part of a family of emissions: `_Aligned` below for the default family, which has no blank, the classes in
+blank_families.py for families with one.
 
-psi never grows along a path, so the N largest form a connected tree, and it is the N-node tree with the largest
-expected accepted length. Each level therefore keeps its best N, less what must stand above them, and the best N of all
-levels are the tree.
-
-The work is done on float32 probabilities, not logarithms: it only adds and multiplies non-negative numbers, so
-nothing cancels and the relative error stays within a few T ulps; what underflows (below 1e-38) could not
-contribute to an expected length anyway and counts as impossible. So does, where there is a blank, a token for which
-frame and prefix disagree by more than 87 nats. Logarithms return at the boundary.
+The computation uses float32 probabilities, not logarithms. It only adds and multiplies non-negative numbers, so nothing
+cancels, and the relative error stays within a few T ulps. Probabilities below 1e-38 underflow and count as impossible;
+with a blank, so do tokens whose frame and prefix factors differ by more than 87 nats. Results are logarithms.
 
 Letters: R requests, T frames, N nodes, C candidates, M prefixes kept at a level, r rank of the conditioning.
 """
@@ -30,29 +28,30 @@ from .token_tree import TokenTrees, check_num_nodes
 def build_prefix_trees(
     emissions: IndependentEmissions | ConditionedEmissions, num_nodes: int, min_prefix_probability: float = 0.0
 ) -> TokenTrees:
-    """The trees of the `num_nodes` candidate prefixes with the largest psi, in descending psi.
+    """The trees of the `num_nodes` prefixes with the largest psi, in descending psi.
 
-    Prefixes of probability zero or below `min_prefix_probability` become padding. Fixed shapes, no host sync.
+    Prefixes with psi 0 or below `min_prefix_probability` become padding. Fixed shapes; nothing waits for the device.
+    Raises ValueError if num_nodes < 1.
     """
     return _build(emissions, num_nodes, num_nodes, min_prefix_probability)
 
 
 def build_chains(emissions: IndependentEmissions | ConditionedEmissions, num_nodes: int) -> TokenTrees:
-    """The greedy path: from each prefix on to the child with the largest psi, at most min(T, num_nodes) long.
+    """The greedy paths: from each prefix to its child with the largest psi, at most min(T, num_nodes) tokens.
 
-    Columns beyond T are padding, as are prefixes of probability zero.
+    Columns beyond T are padding, as are prefixes with psi 0. Raises ValueError if num_nodes < 1.
     """
     return _build(emissions, num_nodes, 1, 0.0)
 
 
 class _Aligned:
-    """Conditioned without blank: token j stands at frame j, and psi(h.c) = psi(h) p_j(c | h)."""
+    """Conditioned emissions without a blank: token j stands at frame j, so psi(h.c) = psi(h) p_j(c | h)."""
 
     def __init__(self, emissions: ConditionedEmissions) -> None:
         self._conditioning = emissions.conditioning
         self._start = emissions.start[:, None]
         self._frames = torch.cat((emissions.token_logp, emissions.tail_mass.log()[..., None]), dim=-1)[:, :, None]
-        # Labels that are not candidates have no bias.
+        # Labels that are not candidates get no bias.
         self._logit_rows = F.pad(emissions.logit_rows(), (0, 0, 0, 1)).mT
 
     def _children(self, psi: Tensor, states: Tensor, depth: int) -> Children:
@@ -86,7 +85,7 @@ def _build(
     request = request_rows(tokens)
     levels = [_keep(process, process.first(), request, tokens, width)]
     for depth in range(1, min(emissions.token_logp.shape[1], num_nodes)):
-        # Above each of them in the tree stand `depth` others.
+        # A node at this level needs `depth` ancestors in the tree.
         levels.append(
             _keep(process, process.children(levels[-1], depth), request, tokens, min(width, num_nodes - depth))
         )
@@ -95,7 +94,7 @@ def _build(
 
 def _keep(process: Process, children: Children, request: Tensor, tokens: Tensor, width: int) -> Level:
     """The `width` children with the largest psi; request: [R, 1] 0 .. R - 1."""
-    # Rounding must not lift a child above its parent, or the order would not be that of a tree.
+    # Rounding must not make a child more probable than its parent, or it would come before it in the tree.
     psi = children.psi.minimum(children.parents_psi[..., None]).flatten(1)
     best = psi.topk(min(width, psi.shape[1]), dim=1)
     num_candidates = tokens.shape[1]
@@ -116,7 +115,7 @@ def _assemble(levels: list[Level], tokens: Tensor, num_nodes: int, min_psi: floa
     node_tokens = torch.cat([anchor, tokens.gather(1, candidates)], dim=1)
     depths = torch.cat([torch.full((level.psi.shape[1],), d, device=device) for d, level in enumerate(levels, start=1)])
     depths = F.pad(depths, (1, 0)).expand(num_requests, -1)
-    # The anchor is given more than any prefix can have, so that it sorts to node 0.
+    # More than any prefix can have, so that the anchor is sorted to node 0.
     psi = F.pad(torch.cat([level.psi for level in levels], dim=1), (1, 0), value=2.0)
 
     psi, order = psi.sort(dim=1, descending=True, stable=True)

@@ -1,8 +1,8 @@
 """The paper's token tree, for comparison: a fixed template filled with top-k labels, then the CTC transform.
 
-arXiv 2412.00061, section 3.2: each frame's k most probable labels (blank among them) fill Medusa's 63-node tree
-(arXiv 2401.10774, appendix; choices `mc_sim_7b_63`), every path is collapsed (repeats and blanks removed), and
-paths that become equal are merged. Plain Python per request: this is the baseline, not the product.
+arXiv 2412.00061, section 3.2: each frame's most probable labels (blank among them) fill Medusa's 63-node tree
+(arXiv 2401.10774, appendix; choices `mc_sim_7b_63`), every path is collapsed (repeats and blanks removed), and paths
+that become equal are merged. Written in plain Python, because it is a baseline only.
 
 Letters: R requests, T frames, N nodes, V vocabulary without blank, K most probable labels per frame.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from .ctc import collapse
 from .token_tree import TokenTrees, check_num_nodes
 
-# One word per node, in Medusa's order: the rank of the label taken in each frame.
+# One number per node, in Medusa's order. Digit t is the rank of the label that the path takes in frame t.
 _RANKS = (
     "0 00 1 01 2 000 10 02 3 03 4 04 20 05 001 5 06 6 07 010 11 7 08 002 30 09 8 9 100 020 12 003 40 21 004 "
     "005 0000 011 006 030 50 13 007 008 009 60 040 14 70 012 200 31 22 80 050 15 101 021 90 060 0001 16 070"
@@ -28,7 +28,7 @@ _Prefix = tuple[int, ...]
 def build_template_trees(logits: Tensor, num_nodes: int) -> TokenTrees:
     """Template trees of frame logits [R, T, V + 1] (blank last), at most `num_nodes` nodes each.
 
-    Nodes stand in the order in which the template first reaches them. `prefix_logp` is not psi: it is the best
+    Nodes come in the order in which the template first reaches them. `prefix_logp` is not log psi: it is the largest
     log probability of a single template path that collapses to the prefix or to one of its continuations.
     Waits for the device. Raises ValueError if num_nodes < 1.
     """
@@ -43,7 +43,7 @@ def build_template_trees(logits: Tensor, num_nodes: int) -> TokenTrees:
 
 
 def _transform(labels: list[list[int]], logp: list[list[float]], blank: int) -> dict[_Prefix, float]:
-    """Collapsed prefixes of one request in template order, parents first, with their best path log probability.
+    """Collapsed prefixes of one request with their `prefix_logp`, in template order, parents first.
 
     labels, logp: [T, K], the most probable labels of each frame.
     """

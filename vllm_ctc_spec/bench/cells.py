@@ -1,4 +1,4 @@
-"""One cell of a run (prompts, batch size, sampling): measured in rounds, and summed up in each method's figures."""
+"""One cell of a run (prompts, batch size, sampling): measured in rounds and summarised by method."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_ctc_spec.bench.processes import Fleet
 from vllm_ctc_spec.bench.records import Pass, Request, Sampling, Workload
 
 Report = Callable[[str, int], None]
-"""Takes what is being done and how many passes have ended since the last call."""
+"""Called with the current activity, and the number of passes that have ended since the last call."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,20 @@ class Cell:
 @dataclass(frozen=True)
 class Prompt:
     name: str
-    """The question's, with the number of its turn where it has several."""
+    """Name of the question, with the number of the turn if it has several."""
     category: str
     token_ids: tuple[int, ...]
 
 
 def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """`count` of them, evenly, so that every category has its share."""
+    """`count` prompts, evenly spaced, so that every category has its share."""
     return [prompts[index * len(prompts) // count] for index in range(count)]
 
 
 def workload(
     config: BenchConfig, context: int, prompts: Sequence[Prompt], batch_size: int, sampling: Sampling
 ) -> Workload:
-    """One pass over `prompts`; context: tokens of a prompt and its answer together, at most."""
+    """One pass over `prompts`; context: most tokens of a prompt and its answer together."""
     return Workload(
         prompts=tuple(prompt.token_ids for prompt in prompts),
         max_tokens=tuple(min(config.max_tokens, context - len(prompt.token_ids)) for prompt in prompts),
@@ -64,7 +64,7 @@ def workload(
 
 
 class Measurement:
-    """Of one cell: all methods, in rounds."""
+    """Measures one cell: all methods, in rounds."""
 
     def __init__(
         self, config: BenchConfig, context: int, cell: Cell, prompts: list[Prompt], fleet: Fleet, report: Report
@@ -74,13 +74,14 @@ class Measurement:
         self.prompts = spread(prompts, min(count, len(prompts)))
         self.work = {"workload": workload(config, context, self.prompts, cell.batch_size, cell.sampling)}
         self.passes: dict[str, list[Pass]] = {}
-        """The first one warms up."""
+        """By method, in order; the first pass is the warm-up."""
 
     def measure(self) -> dict[str, Any]:
+        """The cell's results, as JSON values."""
         load = os.getloadavg()[0]
         for method in self.fleet.alive:
             self.fleet.call(method.name, "reset_memory")
-        # A B C, A B C, ...: a slow minute of the machine hits all methods of a round.
+        # Methods take turns within a round, so that a slow minute of the machine affects all of them.
         for number in range(1 + self.config.rounds):
             for method in self.fleet.alive:
                 self._pass(method, f"round {number} of {self.config.rounds}" if number else "warm-up")
@@ -125,21 +126,21 @@ class Measurement:
             answers[method.name],
             dtype,
             (lambda branchings: self.fleet.call(PLAIN, "gaps", branchings=branchings)) if is_greedy else None,
-            # vLLM's rejection sampler draws other random numbers than plain sampling; in 16 bits no rule can tell a
-            # draw that rounding has flipped from a wrong one.
+            # vLLM's rejection sampler draws other random numbers than plain sampling. In 16 bits rounding can change a
+            # draw, and no rule tells such a draw from a wrong one.
             is_promised=is_greedy or (dtype == torch.float32 and (method.is_ctc or method.speculative_config is None)),
         )
 
 
 @dataclass(frozen=True)
-class Share:
-    """The figures of one category, or of all prompts."""
+class CategoryResult:
+    """Results of one category, or of all prompts."""
 
     num_prompts: int
     beta: float
-    """Tokens per decoding step, the prefill and its token apart (arXiv 2412.00061, equation 12)."""
+    """Tokens per decoding step, without the prefill and its token (arXiv 2412.00061, equation 12)."""
     gamma: float
-    """Mean time per token of plain vLLM / of the method (equation 13)."""
+    """Mean time per token, plain vLLM's / the method's (equation 13)."""
 
 
 @dataclass(frozen=True)
@@ -151,21 +152,22 @@ class MethodResult:
     ratios: tuple[float, ...]
     """Per round, tokens/s over plain vLLM's in the same round."""
     ratio: Ratio
-    overall: Share
-    categories: dict[str, Share]
+    overall: CategoryResult
+    categories: dict[str, CategoryResult]
     acceptance_length: float | None
-    """vLLM's: 1 + accepted / steps that had a draft. None where nothing was drafted."""
+    """vLLM's definition: 1 + accepted tokens / steps with a draft. None if nothing was drafted."""
     acceptance_by_depth: tuple[float, ...]
+    """Share of accepted drafts at depth 1, 2, ..., among those accepted at the depth above."""
     nodes_per_step: float | None
-    """Draft tokens per step that had a draft."""
+    """Draft tokens per step with a draft."""
     first_token_ms: float
-    """Median over requests and rounds."""
+    """Time to the first token, median over requests and rounds."""
     per_token_ms: float
-    """The same, of the tokens after the first."""
+    """Time per token after the first, median over requests and rounds."""
     peak_memory: int
     equality: Equality
     stages_ms: dict[str, float] | None
-    """Medians over steps; None for other methods than CTC."""
+    """Medians over steps; None for methods other than CTC."""
 
 
 def summarize(
@@ -176,7 +178,7 @@ def summarize(
     peak_memory: int,
     stages_ms: dict[str, float] | None,
 ) -> MethodResult:
-    """categories[p] of prompt p; `plain` and `passes` of the same rounds."""
+    """categories[p]: category of prompt p; plain, passes: plain vLLM's and the method's passes of the same rounds."""
     from vllm_ctc_spec.engine.metrics import TreeMetrics
 
     speeds = tuple(each.tokens_per_second for each in passes)
@@ -189,8 +191,8 @@ def summarize(
         tokens_per_second=speeds,
         ratios=tuple(speed / base for speed, base in zip(speeds, plain_speeds, strict=True)),
         ratio=paired_ratio(speeds, plain_speeds),
-        overall=_share(range(len(categories)), plain, passes),
-        categories={name: _share(chosen, plain, passes) for name, chosen in indices.items()},
+        overall=_category(range(len(categories)), plain, passes),
+        categories={name: _category(chosen, plain, passes) for name, chosen in indices.items()},
         acceptance_length=metrics.acceptance_length if metrics else None,
         acceptance_by_depth=metrics.acceptance_by_depth if metrics else (),
         nodes_per_step=metrics.nodes_per_step if metrics else None,
@@ -206,14 +208,14 @@ def _median(values: Iterable[float]) -> float:
     return statistics.median([*values] or [0.0])
 
 
-def _share(indices: Sequence[int], plain: Sequence[Pass], passes: Sequence[Pass]) -> Share:
-    own = [each.requests[index] for each in passes for index in indices]
-    theirs = [each.requests[index] for each in plain for index in indices]
-    return Share(len(indices), beta(own), token_time(theirs) / token_time(own))
+def _category(indices: Sequence[int], plain: Sequence[Pass], passes: Sequence[Pass]) -> CategoryResult:
+    requests = [each.requests[index] for each in passes for index in indices]
+    plain_requests = [each.requests[index] for each in plain for index in indices]
+    return CategoryResult(len(indices), beta(requests), token_time(plain_requests) / token_time(requests))
 
 
 def beta(requests: Sequence[Request]) -> float:
-    """The prefill emits one token whatever the method, so it is no decoding step."""
+    """Tokens per decoding step. The prefill is none: it emits one token with any method."""
     num_steps = sum(request.num_steps - 1 for request in requests)
     return sum(len(request.token_ids) - 1 for request in requests) / num_steps if num_steps else 1.0
 
@@ -224,7 +226,7 @@ def token_time(requests: Sequence[Request]) -> float:
 
 
 def _draft_counts(requests: Sequence[Request]) -> tuple[int, int, list[int]]:
-    """Steps with a draft, draft tokens, and steps that accepted at least d tokens, d = 1, 2, ..."""
+    """Steps with a draft, draft tokens, and for d = 1, 2, ... steps that accepted at least d tokens."""
     drafts = [request.drafts for request in requests if request.drafts is not None]
     steps = [sum(counts) for counts in zip(*(each.steps_by_accepted for each in drafts))]
     return sum(steps), sum(each.num_nodes for each in drafts), [sum(steps[depth:]) for depth in range(1, len(steps))]
@@ -243,12 +245,12 @@ class Ratio:
 
 
 def paired_ratio(values: Sequence[float], baseline: Sequence[float]) -> Ratio:
-    """values[i] and baseline[i] are of the same round, both > 0, at least two rounds.
+    """Mean and confidence interval of values / baseline; entries i of both are of the same round, all above 0.
 
-    Student's t interval on log(values / baseline): ratios multiply, so their logarithms add, and what disturbs a
-    whole round disturbs both of its values.
+    Needs at least two rounds. The interval is Student's t on log(values / baseline), because a disturbance of a round
+    multiplies both of its values.
     """
-    from scipy.stats import t  # type: ignore[import-untyped]
+    from scipy.stats import t
 
     logs = [math.log(value / base) for value, base in zip(values, baseline, strict=True)]
     mean = statistics.fmean(logs)

@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec bench`: a configuration in, a folder with results.json, report.md and plots out."""
+"""`vllm-ctc-spec bench`: reads a YAML and writes a folder with results.json, report.md and plots."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def add_bench(commands: Any) -> None:
-    bench = commands.add_parser("bench", help="plain vLLM against speculative methods, interleaved, with intervals")
+    bench = commands.add_parser("bench", help="measure plain vLLM and speculative methods in turn, with intervals")
     bench.add_argument("config", type=Path, help="YAML; benchmarks/*.yaml explain the keys")
-    bench.add_argument("output", type=Path, help="folder to write; a run that was killed goes on at its next cell")
+    bench.add_argument("output", type=Path, help="folder to write; a run that was killed resumes at its next cell")
     bench.add_argument("--preset", choices=("paper",), help="the setting of arXiv 2412.00061: batch 1, greedy")
-    bench.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="these methods, and plain")
+    bench.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="measure only these methods and plain")
     bench.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", action="extend",
         help="replace a value of the YAML: folder=PATH, methods.ngram.num_speculative_tokens=3",
@@ -32,7 +32,7 @@ def _bench(options: argparse.Namespace) -> int:
     for package in ("yaml", "scipy", "matplotlib", "vllm"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f'bench needs the package {package}: pip install "vllm-ctc-spec[cpu,bench]".')
-    # Imported here already by the checks; its own log lines would tear the progress bar.
+    # Checking the settings imports vLLM, whose log lines would break the progress bar.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_ctc_spec.bench.config import load_config
     from vllm_ctc_spec.bench.report import draw, render, to_terminal
@@ -51,7 +51,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def one_line_per_stage() -> Report:
-    """Progress where stdout is no terminal: engines as they start, then cells, each with the minutes so far."""
+    """Progress without a terminal: a line for each engine start and each cell, with the minutes so far."""
     started, last = time.monotonic(), ""
 
     def report(title: str, done: int) -> None:
@@ -81,7 +81,7 @@ def _with_bar(bench: Bench) -> dict[str, Any]:
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    # Drawing takes processor time from the engine that is measured.
+    # Once a second, because drawing takes processor time from the engine that is measured.
     with Progress(*columns, refresh_per_second=1) as progress:
         task = progress.add_task("", total=len(bench.pending()) * bench.num_passes())
         results = bench.run(lambda title, done: progress.update(task, description=title, advance=done))

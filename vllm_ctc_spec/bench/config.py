@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ctc_spec.bench.records import Sampling
+from vllm_ctc_spec.bench.yaml_file import override, read_yaml
 from vllm_ctc_spec.config import did_you_mean
 from vllm_ctc_spec.vllm_keys import check_ctc
 
@@ -20,7 +21,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"batch_sizes": [1], "sampling": [{"temperature": 0}], "max_tokens": 1024}
 }
-"""As the evaluation scripts of arXiv 2412.00061: one request at a time, greedy, at most 1,024 tokens."""
+"""paper: the setting of arXiv 2412.00061's evaluation scripts, one request at a time, greedy, at most 1,024 tokens."""
 
 PAPER_PROMPTS = ("mt-bench", "gsm8k")
 OUR_ENGINE_KEYS = ("model", "speculative_config", "max_num_seqs", "disable_log_stats", "worker_extension_cls", "seed")
@@ -31,11 +32,11 @@ OUR_ENGINE_KEYS = ("model", "speculative_config", "max_num_seqs", "disable_log_s
 class Method:
     name: str
     speculative_config: dict[str, Any] | None
-    """None is plain vLLM."""
+    """None: plain vLLM."""
     engine: dict[str, Any]
-    """Options of this method only."""
+    """Options of `vllm.LLM` for this method only."""
     missing: str | None = None
-    """The package that it requires and that is not installed."""
+    """A package that the method requires and that is not installed."""
 
     @property
     def is_ctc(self) -> bool:
@@ -48,14 +49,17 @@ class PromptSource:
 
     source: str
     subset: str | None = None
-    """Configuration of a hub data set, with `split`."""
+    """Configuration of a hub data set."""
     split: str | None = None
+    """Split of a data set; "test" if only `subset` is given."""
     prefix: str = ""
-    """Put before each question or first turn."""
+    """Text before each question or first turn."""
     skip: int = 0
+    """Rows to leave out at the start."""
     limit: int | None = None
+    """Most rows after those. None: all."""
     last: int | None = None
-    """The last rows of the source: those that no drafter was trained on, say."""
+    """Number of rows at the end of the source to use, in place of `skip` and `limit`."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +74,19 @@ class BenchConfig:
     """Requests in flight."""
     sampling: tuple[Sampling, ...] = (Sampling(),)
     max_tokens: int = 256
+    """Most tokens of an answer."""
     num_prompts: int | None = None
-    """Prompts of a cell, taken evenly from the source; a batch takes at least as many as it holds. None: all."""
+    """Prompts of a cell, taken evenly from the source, but at least the batch size. None: all."""
     rounds: int = 10
+    """Measured passes of each method over a cell's prompts."""
     seed: int = 0
+    """Prompt i samples with seed + i."""
     ignore_eos: bool = False
     chat_template: str | None = None
     """Jinja text, for a target whose tokenizer has none."""
 
     def engine_options(self, method: Method) -> dict[str, Any]:
-        """Keyword arguments of `vllm.LLM` beside the model."""
+        """Keyword arguments of `vllm.LLM`, without the model."""
         options = {"enable_prefix_caching": False, **self.engine, **method.engine, "seed": self.seed}
         options["max_num_seqs"] = max(self.batch_sizes)
         if method.speculative_config is not None:
@@ -91,11 +98,13 @@ class BenchConfig:
 def load_config(
     path: Path, settings: Sequence[str] = (), only: Sequence[str] = (), preset: str | None = None
 ) -> BenchConfig:
-    """Read `path`; `settings` ("key.key=value") replace single values, `only` keeps these methods and plain,
-    a preset replaces what the YAML says.
+    """Read the YAML at `path`.
 
-    Paths are relative to the key `folder`, itself relative to the YAML's folder, which is its default.
-    Raises ValueError that names the setting, what it is and the remedy.
+    settings: "key.key=value", each replaces one value of the YAML. only: methods to keep beside plain; empty: all.
+    preset: name in PRESETS, whose values replace those of the YAML. Paths are relative to the key `folder`, which is
+    relative to the YAML's folder and defaults to it.
+
+    Raises ValueError that names the setting, its value and the remedy.
     """
     fields = read_yaml(path) | PRESETS.get(preset or "", {})
     for setting in settings:
@@ -163,7 +172,7 @@ def _chosen(methods: dict[str, Any], only: Sequence[str]) -> dict[str, Any]:
     for name in only:
         if name not in methods:
             raise ValueError(f"--only {name}: no such method. Methods: {', '.join(methods)}.")
-    # Plain first: its answers are what the others are held to.
+    # Plain first, because the others' answers are compared with its.
     names = [PLAIN, *(name for name in methods if name != PLAIN and (not only or name in only))]
     return {name: methods[name] for name in names}
 
@@ -175,7 +184,7 @@ def _method(name: str, value: Any, folder: Path) -> Method:
     spec = dict(value or {})
     engine = _engine(f"{where}.engine", spec.pop("engine", None))
     requires = spec.pop("requires", None)
-    # An entry left empty by mistake must not be measured as what its name says.
+    # An entry that was left empty by mistake must not be measured as plain vLLM under another name.
     if (is_plain := name.startswith(PLAIN)) == bool(spec):
         remedy = "without speculative_config" if is_plain else "with 'method' or 'model'"
         raise ValueError(f"{where}={value!r}: write it {remedy}.")
@@ -239,7 +248,7 @@ def _sampling(value: Any) -> tuple[Sampling, ...]:
 
 
 def _model(where: str, value: Any, folder: Path) -> str:
-    """An existing path, absolute, or a hub name."""
+    """`value` as an absolute path if it exists in `folder`, else as a hub name. Raises ValueError if it is neither."""
     path = folder / Path(str(value)).expanduser()
     if path.exists():
         return str(path.resolve())
@@ -269,46 +278,3 @@ def _check_numbers(config: BenchConfig) -> None:
         raise ValueError(f"batch_sizes={list(sizes)}: give each value once, and at least one.")
     if not isinstance(config.ignore_eos, bool):
         raise ValueError(f"ignore_eos={config.ignore_eos!r}: use true or false.")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Raises ValueError if the file cannot be read, is no mapping, or writes a key twice."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """PyYAML lets a key that is written twice win silently."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            seen = set()
-            for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)
-                if key in seen:
-                    line = key_node.start_mark.line + 1
-                    raise ValueError(f"{path}, line {line}: {key!r} is there twice. Leave one out.")
-                seen.add(key)
-            return dict(super().construct_mapping(node, deep))
-
-    try:
-        fields = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except OSError as error:
-        raise ValueError(f"{str(path)!r} cannot be read ({error.strerror}). Give the path of a YAML file.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} is not YAML: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{str(path)!r} must hold a mapping of settings.")
-    return fields
-
-
-def override(fields: dict[str, Any], setting: str) -> None:
-    """setting: "key.key=value", the value in YAML. Raises ValueError if there is nothing to set it in."""
-    import yaml
-
-    name, equals, value = setting.partition("=")
-    *above, key = name.split(".")
-    for step in above:
-        if not isinstance(fields.get(step), dict):
-            raise ValueError(f"--set {setting}: there is no {step!r} to set it in. Write KEY.KEY=VALUE.")
-        fields = fields[step]
-    if not equals:
-        raise ValueError(f"--set {setting}: write KEY=VALUE.")
-    fields[key] = yaml.safe_load(value)

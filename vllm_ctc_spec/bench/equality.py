@@ -1,6 +1,6 @@
-"""Whether a method's answers are plain vLLM's: equal, different at a near-tie only, or different.
+"""Compares a method's answers with plain vLLM's: equal, different from a near-tie on, or different.
 
-A near-tie: in a 16-bit type the logits of two tokens lie so close together that rounding decides between them.
+At a near-tie the logits of two tokens are so close in a 16-bit type that rounding decides between them.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from vllm_ctc_spec.bench.records import Branching, Gap
 Tokens = tuple[int, ...]
 
 NEAR_TIE_STEPS = 2
-"""Each of the two logits may have been rounded the other way."""
+"""Largest gap of a near-tie, in steps of the number type: each of the two logits may be wrong by one step."""
 
 
 @dataclass(frozen=True)
 class Difference:
     prompt: int
-    """Index in the cell."""
+    """Index of the prompt in the cell."""
     position: int
-    """First token of the answer that differs, from 0."""
+    """Index of the first token that differs, from 0."""
     gap: float | None
-    """How far the worse of the two tokens' logits lies below the target's best; log probabilities have the same gap.
-    None: beyond the most likely tokens, or one answer ends where the other goes on, or sampled."""
+    """The target's best logit minus the lower one of the two tokens; log probabilities have the same gap.
+    None if a token is not among the most likely ones, if one answer ends there, or for sampled answers."""
     steps: float | None
-    """The same in steps of the target's type at the best logit; see `logit_step`."""
+    """`gap` in steps of the target's number type at the best logit; see `logit_step`."""
     is_near_tie: bool
 
 
 @dataclass(frozen=True)
 class Equality:
-    """Counts of prompts, each by the worst of its answers over all rounds."""
+    """Numbers of prompts, each counted by its worst answer in all rounds."""
 
     equal: int
     near_tie: int
     different: int
     exact: bool | None
-    """Nothing differs beyond a near-tie; None where the method does not promise it."""
+    """Whether `different` is 0; None if the method does not promise equal answers."""
     differences: tuple[Difference, ...]
-    """One for each answer that is not plain vLLM's, repeated answers left out."""
+    """One for each distinct answer that is not plain vLLM's."""
 
 
 def logit_step(top_logit: float, dtype: torch.dtype) -> float:
@@ -53,15 +53,15 @@ def logit_step(top_logit: float, dtype: torch.dtype) -> float:
 
 
 def is_near_tie(gap: float, top_logit: float, dtype: torch.dtype) -> bool:
-    """Whether rounding may decide between tokens whose logits lie `gap` apart; never in float32.
+    """Whether rounding may decide between tokens whose logits are `gap` apart; always false in float32.
 
-    top_logit: the best token's, before log-softmax.
+    top_logit: the best token's logit, before log-softmax.
     """
     return torch.finfo(dtype).bits == 16 and gap <= NEAR_TIE_STEPS * logit_step(top_logit, dtype)
 
 
 def gap_between(logits: Mapping[int, float], plain_token: int, other_token: int) -> Gap | None:
-    """logits: those of the most likely tokens; None where one of the two is not among them."""
+    """The gap of the two tokens; None if one is not in `logits`, which holds the most likely tokens."""
     if plain_token not in logits or other_token not in logits:
         return None
     best = max(logits.values())
@@ -69,8 +69,9 @@ def gap_between(logits: Mapping[int, float], plain_token: int, other_token: int)
 
 
 def first_difference(plain: Sequence[int], other: Sequence[int]) -> int | None:
-    for position, (ours, theirs) in enumerate(zip(plain, other)):
-        if ours != theirs:
+    """Index of the first token that differs, or at which one answer ends; None if they are equal."""
+    for position, (plain_token, other_token) in enumerate(zip(plain, other)):
+        if plain_token != other_token:
             return position
     return None if len(plain) == len(other) else min(len(plain), len(other))
 
@@ -83,7 +84,12 @@ def judge(
     ask_gaps: Callable[[Sequence[Branching]], list[Gap | None]] | None,
     is_promised: bool,
 ) -> Equality:
-    """rounds[r][p] is the answer of round r to prompt p; `ask_gaps` asks the plain target, None for sampled text."""
+    """Compare a method's answers with plain vLLM's.
+
+    plain[p]: plain vLLM's answer to prompt p, token ids. rounds[r][p]: the method's in round r. dtype: the target's.
+    ask_gaps: asks plain vLLM for the gaps of branchings; None for sampled text. is_promised: whether the method
+    promises equal answers.
+    """
     found = [
         (index, position, answer)
         for index, reference in enumerate(plain)

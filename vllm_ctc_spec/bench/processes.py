@@ -1,4 +1,4 @@
-"""The methods' processes, each with an engine: one runs at a time, the others are stopped."""
+"""The methods' processes, each with an engine. One runs at a time, the others are stopped."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from vllm_ctc_spec.bench.config import PLAIN, BenchConfig, Method
 from vllm_ctc_spec.bench.records import EngineFacts
 
 STOP_SECONDS = 30
-"""An engine that takes longer to end is killed."""
+"""An idle engine that takes longer to end is killed."""
 
 TERMINATION_SECONDS = 10
-"""What processes that are ended in their work get to give back shared memory."""
+"""A busy engine that takes longer to end is killed. Until then its processes free their shared memory."""
 
 _RAISED = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception|Interrupt): .+)")
-_TELLS_NOTHING = ("Engine core initialization failed", "EngineDeadError", "cancelled")
+_UNINFORMATIVE = ("Engine core initialization failed", "EngineDeadError", "cancelled")
 
 
 class MethodFailed(Exception):
-    """What vLLM said, for the report."""
+    """The message is vLLM's own error."""
 
 
 class MethodProcess:
-    """A process group that holds one engine. It is stopped between calls: an idle engine polls for work."""
+    """A process group with one engine. It is stopped between calls, because an idle engine polls for work."""
 
     def __init__(self, log: Path, environment: dict[str, str] | None = None) -> None:
-        """environment: variables that this process has beside ours, or instead."""
+        """environment: variables that replace or extend those of this process."""
         self._log = log
         self._command: str | None = None
-        """What the process is doing."""
+        """The command that the process executes; None while it is idle."""
         self._connection, theirs = Pipe()
         lifeline, self._lifeline = os.pipe()
         with log.open("wb") as file:
@@ -50,24 +50,24 @@ class MethodProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                # A group of its own to be stopped, and Ctrl-C is for the benchmark, which ends its engines in order.
+                # An own group can be stopped as a whole, and does not get Ctrl-C: the benchmark ends its engines.
                 start_new_session=True,
                 env=os.environ | {"VLLM_LOGGING_LEVEL": "INFO"} | (environment or {}),
             )
-        # Only the child may hold the other end, or its death would go unnoticed.
+        # While this process holds the other end open, the child's death would not close the connection.
         theirs.close()
         os.close(lifeline)
 
     def call(self, command: str, **arguments: Any) -> Any:
-        """Raises MethodFailed with the cause, also when the process dies meanwhile."""
+        """Execute a command of `worker.Engine`. Raises MethodFailed if it fails or the process dies."""
         self.send(command, **arguments)
         return self.receive()
 
     def send(self, command: str, **arguments: Any) -> None:
-        """The first half of `call`, so that several processes can work at once."""
+        """The first half of `call`, for processes that work at the same time."""
         self._signal(signal.SIGCONT)
         self._command = command
-        # A process that is gone is noticed in `receive`.
+        # If the process is gone, `receive` reports it.
         with suppress(OSError):
             self._connection.send((command, arguments))
 
@@ -82,17 +82,17 @@ class MethodProcess:
             self._signal(signal.SIGSTOP)
         self._command = None
         if verdict == "failed":
-            raise MethodFailed(self._root_cause() if _is_empty(answer) else answer)
+            raise MethodFailed(self._root_cause() if _is_uninformative(answer) else answer)
         return answer
 
     def close(self) -> None:
-        """End the engine, or kill what does not end."""
+        """End the engine; kill it if it does not end in time."""
         self._signal(signal.SIGCONT)
         if self._command is None:
             self.send("stop")
             self._connection.poll(STOP_SECONDS)
         else:
-            # It would read "stop" only when it has done what it does, such as compiling a target.
+            # It would read "stop" only after its command, and compiling a target may take minutes.
             terminate_group(self._process)
         self._connection.close()
         with suppress(subprocess.TimeoutExpired):
@@ -110,9 +110,9 @@ class MethodProcess:
 
 
 def terminate_group(leader: subprocess.Popen[bytes]) -> None:
-    """Ask the process group of `leader` to end, and wait until it has, for TERMINATION_SECONDS at most.
+    """Ask the process group of `leader` to end, and wait for it, for TERMINATION_SECONDS at most.
 
-    Its last process is Python's resource tracker, which frees the shared memory of the others.
+    The last process to end is Python's resource tracker, which frees the shared memory of the others.
     """
     with suppress(ProcessLookupError, psutil.NoSuchProcess):
         group = [psutil.Process(leader.pid), *psutil.Process(leader.pid).children(recursive=True)]
@@ -123,31 +123,34 @@ def terminate_group(leader: subprocess.Popen[bytes]) -> None:
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    """Whether it runs; a container may have no process that waits for orphans, so that they stay as zombies."""
+    """Whether it runs. Zombies do not: in a container without a process that waits for orphans they stay for ever."""
     with suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 
-def _is_empty(message: str) -> bool:
-    return any(phrase in message for phrase in _TELLS_NOTHING)
+def _is_uninformative(message: str) -> bool:
+    return any(phrase in message for phrase in _UNINFORMATIVE)
 
 
 def root_cause(log: str) -> str:
-    """The last error in vLLM's log that says what is wrong; its own last line often only points at the log."""
-    raised = [match[1] for match in _RAISED.finditer(log) if not _is_empty(match[1])]
+    """The last error in vLLM's log that names a cause, or "". The log's last line is often only "see above"."""
+    raised = [match[1] for match in _RAISED.finditer(log) if not _is_uninformative(match[1])]
     return raised[-1] if raised else ""
 
 
 class Fleet:
-    """Engines of all methods at once, of which one runs; so their memory adds up, and is checked before each start."""
+    """The engines of all methods, of which one runs at a time.
+
+    All are in memory at the same time, so free memory is checked before each start.
+    """
 
     def __init__(self, config: BenchConfig, logs: Path) -> None:
         self._config, self._logs = config, logs
         self._processes: dict[str, MethodProcess] = {}
         self.facts: dict[str, EngineFacts] = {}
         self.errors: dict[str, str] = {}
-        """Method -> why it is not measured."""
+        """By method, the reason why it is not measured."""
 
     def __enter__(self) -> Fleet:
         return self
@@ -157,7 +160,7 @@ class Fleet:
             process.close()
 
     def start(self, report: Callable[[Method], None]) -> None:
-        """Start every method, calling `report` before each. Raises ValueError if plain vLLM does not start."""
+        """Start all methods, with a call of `report` before each. Raises ValueError if plain vLLM does not start."""
         self._logs.mkdir(parents=True, exist_ok=True)
         largest = 0
         for method in self._config.methods:
@@ -182,7 +185,8 @@ class Fleet:
         return [method for method in self._config.methods if method.name in self._processes]
 
     def call(self, name: str, command: str, **arguments: Any) -> Any:
-        """The method's answer, or None if it failed; it is then no longer alive."""
+        """The method's answer; None if it failed, after which it is no longer alive. Raises ValueError if plain vLLM
+        failed."""
         try:
             return self._processes[name].call(command, **arguments)
         except MethodFailed as error:
@@ -190,7 +194,7 @@ class Fleet:
             return None
 
     def stage_times(self, name: str, work: dict[str, Any]) -> dict[str, float] | None:
-        """Milliseconds per stage during one more pass. A clock that does not fit costs these figures only."""
+        """Milliseconds per stage in one more pass; None if they cannot be timed. The method stays alive."""
         process = self._processes[name]
         try:
             process.call("start_clock")

@@ -1,4 +1,4 @@
-"""What a method's process hands to the benchmark, and the work that the benchmark hands to it.
+"""Messages between the benchmark and the methods' processes: work in one direction, results in the other.
 
 Letters: P prompts.
 """
@@ -13,7 +13,7 @@ from typing import Any
 class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
-    """1: all tokens."""
+    """1 keeps all tokens."""
 
     @property
     def is_greedy(self) -> bool:
@@ -24,7 +24,7 @@ class Sampling:
         return str(self).replace(", ", "-").replace(" ", "")
 
     def __str__(self) -> str:
-        """temperature 0.2, top-p 0.9"""
+        """Such as "temperature 0.2, top-p 0.9"."""
         return f"temperature {self.temperature:g}" + (f", top-p {self.top_p:g}" if self.top_p < 1 else "")
 
 
@@ -35,24 +35,24 @@ class Workload:
     prompts: tuple[tuple[int, ...], ...]
     """[P] token ids"""
     max_tokens: tuple[int, ...]
-    """[P], of the answer"""
+    """[P], most tokens of each answer"""
     temperature: float
     seed: int
     """Prompt i samples with seed + i."""
     batch_size: int
-    """Requests in flight: the next one is added when one ends."""
+    """Requests in flight; when one ends, the next is added."""
     ignore_eos: bool = False
     top_p: float = 1.0
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """vLLM's own per-request counters (`per_request_spec_decode_metrics`)."""
+    """vLLM's counters of one request (`per_request_spec_decode_metrics`)."""
 
     steps_by_accepted: tuple[int, ...]
-    """Entry j: steps with a draft of which j tokens were accepted."""
+    """Entry j: number of steps with a draft that accepted j draft tokens."""
     num_nodes: int
-    """Draft tokens that were verified."""
+    """Verified draft tokens."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,15 @@ class Request:
 
     token_ids: tuple[int, ...]
     num_steps: int
-    """Target steps that emitted its tokens, the prefill included."""
+    """Target steps that emitted tokens, the prefill included."""
     total_time: float
-    """From handing it to the engine until its last token."""
+    """From handing the request to the engine until its last token."""
     first_token_time: float
-    """From its arrival until its first token (vLLM's `first_token_latency`)."""
+    """From arrival until the first token (vLLM's `first_token_latency`)."""
     decode_time: float
-    """From its first token until its last (vLLM's time stamps)."""
+    """From the first token until the last (vLLM's time stamps)."""
     drafts: Drafts | None
+    """None without a speculative method."""
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,20 @@ class Pass:
 
 @dataclass(frozen=True)
 class Branching:
-    """Where an answer leaves plain vLLM's: both continue the same text."""
+    """The first position at which an answer differs from plain vLLM's."""
 
     prompt: tuple[int, ...]
-    """The prompt and what both answers share, token ids."""
+    """Token ids of the prompt and of the text that both answers share."""
     plain_token: int
     other_token: int
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Between the target's best token and the worse of a branching's two."""
+    """Distance of the target's best token to the less likely one of a branching's two tokens."""
 
     logits: float
-    """Their logits' difference, which is that of their log probabilities, too."""
+    """Difference of the logits; log probabilities have the same difference."""
     top_logit: float
     """The best token's logit."""
 
@@ -108,8 +109,9 @@ class Ask:
     """A request of `vllm-ctc-spec verify`."""
 
     prompt: tuple[int, ...]
+    """Token ids."""
     params: dict[str, Any]
-    """Of vLLM's `SamplingParams`; `temperature` is there."""
+    """Arguments of vLLM's `SamplingParams`, `temperature` among them."""
 
     @property
     def is_greedy(self) -> bool:
@@ -118,24 +120,24 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """All that a user sees of one answer, and its logits where they were asked for."""
+    """One answer as a user sees it, with logits if they were asked for."""
 
     token_ids: tuple[int, ...]
     text: str
     finish_reason: str | None
     stop_reason: int | str | None
     logprobs: tuple[dict[int, float], ...] = ()
-    """For each token those that the request asked for."""
+    """For each token of the answer, the log probabilities that the request asked for, by token id."""
     logits: tuple[dict[int, float], ...] = ()
-    """For each token the most likely tokens' logits, in place of `logprobs`."""
+    """For each token of the answer, logits of the most likely tokens, in place of `logprobs`."""
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What vLLM made of the options."""
+    """The engine's settings as vLLM resolved them."""
 
     dtype: str
     max_model_len: int
     is_eager: bool
     method: str | None = None
-    """The speculative one."""
+    """The speculative method; None for plain vLLM."""

@@ -1,4 +1,4 @@
-"""results.json for people: report.md, three figures, and one table for the terminal."""
+"""Shows results.json: report.md, three figures, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 MAX_LISTED = 20
-"""Answers of one method in one cell that the report lists."""
+"""Most differing answers of a method in a cell that the report lists."""
 
 MAX_ERROR = 300
-"""Characters of an error that the report shows."""
+"""Most characters of an error that the report shows."""
 
 COLUMNS = (
     "method", "tokens/s", "× plain", f"{CONFIDENCE:.0%} interval", "β", "γ", "accepted length", "nodes/step",
@@ -35,28 +35,29 @@ COLUMNS = (
 )  # fmt: skip
 
 LEGEND = """\
-Engines of all methods are alive at once and all but one are stopped (SIGSTOP). In every round each method runs all
-prompts of the cell once, in the order of the table; a first, unmeasured round warms up. "Batch b" means b requests in
-flight: when one ends, the next is added.
+The engines of all methods are in memory at the same time, and all but one are stopped (SIGSTOP). In every round each
+method runs all prompts of the cell once, in the order of the table; a first, unmeasured round warms up. "Batch b" means
+b requests in flight: when one ends, the next is added.
 
 * **tokens/s**: generated tokens over wall time, median over rounds, prefill included.
 * **× plain**: tokens/s over plain vLLM's in the same round, geometric mean over rounds, with Student's t interval on
   its logarithm.
-* **β**: generated tokens per decoding step, the prefill and its token apart; steps without a draft count. **γ**: mean
-  time per token of plain vLLM over the method's, each request by its own clock. (arXiv 2412.00061, equations 12, 13.)
-* **accepted length**: vLLM's definition, 1 + accepted / steps that had a draft; **nodes/step**: draft tokens of these.
+* **β**: generated tokens per decoding step, without the prefill and its token; steps without a draft count. **γ**: mean
+  time per token, plain vLLM's over the method's, measured per request. (arXiv 2412.00061, equations 12, 13.)
+* **accepted length**: vLLM's definition, 1 + accepted tokens / steps with a draft; **nodes/step**: draft tokens per
+  step with a draft.
 * **first token**, **per token**: medians over requests. **memory**: peak resident size of the method's processes (pages
   that they share count in each), on a GPU torch's peak.
-* **equal / near-tie / different**: prompts, by the worst of their answers in all rounds, against plain vLLM's
-  warm-up answers; plain's own row says how repeatable plain vLLM is. {rule}
-* **exact**: nothing is different. A dash where it is not promised: for sampled text in 16 bits, and for vLLM's own
-  methods, whose rejection sampling draws other random numbers than plain sampling does from the same seed."""
+* **equal / near-tie / different**: numbers of prompts, each by its worst answer in all rounds, compared with plain
+  vLLM's warm-up answers; the row of plain shows how repeatable plain vLLM is. {rule}
+* **exact**: nothing is different. A dash where equality is not promised: for sampled text in 16 bits, and for vLLM's
+  own methods, whose rejection sampling draws other random numbers from a seed than plain sampling."""
 
 FLOAT32 = "In float32 every token must be the same."
 NEAR_TIE = (
-    "Greedy text may leave plain vLLM's at a near-tie: the worse of the two tokens' logits is at most "
-    f"{NEAR_TIE_STEPS} steps of {{dtypes}} below the target's best (asked of plain vLLM). A step is the distance of "
-    "neighbouring numbers of that type at the best logit: in bfloat16 0.125 from 16 to 32, and 0.25 from 32 to 64."
+    "Greedy text may differ from plain vLLM's from a near-tie on: the lower one of the two tokens' logits is at most "
+    f"{NEAR_TIE_STEPS} steps of {{dtypes}} below plain vLLM's best logit. A step is the distance of neighbouring "
+    "numbers of that type at the best logit: in bfloat16 0.125 from 16 to 32, and 0.25 from 32 to 64."
 )
 
 
@@ -117,7 +118,7 @@ def _eager(cell: dict[str, Any]) -> str:
 
 
 def _errors(cell: dict[str, Any]) -> str:
-    # Whole in results.json; pydantic's go on for pages.
+    # Cut, because pydantic's errors fill pages; results.json has the whole text.
     lines = [f"* {name}: {shorten(error, MAX_ERROR)}" for name, error in cell["errors"].items()]
     return "\n".join(("Not measured:", "", *lines)) if lines else ""
 
@@ -130,7 +131,7 @@ def _depths(cell: dict[str, Any]) -> str:
         for name, rates in by_depth.items()
         if rates
     ]
-    columns = ("accepted at depth, of those one above", *map(str, range(1, deepest + 1)))
+    columns = ("share accepted at depth, of those accepted above", *map(str, range(1, deepest + 1)))
     return markdown_table(columns, rows) if rows else ""
 
 
@@ -140,7 +141,7 @@ def _stages(cell: dict[str, Any]) -> str:
         for name, method in cell["methods"].items()
         if method["stages_ms"]
     ]
-    return markdown_table(("ms per step, median, in a pass of its own", *STAGES), rows) if rows else ""
+    return markdown_table(("ms per step, median, measured in a separate pass", *STAGES), rows) if rows else ""
 
 
 def _categories(cell: dict[str, Any]) -> str:
@@ -165,7 +166,7 @@ def _differences(cell: dict[str, Any]) -> str:
     lines = []
     for name, method in cell["methods"].items():
         differences = [] if method["equality"]["exact"] is None else method["equality"]["differences"]
-        # The worst first, for those that are not listed.
+        # The worst first, because only MAX_LISTED are shown.
         differences = sorted(differences, key=lambda each: (each["is_near_tie"], -(each["steps"] or math.inf)))
         for each in differences[:MAX_LISTED]:
             kind = "near-tie" if each["is_near_tie"] else "**different**"
@@ -175,7 +176,7 @@ def _differences(cell: dict[str, Any]) -> str:
             )
         if len(differences) > MAX_LISTED:
             lines.append(f"* {name}: {len(differences) - MAX_LISTED} more in results.json")
-    return "\n".join(("Where answers leave plain vLLM's:", "", *lines)) if lines else ""
+    return "\n".join(("Answers that differ from plain vLLM's:", "", *lines)) if lines else ""
 
 
 def to_terminal(results: dict[str, Any]) -> Table:
@@ -197,7 +198,7 @@ Cells = list[dict[str, Any]]
 
 
 def draw(results: dict[str, Any], output: Path) -> list[str]:
-    """Write the figures into `output`; returns their names. One row per prompts, one column per sampling."""
+    """Draw the figures into `output` and return their file names. Rows are prompt sets, columns are samplings."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -230,14 +231,14 @@ def _draw_ratios(axes: Axes, cells: Cells) -> None:
     for number, name in enumerate(_methods(cells)):
         measured = [cell for cell in cells if name in cell["methods"]]
         ratios = [cell["methods"][name]["ratio"] for cell in measured]
-        # Side by side, or the intervals hide one another.
+        # Shifted sideways, so that intervals do not hide each other.
         batches = [cell["batch_size"] * 1.03**number for cell in measured]
         below = [ratio["mean"] - ratio["low"] for ratio in ratios]
         above = [ratio["high"] - ratio["mean"] for ratio in ratios]
         means = [ratio["mean"] for ratio in ratios]
         axes.errorbar(batches, means, yerr=(below, above), marker="o", capsize=3, label=name)
     axes.set_xscale("log", base=2)
-    # Twice as fast and half as fast are equally far from plain.
+    # A logarithmic axis, on which twice as fast and half as fast are equally far from plain.
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks([cell["batch_size"] for cell in cells], [str(cell["batch_size"]) for cell in cells])
@@ -258,7 +259,7 @@ def _draw_betas(axes: Axes, cells: Cells) -> None:
 
 
 def _draw_depths(axes: Axes, cells: Cells) -> None:
-    """Of the smallest batch: acceptance hardly depends on it."""
+    """Draws the smallest batch only, because acceptance hardly depends on the batch size."""
     from matplotlib.ticker import MaxNLocator
 
     cell = min(cells, key=lambda each: int(each["batch_size"]))
@@ -267,4 +268,4 @@ def _draw_depths(axes: Axes, cells: Cells) -> None:
         if rates:
             axes.plot(range(1, len(rates) + 1), rates, marker=".", label=f"{name}, batch {cell['batch_size']}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="depth", ylabel="accepted, of those one above", ylim=(0, 1.02))
+    axes.set(xlabel="depth", ylabel="share accepted, of those accepted above", ylim=(0, 1.02))

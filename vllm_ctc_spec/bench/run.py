@@ -1,4 +1,4 @@
-"""A run: engines start once, each cell (prompts, batch size, sampling) is measured and written at once."""
+"""A benchmark run: engines start once, and each cell (prompts, batch size, sampling) is written once it is measured."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from vllm_ctc_spec.training.sources import Line, read_dataset, read_lines
 from vllm_ctc_spec.vllm_keys import check_engine_keys, check_speculative_keys
 
 TEMPLATE_TOKENS = 64
-"""Allowance for what the chat template puts around a turn."""
+"""Allowance for the tokens that the chat template puts around a turn."""
 
 
 class Bench:
-    """Prompts and folders of one run. Raises ValueError for all that can be known before an engine starts."""
+    """One run. Its constructor checks everything that can be checked before an engine starts, and raises ValueError."""
 
     def __init__(self, config: BenchConfig, output: Path) -> None:
         self.config, self.output = config, output
@@ -61,12 +61,12 @@ class Bench:
         return [cell for cell in self.cells() if not self.path(cell).exists()]
 
     def num_passes(self) -> int:
-        """Of one cell, if no method fails."""
+        """Passes of one cell, if no method fails."""
         methods = [method for method in self.config.methods if method.missing is None]
         return len(methods) * (1 + self.config.rounds) + sum(method.is_ctc for method in methods)
 
     def run(self, report: Report) -> dict[str, Any]:
-        """Measure what is not there yet; returns what is in results.json."""
+        """Measure the pending cells, and return the contents of results.json."""
         pending = self.pending()
         if pending:
             with Fleet(self._with_cache(), self.output / "logs") as fleet:
@@ -88,7 +88,7 @@ class Bench:
         return results
 
     def _with_cache(self) -> BenchConfig:
-        """The configuration with a KV cache of the size that the largest batch needs, where it names none."""
+        """The configuration with a KV cache that the largest batch needs, unless the user has set its size."""
         config, in_flight = self.config, max(self.config.batch_sizes)
         methods = []
         for method in config.methods:
@@ -97,7 +97,7 @@ class Bench:
         return dataclasses.replace(config, methods=tuple(methods))
 
     def _lengths(self) -> list[int]:
-        """Of each turn of each question, the tokens that it has at its end, at most."""
+        """For each turn of each question, most tokens of the conversation at the end of its answer."""
         lengths = []
         for questions in self.questions.values():
             for question in questions:
@@ -129,18 +129,17 @@ class Bench:
         return as_json(flatten(dataclasses.asdict(self.config)) | hashes | this_machine().versions)
 
     def _prompts(self, name: str, fleet: Fleet, report: Report) -> list[Prompt]:
-        """Every turn of every question; plain vLLM's greedy answers stand between the turns, for every method."""
+        """Every turn of every question. Later turns follow plain vLLM's greedy answers, for every method."""
         questions = self.questions[name]
-        answers: list[list[list[int]]] = self._first_answers(name, fleet, report)
         prompts = [
-            next_turn(name, question, own[:turn], self.tokenizer)
-            for question, own in zip(questions, answers)
-            for turn in range(1 + len(own))
+            next_turn(name, question, answers[:turn], self.tokenizer)
+            for question, answers in zip(questions, self._first_answers(name, fleet, report))
+            for turn in range(1 + len(answers))
         ]
         return [prompt for prompt in prompts if prompt is not None and len(prompt.token_ids) < self.context - 1]
 
     def _first_answers(self, name: str, fleet: Fleet, report: Report) -> list[list[list[int]]]:
-        """Answers of every turn but the last, by question; written once, so that a resumed run asks the same."""
+        """For each question, the answers (token ids) to all turns but the last; kept on disk for a resumed run."""
         path = self.output / "cells" / f"{name}-turns.json"
         if path.exists():
             return list(json.loads(path.read_text()))
@@ -164,12 +163,12 @@ class Bench:
 
 
 def as_json(fields: dict[str, Any]) -> dict[str, Any]:
-    """As it is when it has been written and read: tuples are lists."""
+    """`fields` as written to JSON and read again, with lists in place of tuples."""
     return dict(json.loads(json.dumps(fields)))
 
 
 def flatten(fields: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; a list of named records counts as a mapping."""
+    """{"a": {"b": 1}} -> {"a.b": 1}; a list of records with a "name" is flattened as a mapping by name."""
     flat: dict[str, Any] = {}
     for key, value in fields.items():
         if isinstance(value, list | tuple) and value and isinstance(value[0], dict) and "name" in value[0]:
@@ -191,7 +190,7 @@ def check_vllm_keys(config: BenchConfig) -> None:
 
 
 def select_questions(name: str, source: PromptSource, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
-    """The rows that `source` selects, see `read_questions`. Raises ValueError that names the line."""
+    """The rows that `source` selects; see `read_questions`. Raises ValueError that names the faulty line."""
     lines = list(_lines(source))
     stop = None if source.limit is None else source.skip + source.limit
     chosen = lines[-source.last :] if source.last is not None else lines[source.skip : stop]
@@ -213,9 +212,9 @@ def num_turns(questions: Sequence[Question]) -> int:
 def next_turn(
     name: str, question: Question, answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
 ) -> Prompt | None:
-    """The prompt of turn len(answers) + 1 after plain vLLM's `answers` (token ids); None where there is none.
+    """The prompt of turn len(answers) + 1; None if there is no such turn.
 
-    name: of the source, the category of a question without one.
+    name: of the prompt set; the category of questions without one. answers: plain vLLM's, token ids.
     """
     token_ids = turn_prompt(question, answers, tokenizer)
     if token_ids is None:

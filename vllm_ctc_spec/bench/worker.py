@@ -1,9 +1,10 @@
-"""The process of one method: holds a `vllm.LLM` and answers the benchmark over a pipe.
+"""The process of one method: it has a `vllm.LLM` and answers the benchmark over a pipe.
 
     python -m vllm_ctc_spec.bench.worker CONNECTION LIFELINE
 
-Both are file descriptors; the benchmark holds the other end of the lifeline as long as it lives.
-A process per method keeps vLLM's one metrics registry per process apart, lets memory be told apart, and dies alone.
+Both are file descriptors. The benchmark holds the other end of the lifeline open until it ends.
+Methods have separate processes because vLLM has one metrics registry per process, because memory is measured per
+process, and because a crash then ends one method only.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ NUM_LOGPROBS = 20
 
 
 class Engine:
-    """The commands; each is called by name with keyword arguments."""
+    """The commands. Each public method is called by its name, with keyword arguments."""
 
     llm: LLM
 
     def start(self, target: str, options: dict[str, Any], mends_sampling: bool = True) -> EngineFacts:
-        """mends_sampling: see `cpu_sampling`."""
+        """Start vLLM. mends_sampling: whether to correct vLLM's CPU sampling of drafted rows, see `cpu_sampling`."""
         from vllm import LLM
 
         self.llm = LLM(target, worker_extension_cls=EXTENSION, disable_log_stats=False, **options)
@@ -53,14 +54,14 @@ class Engine:
         from vllm_ctc_spec.engine.plugin import is_ctc
 
         config = self.llm.llm_engine.vllm_config.speculative_config
-        # vLLM knows ours as a custom class.
+        # vLLM's own name for our method is that of any custom class.
         return None if config is None else "ctc" if is_ctc(config) else str(config.method)
 
     def run(self, workload: Workload) -> Pass:
-        """Keeps `batch_size` requests in flight, as a server's clients would.
+        """Run all prompts with `batch_size` requests in flight.
 
-        This is the loop of `LLM.generate` (add requests, step until all are done), which itself admits as many
-        requests as the engine can hold; here one engine serves every batch size.
+        The loop is that of `LLM.generate`, which would add all requests at once. Here one engine serves every batch
+        size.
         """
         from vllm_ctc_spec.engine.lifetime import wake
 
@@ -84,7 +85,7 @@ class Engine:
         return Pass(seconds, tuple(request.record() for request in sorted(done, key=lambda each: each.index)))
 
     def gaps(self, branchings: Sequence[Branching]) -> list[Gap | None]:
-        """None where one of the two tokens is not among the NUM_LOGPROBS most likely."""
+        """The gap of each branching; None if one of its tokens is not among the NUM_LOGPROBS most likely."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=1, logprobs=NUM_LOGPROBS, detokenize=False)
@@ -98,9 +99,10 @@ class Engine:
         ]
 
     def answer(self, asks: Sequence[Ask], are_alone: bool, logits_mode: str | None) -> list[Answer] | str:
-        """The answers, or what vLLM says where it refuses the parameters.
+        """The answers, or vLLM's message if it refuses the parameters.
 
-        are_alone: one request at a time. logits_mode: vLLM's `logprobs_mode` in which answers have logits, None: none.
+        are_alone: one request at a time. logits_mode: the `logprobs_mode` of vLLM that returns the wanted logits; None:
+        answers have no logits.
         """
         from vllm import SamplingParams
 
@@ -123,7 +125,7 @@ class Engine:
         return [_answer(output.outputs[0], has_logits=logits_mode is not None) for output in outputs]
 
     def acceptance_length(self) -> float | None:
-        """Since the engine started; None where nothing was drafted."""
+        """Acceptance length since the engine started; None if nothing was drafted."""
         from vllm_ctc_spec.engine.metrics import read_tree_metrics
 
         metrics = read_tree_metrics(self.llm)
@@ -155,12 +157,12 @@ class Engine:
         return on_gpu or sum(_peak_resident(process) for process in _own_processes())
 
     def stop(self) -> None:
-        # Its processes take longer to end by themselves than the five seconds that vLLM would give them.
+        # Without a timeout of 0 vLLM waits five seconds, in which its processes do not end by themselves.
         self.llm.llm_engine.engine_core.shutdown(timeout=0)
 
 
 def scores(answer: CompletionOutput) -> tuple[dict[int, float], ...]:
-    """For each token of an answer the most likely tokens' log probabilities, or logits, by `logprobs_mode`."""
+    """For each token of an answer, log probabilities (or logits, by `logprobs_mode`) of the most likely tokens."""
     return tuple({token: entry.logprob for token, entry in entries.items()} for entries in answer.logprobs or [])
 
 
@@ -214,7 +216,7 @@ def _sampling_params(workload: Workload) -> list[SamplingParams]:
             seed=workload.seed + index,
             max_tokens=max_tokens,
             ignore_eos=workload.ignore_eos,
-            # One output per step, so that steps can be counted from outside, alike for every method.
+            # One output per step, so that steps are counted in the same way for every method.
             output_kind=one_output_per_step(),
         )
         for index, max_tokens in enumerate(workload.max_tokens)
@@ -233,7 +235,7 @@ def _peak_resident(process: psutil.Process) -> int:
 
 
 def _guard(lifeline: int, connection: int) -> None:
-    """Fork a process that kills this one's group when the benchmark is gone: stopped engines would stay for ever."""
+    """Fork a process that kills this one's group if the benchmark dies, because stopped engines do not notice."""
     group = os.getpgrp()
     if child := os.fork():
         os.waitpid(child, 0)
@@ -241,7 +243,7 @@ def _guard(lifeline: int, connection: int) -> None:
     os.setsid()
     if os.fork():
         os._exit(0)
-    # The benchmark learns of this method's death by the connection's end.
+    # The connection must close when the method's process dies: that is how the benchmark notices it.
     os.close(connection)
     hang_up = select.poll()
     hang_up.register(lifeline, 0)

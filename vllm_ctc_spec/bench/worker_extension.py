@@ -1,6 +1,6 @@
-"""Runs inside vLLM's worker process (`worker_extension_cls`): stage times of a decoding step, GPU memory, and a mend.
+"""Runs inside vLLM's worker process (`worker_extension_cls`): times the stages of a decoding step, reads GPU memory.
 
-Mixed into the worker class of every method, so that all run the same worker; it does nothing until it is called.
+vLLM mixes it into the worker class of every method, so that all run the same worker. It does nothing until called.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class BenchWorkerExtension:
         mend()
 
     def bench_set_logprobs_mode(self, mode: str | None) -> None:
-        """What requests that ask for log probabilities get from now on, see vLLM's `logprobs_mode`; None: as set."""
+        """Set vLLM's `logprobs_mode` for the requests from now on; None: the engine's own setting."""
         self.model_runner.sampler.logprobs_mode = mode or self.model_config.logprobs_mode
 
     def bench_start_clock(self) -> None:
@@ -37,7 +37,7 @@ class BenchWorkerExtension:
             (runner, "walker", "walk"),
             (runner, "_move_accepted", "K/V move"),
             (runner.drafter, "propose", "draft"),
-            # In a CUDA graph it has no time of its own.
+            # Counted as part of "draft" where both are one CUDA graph.
             (runner.drafter, "_build", "build"),
         )
         for owner, name, stage in timed:
@@ -48,7 +48,7 @@ class BenchWorkerExtension:
                 raise
 
     def bench_stop_clock(self) -> dict[str, float]:
-        """Median milliseconds of each of STAGES since `bench_start_clock`; the stages run as before again."""
+        """Stop timing, and return the median milliseconds of each stage since `bench_start_clock`."""
         self.bench_clock.remove()
         times = self.bench_clock.median_ms()
         return {stage: times[stage] for stage in STAGES}
@@ -58,21 +58,22 @@ class BenchWorkerExtension:
             torch.cuda.reset_peak_memory_stats()
 
     def bench_peak_memory(self) -> int:
-        """Bytes that torch had allocated on the GPU at most since `bench_reset_memory`; 0 without a GPU."""
+        """Most bytes that torch had allocated on the GPU since `bench_reset_memory`; 0 without a GPU."""
         return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 class StageClock:
-    """Puts a stop-watch around methods of objects, and takes it away again.
+    """Replaces methods of objects by timed ones until `remove`.
 
-    A stage that runs inside another (the proposer builds its trees while it drafts) stops the outer one's watch.
+    The time of a stage that runs inside another one (the proposer builds trees while it drafts) counts for the inner
+    stage only.
     """
 
     def __init__(self) -> None:
         self._seconds: dict[str, list[float]] = {}
         self._undo: list[Callable[[], None]] = []
         self._inner: list[float] = []
-        """For each stage that runs, outermost first: seconds of the stages inside it."""
+        """For each running stage, outermost first: seconds of the stages that ran inside it."""
 
     def time(self, owner: Any, name: str, stage: str) -> None:
         inner, is_own = getattr(owner, name), name in vars(owner)
@@ -101,7 +102,7 @@ class StageClock:
 
 
 def _now() -> float:
-    # A GPU stage has ended when its kernels have, not when they were launched.
+    # On a GPU a stage ends when its kernels end, not when they are launched.
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -21,7 +21,7 @@ MAX_CONTEXT = 8192
 
 def add_chat(commands: Any) -> None:
     chat = commands.add_parser(
-        "chat", help="chat with a target; each decoding step's tokens have their own background colour",
+        "chat", help="chat with a target; each decoding step's tokens have a colour of their own",
         description="A conversation in the terminal. Without a terminal: one message per line of the standard input, "
         "answers to the standard output, everything else to the standard error.",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Terminal output and input: a background colour per decoding step, or plain text without colours."""
+"""Terminal output and input: a colour for each decoding step, or plain text without colours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec demo`: a chat model with and without trees, side by side."""
+"""`vllm-ctc-spec demo`: the arguments of the demo."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def _demo(options: argparse.Namespace) -> int:
     num_nodes = check_node_budget(options.nodes)
     if importlib.util.find_spec("vllm") is None:
         raise ValueError('demo needs vLLM: pip install "vllm-ctc-spec[cpu]".')
-    # vLLM is imported here, for checks of settings; its log lines would disturb the output.
+    # Checking the settings imports vLLM, whose log lines would disturb the output.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm_ctc_spec.demo.run import Stages, run_demo
+    from vllm_ctc_spec.demo.run import ProgressLines, run_demo
     from vllm_ctc_spec.files import write_atomically
     from vllm_ctc_spec.tables import console
 
     terminal = console()
-    report = Stages(terminal)
+    report = ProgressLines(terminal)
     results = run_demo(choose_pair(options.target, options.drafter, report), num_nodes, terminal, report)
     if options.json is not None:
         write_atomically(options.json, json.dumps(results, indent=2).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""The demo's questions, answered by both engines: speed, acceptance length, equality of texts."""
+"""Asks both engines the demo's questions, and compares speed, acceptance length and text."""
 
 from __future__ import annotations
 
@@ -18,50 +18,56 @@ from vllm_ctc_spec.training.sources import read_lines
 
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 MAX_TOKENS = 96
+"""Most tokens of an answer."""
 PROOF_TOKENS = 64
+"""The same in float32."""
 PROOF_QUESTIONS = (0, 4, 6)
-"""Indices of turns of different kinds that are answered in float32 as well."""
+"""Indices of turns of different kinds that are also answered in float32."""
 
 TextMatch = Literal["equal", "near_tie", "different"]
 
 
 @dataclass(frozen=True)
 class AnsweredTurn:
-    """One turn of a question, answered by both engines."""
+    """One turn of a question with both engines' answers."""
 
     question: str
     category: str
     prompt: tuple[int, ...]
+    """Token ids."""
     requests: dict[str, Request]
     """By engine."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One turn, as the table and the JSON have it."""
+    """One turn in the table and in the JSON."""
 
     question: str
     category: str
     tokens: dict[str, int]
+    """Generated tokens, by engine."""
     tokens_per_second: dict[str, float]
-    """Prefill included."""
+    """By engine, prefill included."""
     speedup: float
+    """tokens_per_second of ctc / plain."""
     acceptance_length: float | None
-    """vLLM's: 1 + accepted / steps that had a draft; None where nothing was drafted."""
+    """vLLM's definition: 1 + accepted tokens / steps with a draft; None if nothing was drafted."""
     text: TextMatch
-    parts_at: int | None
-    """The first token that differs, from 0."""
+    differs_at: int | None
+    """Index of the first token that differs, from 0."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All turns, as the table and the JSON have them."""
+    """All turns, for the table and the JSON."""
 
     dtype: str
     texts: dict[TextMatch, int]
+    """Number of turns by result."""
     acceptance_length: float | None
     tokens_per_second: dict[str, float]
-    """All tokens / the time of all answers, by engine."""
+    """By engine, all tokens / total time of all answers."""
     speedup: float
     """tokens_per_second of ctc / plain."""
     rows: tuple[Row, ...]
@@ -74,12 +80,12 @@ def read_demo_questions(tokenizer: PreTrainedTokenizerBase) -> list[Question]:
 def ask_in_turns(
     engines: Engines, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[AnsweredTurn]:
-    """Every turn of every question, greedily, by both engines; later turns follow plain vLLM's answers."""
+    """Yield every turn of every question with both engines' greedy answers. Later turns follow plain vLLM's answers."""
     number = 0
     for question in questions:
         answers: list[tuple[int, ...]] = []
         while (prompt := turn_prompt(question, answers, tokenizer)) is not None:
-            # What the machine did before may slow the first of the two, so they alternate.
+            # Earlier work may slow down the first of the two, so the order alternates.
             order = NAMES if number % 2 == 0 else NAMES[::-1]
             work = workload([prompt], MAX_TOKENS)
             requests = {name: engines.one(name, "run", workload=work).requests[0] for name in order}
@@ -94,7 +100,7 @@ def workload(prompts: Sequence[tuple[int, ...]], max_tokens: int) -> Workload:
 
 
 def same_in_float32(engines: Engines, answered: Sequence[AnsweredTurn]) -> bool:
-    """Whether both engines give the same tokens; all prompts are in one batch, and both engines run at once."""
+    """Whether both engines generate the same tokens, one prompt at a time. Both engines run at the same time."""
     work = {"workload": workload([each.prompt for each in answered], PROOF_TOKENS)}
     passes: dict[str, Pass] = engines.both("run", dict.fromkeys(NAMES, work))
     plain, ctc = ([request.token_ids for request in passes[name].requests] for name in NAMES)
@@ -102,7 +108,7 @@ def same_in_float32(engines: Engines, answered: Sequence[AnsweredTurn]) -> bool:
 
 
 def compare(engines: Engines, answered: Sequence[AnsweredTurn], dtype: torch.dtype) -> Comparison:
-    """Also asks plain vLLM for the logits where two texts first differ. dtype: that of both engines."""
+    """Compare the answers; asks plain vLLM for the logits where two texts first differ. dtype: of both engines."""
     equality = judge(
         [each.prompt for each in answered],
         [each.requests[PLAIN].token_ids for each in answered],
@@ -136,12 +142,12 @@ def _row(answered: AnsweredTurn, difference: Difference | None) -> Row:
         speedup=speeds[CTC] / speeds[PLAIN],
         acceptance_length=acceptance_length([answered.requests[CTC]]),
         text=text,
-        parts_at=None if difference is None else difference.position,
+        differs_at=None if difference is None else difference.position,
     )
 
 
 def speed(requests: Sequence[Request]) -> float:
-    """Tokens per second of requests that ran one after the other."""
+    """Tokens per second of requests that ran one at a time."""
     return sum(len(request.token_ids) for request in requests) / sum(request.total_time for request in requests)
 
 

@@ -1,4 +1,4 @@
-"""From a quantised GGUF file to a Hugging Face model that vLLM serves and drafters are trained for."""
+"""Converts a quantised GGUF file to a Hugging Face model, for vLLM and for training."""
 
 from __future__ import annotations
 

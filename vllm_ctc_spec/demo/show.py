@@ -1,4 +1,4 @@
-"""The demo's printed results: table, answer, tree, verdict, next commands."""
+"""Prints the demo's results: table, answer, tree, conclusion, next commands."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def _text_match(row: Row) -> Text:
     if row.text == "equal":
         return Text("equal", "green")
     if row.text == "near_tie":
-        return Text(f"near-tie at {row.parts_at}", "yellow")
-    return Text(f"differs at {row.parts_at}", "red")
+        return Text(f"near-tie at {row.differs_at}", "yellow")
+    return Text(f"differs at {row.differs_at}", "red")
 
 
 def answer(console: Console, answered: AnsweredTurn, tokenizer: Any) -> None:
@@ -61,7 +61,7 @@ def tree(console: Console, drawn: DrawnTree) -> None:
     console.print(summary(drawn), highlight=False)
 
 
-def verdict(console: Console, comparison: Comparison, identical: bool, num_proved: int) -> None:
+def conclusion(console: Console, comparison: Comparison, identical: bool, num_proved: int) -> None:
     def say(line: str) -> None:
         console.print(line, highlight=False)
 
@@ -70,8 +70,8 @@ def verdict(console: Console, comparison: Comparison, identical: bool, num_prove
     if comparison.dtype != "float32":
         say(
             f"{comparison.dtype}: {texts['equal']} of {len(comparison.rows)} texts are plain vLLM's. "
-            f"{texts['near_tie']} differ from a near-tie on: two tokens so close that rounding decides, as it does for "
-            f"plain vLLM in batches of another size. {texts['different']} differ otherwise."
+            f"{texts['near_tie']} differ from a near-tie on: two tokens with such close logits that rounding decides, "
+            f"as in plain vLLM between batch sizes. {texts['different']} differ otherwise."
         )
     if identical:
         say(f"float32: [green]the same tokens[/] in all of {num_proved} answers.")

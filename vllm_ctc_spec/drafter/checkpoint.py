@@ -1,4 +1,4 @@
-"""Reading a drafter folder: every fault is one ValueError that names the folder and the remedy."""
+"""Reads a drafter folder. Every fault raises one ValueError that names the folder and the remedy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read_config_dict(folder: Path) -> dict[str, Any]:
 
 
 def check_drafter(path: str) -> CTCDrafterConfig:
-    """Read the config and verify that the weights are whole and usable."""
+    """Check config and weights of a drafter folder, and return the config. Raises ValueError."""
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(
@@ -95,4 +95,5 @@ def _check_values(path: str, name: str, tensor: Tensor, config: CTCDrafterConfig
 
 
 def load_drafter(path: str, dtype: torch.dtype) -> CTCDrafter:
+    """The drafter for inference, without the checks of `check_drafter`."""
     return CTCDrafter.from_pretrained(path, dtype=dtype).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""From the drafter's frames to token trees: the one way, for serving, for the reference loop and for evaluation.
+"""Builds token trees from the drafter's frames, for serving, the reference loop and evaluation alike.
 
 Letters: R requests, T frames, H hidden size, V vocabulary without blank, K tokens of it that are drafted.
 """
@@ -30,12 +30,12 @@ from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft
 
 
 def head_of(drafter: CTCDrafter, lm_head: Tensor) -> Callable[[Tensor], Tensor]:
-    """For `emission_logits`, from the target's LM head [V, H], whose rows it copies: once, not for every draft."""
+    """The argument `head` of `emission_logits`, from the target's LM head [V, H]. Make it once: it may copy rows."""
     return partial(F.linear, weight=lm_head if drafter.draft_vocab is None else lm_head[drafter.draft_vocab])
 
 
 def set_tables_from(drafter: CTCDrafter, target: Any) -> None:
-    """Work out the drafter's tables from a transformers causal LM; to be called again where its weights change."""
+    """Compute the tables. Call it again when the drafter's weights change. target: a transformers causal LM."""
     tokens = torch.arange(drafter.config.vocab_size, device=drafter.device)
     drafter.set_tables(target.get_input_embeddings()(tokens), target.get_output_embeddings().weight)
 
@@ -43,7 +43,7 @@ def set_tables_from(drafter: CTCDrafter, target: Any) -> None:
 def emission_logits(drafter: CTCDrafter, frames: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     """[R, T, K], or with a blank [R, T, K + 1], float32; frames: [R, T, H].
 
-    head: [n, H] -> [n, K], the product with those rows of the target's LM head.
+    head: [n, H] -> [n, K], the product with the drafted tokens' rows of the target's LM head, from `head_of`.
     """
     logits = head(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
     if drafter.config.has_blank:
@@ -54,7 +54,7 @@ def emission_logits(drafter: CTCDrafter, frames: Tensor, head: Callable[[Tensor]
 def emissions(
     drafter: CTCDrafter, draft: Draft, logits: Tensor, candidates: int
 ) -> ConditionedEmissions | IndependentEmissions:
-    """Emission probabilities over `candidates` tokens for each frame; logits: of the draft's frames."""
+    """Emission probabilities of `candidates` * T candidate tokens. logits: from `emission_logits`."""
     num_candidates = candidates * logits.shape[1]
     if drafter.config.emission == "independent":
         return independent_emissions(logits, num_candidates, drafter.draft_vocab)
@@ -64,7 +64,7 @@ def emissions(
 
 
 def over_all_tokens(drafter: CTCDrafter, logits: Tensor) -> Tensor:
-    """`emission_logits` with a column for each of the V tokens, -inf for those that are never drafted."""
+    """`emission_logits` with a column for each of the V tokens; -inf for tokens that are never drafted."""
     if drafter.draft_vocab is None:
         return logits
     drafted, vocab_size = drafter.draft_vocab, drafter.config.vocab_size
@@ -75,6 +75,7 @@ def over_all_tokens(drafter: CTCDrafter, logits: Tensor) -> Tensor:
 
 
 def draft_trees(drafter: CTCDrafter, draft: Draft, logits: Tensor, num_nodes: int, options: SpecOptions) -> TokenTrees:
+    """Trees of at most `num_nodes` nodes. logits: from `emission_logits`, of the frames of `draft`."""
     if options.tree == "template":
         logits = over_all_tokens(drafter, logits)
         if not drafter.config.has_blank:
@@ -91,5 +92,5 @@ def draft_trees(drafter: CTCDrafter, draft: Draft, logits: Tensor, num_nodes: in
 
 
 def can_search(table: ConditionedEmissions | IndependentEmissions) -> TypeGuard[ConditionedEmissions]:
-    """Whether the host may search for the trees, which is faster than to build them level by level."""
+    """Whether best-first search applies (algorithm/best_first.py), which on a CPU is faster than building by level."""
     return isinstance(table, ConditionedEmissions) and table.blank_logp is None and table.tokens.device.type == "cpu"

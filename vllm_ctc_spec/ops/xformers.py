@@ -1,8 +1,8 @@
 """Tree attention with xformers: its paged attention over the context, dense attention over the rows, and a merge.
 
 An alternative to `ops.triton.attention` for steps in which every request has rows and a context. xformers compiles a
-kernel for every number of requests, rows and blocks, so these are rounded up to powers of two. The rows added by this
-are copies of existing rows and write the same results to the same places.
+kernel for every number of requests, rows and blocks, so these are rounded up to powers of two. The added rows are
+copies of existing rows and write the same results to the same places.
 
 Letters: R requests, Q rows of each, M rows of the whole step, H query heads, K key-value heads, G = H / K, D head size,
 B block size.
@@ -32,13 +32,13 @@ class PaddedBatch(TreeBatch):
     rows: Tensor
     """[R, Q] int64, indices into the M rows."""
     sees: Tensor
-    """[R, Q, Q] bool: which rows of its request a row sees."""
+    """[R, Q, Q] bool, true where a row sees a row of its request."""
     context: Any
     """xformers' attention bias for the paged context."""
 
 
 def pad_batch(batch: TreeBatch, block_size: int) -> PaddedBatch:
-    """Copies nothing between host and device, so it can be captured in a CUDA graph.
+    """Round a batch up. Copies nothing between host and device, so a CUDA graph can capture it.
 
     batch: every request has at least one row and a context.
     """
@@ -53,7 +53,7 @@ def pad_batch(batch: TreeBatch, block_size: int) -> PaddedBatch:
     num_queries = num_requests * num_rows
     table = F.pad(batch.block_table[requests], (0, num_blocks - batch.block_table.shape[1]))
     lens = batch.context_lens[requests]
-    # The kernels read lengths on the device; their copies on the host only bound the grid, so upper bounds suffice.
+    # The kernels read the lengths on the device. The lengths on the host only bound the grid, so upper bounds suffice.
     padding = num_blocks * block_size
     queries = _SeqLenInfo(
         seqstart=num_rows * torch.arange(num_requests + 1, dtype=torch.int32, device=device),
@@ -81,7 +81,7 @@ def pad_batch(batch: TreeBatch, block_size: int) -> PaddedBatch:
 def tree_attention(
     query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: PaddedBatch, scale: float, out: Tensor
 ) -> Tensor:
-    """`ops.triton.attention.tree_attention` for bfloat16 and float16, without softcap and scales.
+    """As `ops.triton.attention.tree_attention`, for bfloat16 and float16, without softcap and scales.
 
     kv_cache: [blocks, K, B, 2 * D] with `has_slots(kv_cache)`. batch: from `pad_batch`.
     """

@@ -1,9 +1,10 @@
 """Training a drafter: rows of text -> frozen target's hidden states -> alignment-sum loss -> drafter folder.
 
-command, stages               `vllm-ctc-spec train` and what it runs
+command, stages               `vllm-ctc-spec train` and its stages
 sources, prompts, regenerate  lines and their fields; prompts; rows that the target writes with vLLM
 data, hidden_cache            rows, anchors and batches; the target's hidden states on disk
-models, objective, loss       the target and the drafter; one training pass; the alignment-sum losses
-loop, trainer, calibrate      length, optimizer and checkpoints; `fit`; one factor on all logits
+models, objective, loss       target and drafter; one training pass; the alignment-sum losses
+loop, trainer                 budget, optimizer and checkpoints; transformers' Trainer for a drafter
+calibrate, fit                one factor on all logits; the whole training run
 evaluate, report, card        acceptance length on unseen rows; its tables and figure; the model card
 """

@@ -1,8 +1,9 @@
-"""One factor on all logits, fitted after training, so that a tree's expected accepted length is the measured one.
+"""One factor on all logits, fitted after training, so that a tree's expected accepted length equals the measured one.
 
-The expected length is the sum of psi, the prefix probability, over a tree's nodes. Cross-entropy calibrates single
-tokens; a path's probability is a product of correlated ones, so an uncalibrated drafter's psi is too small at depth,
-and its trees are too wide. One temperature corrects most of it (Guo et al. 2017, arXiv 1706.04599).
+The expected accepted length of a tree is the sum of psi, the prefix probability, over its nodes. Cross-entropy
+calibrates single tokens. The probability of a path is a product of correlated ones, so the psi of an uncalibrated
+drafter is too small at depth, and its trees are too wide. One temperature corrects most of it (Guo et al. 2017, arXiv
+1706.04599).
 
 Letters: S anchors, T frames.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,42 +28,51 @@ from vllm_ctc_spec.training.objective import DraftObjective
 NUM_NODES = 32
 MAX_FACTOR = 2.0
 NUM_HALVINGS = 7
-"""Of the interval from 1 / MAX_FACTOR to MAX_FACTOR: to about one percent."""
+"""Bisection steps between 1 / MAX_FACTOR and MAX_FACTOR; seven find the factor to about one percent."""
 
 ANCHORS_PER_ROW = 8
 BATCH_SIZE = 16
 
 
-_Drafted = tuple[Draft, Tensor]
-"""Of S anchors, and the target's text after them, [S, T] int64."""
+@dataclass(frozen=True)
+class LabelledDraft:
+    draft: Draft
+    """Of S anchors."""
+    labels: Tensor
+    """[S, T] int64, the target's text after the anchors."""
 
 
-def split_rows(
-    rows: Sequence[TrainingRow], share: int = 20, most: int = 64
-) -> tuple[list[TrainingRow], list[TrainingRow]]:
-    """Rows to train on, and those to calibrate on: one in `share`, at most `most`, or none of fewer than `share`.
+@dataclass(frozen=True)
+class RowSplit:
+    trained: list[TrainingRow]
+    calibration: list[TrainingRow]
 
-    All rows that continue a calibration row's prompt are left out of both: what is learned from them is known there.
+
+def split_rows(rows: Sequence[TrainingRow], share: int = 20, max_calibration: int = 64) -> RowSplit:
+    """Set apart the first row of every `share`-th prompt for calibration, at most `max_calibration` rows.
+
+    With fewer than `share` prompts none is set apart. The other rows of a calibration prompt are in neither part: a
+    drafter that has trained on one answer knows much of the other.
     """
     by_prompt: dict[tuple[int, ...], list[TrainingRow]] = {}
     for index, row in enumerate(rows):
         by_prompt.setdefault(_prompt(row) or (-1 - index,), []).append(row)
-    step = max(share, -(-len(by_prompt) // most))
+    step = max(share, -(-len(by_prompt) // max_calibration))
     groups = list(by_prompt.values())
     kept = range(step - 1, len(groups), step)
     trained = [row for number, group in enumerate(groups) if number not in kept for row in group]
-    return trained, [groups[number][0] for number in kept]
+    return RowSplit(trained, [groups[number][0] for number in kept])
 
 
 def _prompt(row: TrainingRow) -> tuple[int, ...]:
-    """The tokens before the first trained one."""
+    """Token ids before the first trained one."""
     return tuple(row.token_ids[: int(row.trained.int().argmax())].tolist())
 
 
 def calibrate(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int = 0) -> float:
-    """Scale the drafter's logits so that expected and accepted length agree on `rows`; returns the factor.
+    """Scale the drafter's logits so that expected and accepted length agree on `rows`, and return the factor.
 
-    rows: not trained on. Without any, the factor is 1.
+    rows: the drafter must not have trained on them. If no row has an anchor, nothing is scaled and the factor is 1.
     """
     drafter, target = objective.drafter, objective.target
     served = DraftObjective(copy.deepcopy(drafter).to(target.dtype), target).eval()
@@ -81,18 +92,18 @@ def calibrate(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int 
 
 @torch.no_grad()
 def scale_logits(drafter: CTCDrafter, factor: float) -> None:
-    """Multiply all emission logits, conditioning included."""
+    """Multiply all emission logits by `factor`, the conditioning's part included."""
     drafter.norm.weight.mul_(factor)
     if drafter.config.has_blank:
         drafter.blank_bias.mul_(factor)
     if drafter.config.emission == "conditioned":
         drafter.condition_last.down_proj.weight.mul_(factor)
-        # The gate reads what the norm writes, and must stay what it is.
+        # The gate reads the norm's output, and must not change.
         drafter.condition_gate.weight.div_(factor)
 
 
 @torch.no_grad()
-def _draft(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int) -> list[_Drafted]:
+def _draft(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int) -> list[LabelledDraft]:
     num_frames, device = objective.drafter.config.num_frames, objective.target.device
     dataset = AnchorDataset(with_anchors(rows, num_frames), num_frames, ANCHORS_PER_ROW, seed)
     drafts = []
@@ -100,27 +111,32 @@ def _draft(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int) ->
         input_ids, anchors, valid, labels = (
             batch[name].to(device) for name in ("input_ids", "anchors", "valid", "labels")
         )
-        drafts.append((objective.draft(input_ids, anchors).of(valid), labels[valid]))
+        drafts.append(LabelledDraft(objective.draft(input_ids, anchors).of(valid), labels[valid]))
     return drafts
 
 
 @torch.no_grad()
-def expected_and_accepted(objective: DraftObjective, drafts: Sequence[_Drafted], factor: float) -> tuple[float, float]:
-    """Sums over all anchors, in tokens, with all logits multiplied by `factor`. The drafter's tables must be set."""
+def expected_and_accepted(
+    objective: DraftObjective, drafts: Sequence[LabelledDraft], factor: float
+) -> tuple[float, float]:
+    """Expected and accepted draft tokens, summed over all anchors, with all logits multiplied by `factor`.
+
+    The drafter's tables must be set.
+    """
     scaled = copy.deepcopy(objective.drafter)
     scale_logits(scaled, factor)
     if scaled.config.emission == "conditioned":
-        # The factor scales table A alone; table B stays as it is.
+        # The factor scales table A only, so table B is not computed again.
         tokens = torch.arange(scaled.config.vocab_size, device=scaled.device)
         scaled.state_in_table = scaled.condition_last(
             objective.target.get_input_embeddings()(tokens).to(scaled.norm.weight.dtype)
         )
     head = head_of(scaled, objective.target.get_output_embeddings().weight)
     expected = accepted = 0.0
-    for draft, labels in drafts:
-        scaled_draft = Draft(draft.frames * factor, draft.start * factor, draft.gate)
+    for each in drafts:
+        scaled_draft = Draft(each.draft.frames * factor, each.draft.start * factor, each.draft.gate)
         logits = emission_logits(scaled, scaled_draft.frames, head)
         trees = draft_trees(scaled, scaled_draft, logits, NUM_NODES, SpecOptions())
         expected += float(trees.prefix_logp.exp().sum())
-        accepted += float(walk_text(trees, labels).num_accepted.sum())
+        accepted += float(walk_text(trees, each.labels).num_accepted.sum())
     return expected, accepted

@@ -1,4 +1,4 @@
-"""The model card of a drafter, `README.md` in its folder, from what its training and its evaluation have recorded."""
+"""The model card of a drafter: `README.md` in its folder, from the records of its training and its evaluation."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from vllm_ctc_spec.training.evaluate import Evaluation
 
 TRAINING_RECORD = "training.json"
-"""What `fit` writes beside the weights."""
+"""File that `fit` writes beside the weights."""
 
 NOT_RECORDED = "not recorded"
 
 
 @dataclass(frozen=True)
-class Words:
-    """What the user adds to the card; None where nothing was given."""
+class CardDetails:
+    """Details that the user adds to the card; None: not given."""
 
     target_name: str | None = None
-    """As others find the target; else the last part of its path."""
+    """Name under which others find the target. Default: the last part of its path."""
     text: str | None = None
-    """What the drafter was trained on, and its licence."""
+    """The training text and its licence."""
 
 
 def training_facts(rows: Sequence[TrainingRow]) -> dict[str, Any]:
-    """For TRAINING_RECORD, as JSON values: rows, trained tokens, command and machine of this process."""
+    """Rows, trained tokens, command and machine of this process, as JSON values for TRAINING_RECORD."""
     return {
         "num_rows": len(rows),
         "num_tokens": sum(int(row.trained.sum()) for row in rows),
@@ -49,13 +49,13 @@ def training_facts(rows: Sequence[TrainingRow]) -> dict[str, Any]:
 
 
 def training_record(drafter: Path) -> dict[str, Any]:
-    """What `fit` has recorded of it; nothing where the file is missing."""
+    """The contents of the drafter's TRAINING_RECORD; empty if the file is missing."""
     path = drafter / TRAINING_RECORD
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """Paths are cut to their last part: readers have other folders."""
+    """The command as a shell line, with paths cut to their last part, because readers have other folders."""
     program = Path(arguments[0]).name
     return shlex.join(["vllm-ctc-spec" if program == "cli.py" else program, *map(_last_part, arguments[1:])])
 
@@ -66,10 +66,15 @@ def _last_part(argument: str) -> str:
     return name + equals + (path.name if path.is_absolute() or path.exists() else value)
 
 
-def write_card(path: Path, drafter: Path, target: str, words: Words, evaluations: Mapping[str, Evaluation]) -> None:
-    """evaluations: by the name of the set. `words` are kept in TRAINING_RECORD, for the next card."""
+def write_card(
+    path: Path, drafter: Path, target: str, details: CardDetails, evaluations: Mapping[str, Evaluation]
+) -> None:
+    """Write the card of the drafter folder `drafter` to `path`, and keep `details` in TRAINING_RECORD for the next one.
+
+    target: folder or hub name. evaluations: by name of the evaluation set.
+    """
     record = training_record(drafter)
-    new = {name: value for name, value in dataclasses.asdict(words).items() if value is not None}
+    new = {name: value for name, value in dataclasses.asdict(details).items() if value is not None}
     if new:
         record |= new
         write_atomically(drafter / TRAINING_RECORD, json.dumps(record, indent=2).encode())
@@ -136,7 +141,7 @@ def _read_states(layers: Sequence[int]) -> str:
 def _num_parameters(file: Path) -> int:
     total = 0
     with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118, it is no mapping.
+        for name in tensors.keys():  # noqa: SIM118, not a mapping
             size = 1
             for length in tensors.get_slice(name).get_shape():
                 size *= length
@@ -163,7 +168,7 @@ def _training_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _first_weights(before: Mapping[str, Any]) -> str:
-    """before: the record of the drafter that `fit --init` started from."""
+    """Describes the drafter that `fit --init` started from; before: its training record."""
     if not before:
         return f"those of another drafter, {NOT_RECORDED}"
     facts = [f"{name} {value}" for name, value in _training_rows(before) if value != NOT_RECORDED]

@@ -5,7 +5,7 @@ Letters: B rows, L tokens, M anchors per row, U labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,25 +20,25 @@ from transformers import PreTrainedTokenizerBase
 
 from vllm_ctc_spec.training.sources import (
     ANY_VOCAB_SIZE,
+    ChatTemplate,
     FaultyLine,
     Line,
-    checked,
-    each_line,
+    checked_token_ids,
     encode,
     messages_of,
+    parse_lines,
     read_lines,
-    render,
     string_of,
     token_ids_of,
 )
 
 ROW_KINDS = "'messages', 'conversations', 'text', or 'prompt_token_ids' with 'token_ids'"
-FEWEST_FREQUENT, FREQUENT_SHARE = 2048, 4
+MIN_FREQUENT, FREQUENT_DIVISOR = 2048, 4
 BATCHES_SORTED = 50
-"""Batches whose rows are sorted together: of regenerated chats 1 % is then padding, in any order 23 %."""
+"""Batches whose rows are sorted by length together. With regenerated chats 1 % is then padding, unsorted 23 %."""
 
 MISSING = -100
-"""Stands for a label behind the end of an answer; torch's cross-entropy leaves it out, too."""
+"""Label after the end of an answer. It is the index that torch's cross-entropy ignores by default."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class TrainingRow:
     token_ids: Tensor
     """[L] int64"""
     trained: Tensor
-    """[L] bool, tokens that the drafter learns to predict; the rest is context only."""
+    """[L] bool, true for tokens that the drafter learns to predict; the others are context."""
 
-    def usable_anchors(self, least_labels: int) -> Tensor:
-        """Positions a >= 1 such that a and the `least_labels` tokens after it are trained."""
-        if len(self.trained) <= least_labels + 1:
+    def usable_anchors(self, min_labels: int) -> Tensor:
+        """[n] int64, positions a >= 1 where a and the `min_labels` tokens after it are trained."""
+        if len(self.trained) <= min_labels + 1:
             return torch.empty(0, dtype=torch.int64)
-        return 1 + self.trained[1:].unfold(0, least_labels + 1, 1).all(1).nonzero()[:, 0]
+        return 1 + self.trained[1:].unfold(0, min_labels + 1, 1).all(1).nonzero()[:, 0]
 
     def labels(self, anchors: Tensor, label_length: int) -> Tensor:
         """[M, U] int64, the tokens after anchors [M]; MISSING from the first that is not trained."""
@@ -75,10 +75,10 @@ class AnchoredRow:
 
 
 class AnchorDataset(Dataset[AnchoredRow]):
-    """Rows, each with at most M of its usable anchors, which have `least_labels` of the U labels or more.
+    """Rows, each with up to M random anchors that have at least `min_labels` of their U labels.
 
-    What is drawn depends on seed, epoch and row alone, so that a resumed run draws what an uninterrupted one does.
-    hidden: row number -> [L, H], where the target's hidden states are cached.
+    The anchors depend on seed, epoch and row only, so a resumed run draws the same ones.
+    hidden: row number -> [L, H], the target's hidden states if they are cached.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class AnchorDataset(Dataset[AnchoredRow]):
         anchors_per_row: int,
         seed: int = 0,
         hidden: Callable[[int], Tensor] | None = None,
-        least_labels: int | None = None,
+        min_labels: int | None = None,
     ) -> None:
         self.rows, self.seed, self.epoch = rows, seed, 0
         self._label_length, self._num_anchors = label_length, anchors_per_row
-        self._least_labels = label_length if least_labels is None else least_labels
+        self._min_labels = label_length if min_labels is None else min_labels
         self._hidden = hidden
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class AnchorDataset(Dataset[AnchoredRow]):
 
     def __getitem__(self, index: int) -> AnchoredRow:
         row = self.rows[index]
-        usable = row.usable_anchors(self._least_labels)
+        usable = row.usable_anchors(self._min_labels)
         drawn = np.random.default_rng((self.seed, self.epoch, index)).permutation(len(usable))[: self._num_anchors]
         hidden = None if self._hidden is None else self._hidden(index)
         anchors = usable[torch.from_numpy(drawn)]
@@ -108,9 +108,9 @@ class AnchorDataset(Dataset[AnchoredRow]):
 
 
 class SimilarRows(Sampler[int]):
-    """Row numbers in an order in which the rows of a batch are of about one length, so that little of it is padding.
+    """Row numbers, ordered so that the rows of a batch have similar lengths and little of a batch is padding.
 
-    The order depends on seed and epoch of `dataset` and on `batch_size` alone.
+    The order depends only on `batch_size` and on seed and epoch of `dataset`.
     """
 
     def __init__(self, dataset: AnchorDataset, batch_size: int) -> None:
@@ -122,21 +122,21 @@ class SimilarRows(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         rows, rng = self._dataset.rows, np.random.default_rng((self._dataset.seed, self._dataset.epoch))
         drawn = rng.permutation(len(rows))
-        # Not of all rows, or the same ones would share a batch in every epoch.
+        # Sorting all rows together would put the same ones into a batch in every epoch.
         for start in range(0, len(drawn), BATCHES_SORTED * self._batch_size):
             part = sorted(
                 drawn[start : start + BATCHES_SORTED * self._batch_size], key=lambda i: len(rows[i].token_ids)
             )
             batches = [part[at : at + self._batch_size] for at in range(0, len(part), self._batch_size)]
-            # A batch that is not whole stays last, or those behind it would begin in the middle of others.
+            # An incomplete batch must stay last: the data loader cuts the order into batches of equal size.
             num_whole = len(part) // self._batch_size
             for number in (*rng.permutation(num_whole), *range(num_whole, len(batches))):
                 yield from map(int, batches[number])
 
 
 def collate_anchors(rows: Sequence[AnchoredRow]) -> dict[str, Tensor]:
-    """Pads rows on the right: input_ids [B, L], anchors [B, M] (positions), valid [B, M] bool, labels [B, M, U]; where
-    they are cached, hidden [B, L, H]."""
+    """Rows padded on the right: input_ids [B, L], anchors [B, M] (positions), valid [B, M] bool (false for padding),
+    labels [B, M, U], and hidden [B, L, H] if hidden states are cached."""
     anchors = pad_sequence([row.anchors for row in rows], batch_first=True)
     batch = {
         "input_ids": pad_sequence([row.token_ids for row in rows], batch_first=True),
@@ -148,19 +148,19 @@ def collate_anchors(rows: Sequence[AnchoredRow]) -> dict[str, Tensor]:
     return batch | ({"hidden": pad_sequence(hidden, batch_first=True)} if hidden else {})
 
 
-def with_anchors(rows: Sequence[TrainingRow], least_labels: int) -> list[TrainingRow]:
+def with_anchors(rows: Sequence[TrainingRow], min_labels: int) -> list[TrainingRow]:
     """The rows that have at least one usable anchor."""
-    return [row for row in rows if len(row.usable_anchors(least_labels))]
+    return [row for row in rows if len(row.usable_anchors(min_labels))]
 
 
 def num_frequent(vocab_size: int) -> int | None:
-    """How many tokens make up nearly all text, max(FEWEST_FREQUENT, V / FREQUENT_SHARE), if that is not all of them."""
-    number = max(FEWEST_FREQUENT, vocab_size // FREQUENT_SHARE)
+    """Number of tokens that make up nearly all text: max(MIN_FREQUENT, V / FREQUENT_DIVISOR); None if that is all V."""
+    number = max(MIN_FREQUENT, vocab_size // FREQUENT_DIVISOR)
     return number if number < vocab_size else None
 
 
 def most_frequent(rows: Sequence[TrainingRow], vocab_size: int, num_tokens: int) -> Tensor:
-    """[num_tokens] int64, of the tokens that the drafter learns to predict."""
+    """[num_tokens] int64, the most frequent of the trained tokens, the most frequent first."""
     trained = torch.cat([row.token_ids[row.trained] for row in rows])
     return torch.bincount(trained, minlength=vocab_size).topk(num_tokens).indices
 
@@ -173,51 +173,55 @@ def read_rows(
     *,
     vocab_size: int = ANY_VOCAB_SIZE,
     max_lines: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[TrainingRow]:
     """Read training rows; a row of more than `max_length` tokens is cut into consecutive windows.
 
     `source` is a file or a data set, see `read_lines`. A line holds `messages` or the ShareGPT layout `conversations`
-    (only assistant turns are trained), `text`, or a regenerated row with `prompt_token_ids` and `token_ids` (only the
-    latter are trained). Token ids are below `vocab_size`, the rows of the target's embedding.
+    (only assistant turns are trained), `text` (all of it is trained), or a regenerated row with `prompt_token_ids` and
+    `token_ids` (only the latter are trained). Token ids must be below `vocab_size`. Only the first `max_lines` lines
+    are read, if given. chat_template_kwargs: further variables of the chat template.
 
-    Raises ValueError at the first faulty line, or describes it in `skipped`, if given, and leaves it out. A source
-    that cannot be read and a tokenizer without the chat template that messages need are always raised. `max_lines` is
-    for a look at the first ones.
+    Raises ValueError at the first faulty line; with `skipped`, appends a description of it there and goes on. Always
+    raises ValueError if the source cannot be read, or if messages need a chat template that the tokenizer lacks.
     """
 
-    def read(line: Line) -> TrainingRow:
-        token_ids, trained = _encode_row(line.fields(), tokenizer)
-        return TrainingRow(torch.tensor(checked(token_ids, vocab_size)), torch.tensor(trained))
+    template = ChatTemplate(tokenizer, chat_template_kwargs)
+
+    def parse(line: Line) -> TrainingRow:
+        token_ids, trained = _encode_row(line.fields(), template)
+        return TrainingRow(torch.tensor(checked_token_ids(token_ids, vocab_size)), torch.tensor(trained))
 
     rows: list[TrainingRow] = []
-    for row in each_line(islice(read_lines(source), max_lines), read, skipped):
+    for row in parse_lines(islice(read_lines(source), max_lines), parse, skipped):
         rows += map(TrainingRow, row.token_ids.split(max_length), row.trained.split(max_length))
     return rows
 
 
-def _encode_row(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+def _encode_row(fields: dict[str, Any], template: ChatTemplate) -> tuple[list[int], list[bool]]:
     if "token_ids" in fields:
         prompt, continuation = (token_ids_of(fields, key) for key in ("prompt_token_ids", "token_ids"))
         return prompt + continuation, [False] * len(prompt) + [True] * len(continuation)
     if "messages" in fields or "conversations" in fields:
-        return _encode_messages(messages_of(fields), tokenizer)
+        return _encode_messages(messages_of(fields), template)
     if "text" in fields:
-        token_ids = encode(string_of(fields, "text"), tokenizer)["input_ids"]
+        token_ids = encode(string_of(fields, "text"), template.tokenizer)["input_ids"]
         return token_ids, [True] * len(token_ids)
     raise FaultyLine(f"needs {ROW_KINDS}, has {sorted(fields)}")
 
 
-def _encode_messages(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[bool]]:
-    """Render once, and find each assistant turn as what it adds to the rendering of the turns before it."""
-    text = render(messages, tokenizer, False)
+def _encode_messages(messages: list[dict[str, Any]], template: ChatTemplate) -> tuple[list[int], list[bool]]:
+    """Token ids, and which of them are trained: those of assistant turns.
+
+    An assistant turn is found as the text that it adds to the rendering of the turns before it.
+    """
+    text = template.render(messages, add_generation_prompt=False)
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = render(messages[:turn], tokenizer, True)
-        until = render(messages[: turn + 1], tokenizer, False)
+        before = template.render(messages[:turn], add_generation_prompt=True)
+        until = template.render(messages[: turn + 1], add_generation_prompt=False)
         if not (text.startswith(until) and until.startswith(before)):
             raise FaultyLine(
                 f"message {turn} is rendered differently once others follow it, so its tokens cannot be told apart; "
@@ -225,6 +229,6 @@ def _encode_messages(
             )
         spans.append((len(before), len(until)))
     # The chat template has written the special tokens already.
-    encoded = encode(text, tokenizer, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = encode(text, template.tokenizer, add_special_tokens=False, return_offsets_mapping=True)
     trained = [any(start <= begin and end <= stop for start, stop in spans) for begin, end in encoded["offset_mapping"]]
     return encoded["input_ids"], trained

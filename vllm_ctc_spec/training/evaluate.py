@@ -1,4 +1,4 @@
-"""A drafter judged without an engine: trees for random anchors, walked along the text that the target wrote.
+"""Judges a drafter without an engine: trees for random anchors are walked along text that the target wrote.
 
 Letters: S anchors, T frames, N nodes, K trees judged, V vocabulary without blank.
 """
@@ -6,10 +6,11 @@ Letters: S anchors, T frames, N nodes, K trees judged, V vocabulary without blan
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,23 +32,29 @@ from vllm_ctc_spec.training.data import AnchorDataset, collate_anchors, read_row
 from vllm_ctc_spec.training.models import load_target
 from vllm_ctc_spec.training.objective import DraftObjective
 
-TreeChoice = tuple[SpecOptions, int]
-"""How a tree is built, and its node budget."""
+
+class TreeChoice(NamedTuple):
+    options: SpecOptions
+    num_nodes: int
+    """Node budget."""
+
 
 NODE_BUDGETS = (4, 8, 16, 32, MAX_NODES)
-CHAIN: TreeChoice = (SpecOptions(tree="chain"), MAX_FRAMES)
-PAPER_TREE: TreeChoice = (SpecOptions(tree="template"), MAX_NODES)
-CALIBRATION_TREE: TreeChoice = (SpecOptions(), MAX_NODES)
-TREES: tuple[TreeChoice, ...] = (CHAIN, *((SpecOptions(), num_nodes) for num_nodes in NODE_BUDGETS))
+CHAIN = TreeChoice(SpecOptions(tree="chain"), MAX_FRAMES)
+PAPER_TREE = TreeChoice(SpecOptions(tree="template"), MAX_NODES)
+CALIBRATION_TREE = TreeChoice(SpecOptions(), MAX_NODES)
+TREES = (CHAIN, *(TreeChoice(SpecOptions(), num_nodes) for num_nodes in NODE_BUDGETS))
 
-# Most nodes of a large tree are improbable, so bins of equal width would put nearly all of them into the first.
 PSI_EDGES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Edges of the calibration's bins. Most nodes of a large tree are improbable, so bins of equal width would put nearly
+all of them into the first.
+"""
 
 
 @dataclass(frozen=True)
 class Rate:
     share: float | None
-    """None where there was nothing to count."""
+    """Hits / count; None if the count is 0."""
     count: int
 
 
@@ -56,13 +63,14 @@ class TreeAcceptance:
     options: SpecOptions
     num_nodes: int
     length: float
-    """Beta: mean tokens per target step, the target's own token included."""
+    """Acceptance length beta: mean tokens per target step, the target's own token included."""
     standard_error: float | None
-    """Of `length`, over rows, because anchors of one row resemble each other; None for a single row."""
+    """Of `length`, computed over rows, because anchors of one row are correlated; None for a single row."""
     expected: float | None
-    """By the drafter's own estimate: 1 + the sum of psi over the nodes; None for the template, which has no psi."""
+    """Acceptance length that the drafter expects: 1 + the sum of psi over the nodes; None for the template tree, which
+    has no psi."""
     depth_shares: tuple[float, ...]
-    """[T]: the share of anchors whose accepted path reaches depth 1 .. T."""
+    """[T], share of anchors whose accepted path reaches depth 1 .. T."""
 
     @property
     def tree(self) -> str:
@@ -70,13 +78,13 @@ class TreeAcceptance:
 
     @property
     def conditional_shares(self) -> tuple[float | None, ...]:
-        """[T]: of the anchors whose path reaches depth d - 1, the share that reaches depth d."""
+        """[T], share of the anchors whose path reaches depth d, among those whose path reaches depth d - 1."""
         above = (1.0, *self.depth_shares[:-1])
         return tuple(share / reached if reached else None for share, reached in zip(self.depth_shares, above))
 
     @property
-    def belief(self) -> float | None:
-        """Expected over measured number of accepted drafts: (expected - 1) / (length - 1)."""
+    def expected_over_accepted(self) -> float | None:
+        """Expected / accepted number of draft tokens, (expected - 1) / (length - 1); 1 is calibrated."""
         return None if self.expected is None or self.length == 1 else (self.expected - 1) / (self.length - 1)
 
 
@@ -88,7 +96,7 @@ class ReliabilityBin:
     upper: float
     mean_psi: float
     accepted: Rate
-    """The share of these nodes that lie on the target's path."""
+    """Share of these nodes that were accepted."""
 
 
 @dataclass(frozen=True)
@@ -97,35 +105,36 @@ class Evaluation:
     reliability: tuple[ReliabilityBin, ...]
     """Of CALIBRATION_TREE; bins without a node are left out."""
     after_first_choice: Rate
-    """How often the most probable next token is right after an accepted node that is the best of its siblings."""
+    """How often the drafter's most probable next token is right after an accepted node of CALIBRATION_TREE that has the
+    largest psi of its siblings."""
     after_sibling: Rate
-    """The same after an accepted node that is not; both along CALIBRATION_TREE."""
+    """The same after an accepted node that has not."""
     num_anchors: int
     num_rows: int
     num_rows_left_out: int
-    """Rows in which no T + 1 tokens in sequence are to be predicted."""
+    """Rows without T + 1 trained tokens in sequence."""
 
 
 @dataclass(frozen=True)
 class Observations:
-    """Of S anchors, what `summarise` counts."""
+    """Raw results for S anchors, which `summarise` counts. `psi` and all below are of CALIBRATION_TREE."""
 
     rows: Tensor
-    """[S] int64, the row that the anchor is of."""
+    """[S] int64, the anchor's row."""
     num_accepted: Tensor
-    """[S, K] int64"""
-    believed: Tensor
-    """[S, K], the sum of psi over each tree's nodes."""
+    """[S, K] int64, accepted draft tokens of each tree."""
+    expected: Tensor
+    """[S, K], draft tokens expected to be accepted: the sum of psi over each tree's nodes."""
     psi: Tensor
-    """[S, N] of CALIBRATION_TREE, 0 for padding."""
+    """[S, N], 0 for padding."""
     on_path: Tensor
-    """[S, N] bool, its accepted nodes."""
+    """[S, N] bool, true for accepted nodes."""
     accepted: Tensor
-    """[S, T - 1] bool, whether it has an accepted node at depth 1 .. T - 1."""
+    """[S, T - 1] bool, whether a node at depth 1 .. T - 1 was accepted."""
     first_choice: Tensor
-    """[S, T - 1] bool, whether that node is the best of its siblings."""
+    """[S, T - 1] bool, whether that node has the largest psi of its siblings."""
     right_next: Tensor
-    """[S, T - 1] bool, whether the drafter's most probable token after that prefix of the text is the text's."""
+    """[S, T - 1] bool, whether the most probable token after 1 .. T - 1 tokens of the text is the text's next one."""
 
 
 def evaluate(
@@ -138,16 +147,19 @@ def evaluate(
     max_length: int = 1024,
     seed: int = 0,
     skipped: list[str] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Judge `trees`, and the drafter's calibration and next tokens, on random anchors.
 
-    rows, skipped: those of `read_rows`. Greedy decoding is judged by rows that the target wrote at temperature 0.
+    rows, skipped, chat_template_kwargs: see `read_rows`. Rows that the target wrote at temperature 0 judge greedy
+    decoding. Raises ValueError if no row has T + 1 trained tokens in sequence.
     """
     num_frames = check_drafter(drafter_path).num_frames
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = load_target(target_path).to(device)
     drafter = load_drafter(drafter_path, target.dtype).to(device)
-    all_rows = read_rows(rows, AutoTokenizer.from_pretrained(target_path), max_length, skipped)
+    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    all_rows = read_rows(rows, tokenizer, max_length, skipped, chat_template_kwargs=chat_template_kwargs)
     usable = with_anchors(all_rows, num_frames)
     if not usable:
         raise ValueError(f"{str(rows)!r} has no row with {num_frames + 1} tokens to predict in sequence.")
@@ -169,7 +181,7 @@ def evaluate(
 def _observe_batch(
     objective: DraftObjective, head: Callable[[Tensor], Tensor], batch: dict[str, Tensor], trees: Sequence[TreeChoice]
 ) -> Observations:
-    """Of the valid anchors; rows are counted within the batch."""
+    """Observations of the batch's valid anchors; `rows` are numbered within the batch."""
     input_ids, anchors, valid = batch["input_ids"], batch["anchors"], batch["valid"]
     draft = objective.draft(input_ids, anchors).of(valid)
     rows = valid.nonzero()[:, 0]
@@ -180,7 +192,8 @@ def _observe_batch(
 def observe(
     drafter: CTCDrafter, draft: Draft, logits: Tensor, labels: Tensor, rows: Tensor, trees: Sequence[TreeChoice]
 ) -> Observations:
-    """draft: of S anchors; logits: of `emission_logits`; rows: [S]; labels: [S, T], the text after the anchor."""
+    """draft: of S anchors; logits: from `emission_logits`; labels: [S, T] int64, the text after the anchor; rows: [S]
+    int64, the anchors' rows."""
     largest: dict[SpecOptions, int] = {}
     for options, num_nodes in (*trees, CALIBRATION_TREE):
         largest[options] = max(largest.get(options, 0), check_node_budget(num_nodes))
@@ -195,7 +208,7 @@ def observe(
     observed = Observations(
         rows=rows,
         num_accepted=torch.stack([walk_text(each, labels).num_accepted for each in judged], dim=1),
-        believed=torch.stack([each.prefix_logp.exp().sum(1) for each in judged], dim=1),
+        expected=torch.stack([each.prefix_logp.exp().sum(1) for each in judged], dim=1),
         psi=tree.prefix_logp.exp(),
         on_path=on_path,
         accepted=with_next > 0,
@@ -218,7 +231,7 @@ def summarise(observed: Observations, trees: Sequence[TreeChoice], num_rows_left
 
 
 def standard_error(values: Tensor, clusters: Tensor) -> float | None:
-    """Of the mean of values [S] that are independent only between clusters [S]; None for a single cluster."""
+    """Standard error of the mean of values [S] that are independent only between clusters [S]; None for one cluster."""
     names, index = clusters.unique(return_inverse=True)
     if len(names) == 1:
         return None
@@ -236,7 +249,7 @@ def _acceptance(observed: Observations, index: int, choice: TreeChoice) -> TreeA
         num_nodes=min(num_nodes, num_frames) if options.tree == "chain" else num_nodes,
         length=1 + float(accepted.double().mean()),
         standard_error=standard_error(accepted.double(), observed.rows),
-        expected=None if options.tree == "template" else 1 + float(observed.believed[:, index].double().mean()),
+        expected=None if options.tree == "template" else 1 + float(observed.expected[:, index].double().mean()),
         depth_shares=tuple(reached.double().mean(0).tolist()),
     )
 
@@ -257,7 +270,7 @@ def _rate(hits: Tensor, among: Tensor) -> Rate:
 
 
 def _first_nodes(trees: TokenTrees, num_nodes: int) -> TokenTrees:
-    """The trees that the smaller node budget would have given."""
+    """The trees of a smaller node budget: nodes come in descending psi, so these are the leading nodes."""
     return TokenTrees(
         tokens=trees.tokens[:, :num_nodes],
         parents=trees.parents[:, :num_nodes],
@@ -268,8 +281,8 @@ def _first_nodes(trees: TokenTrees, num_nodes: int) -> TokenTrees:
 
 
 def walk_text(trees: TokenTrees, labels: Tensor) -> AcceptedPaths:
-    """What is accepted when the target goes on with `labels` [S, T]."""
-    # After a node of depth d on the right path the target emits label d; off that path any choice will do.
+    """The accepted paths if the target's next tokens are `labels` [S, T]."""
+    # After a node of depth d on the text's path the target emits label d. Off that path its choice does not matter.
     beyond = labels.new_full((len(labels), 1), -1)
     after_depth = torch.cat((labels, beyond), dim=1)
     depths = torch.cat((torch.zeros_like(beyond), trees.depths), dim=1)
@@ -277,13 +290,13 @@ def walk_text(trees: TokenTrees, labels: Tensor) -> AcceptedPaths:
 
 
 def _best_of_siblings(trees: TokenTrees) -> Tensor:
-    """[S, N] bool: no node before it, where psi is larger, has the same parent."""
+    """[S, N] bool, true for nodes with the largest psi of their siblings: no earlier node has the same parent."""
     siblings = trees.parents[:, :, None] == trees.parents[:, None]
     return ~siblings.tril(-1).any(-1)
 
 
 def _next_tokens(drafter: CTCDrafter, draft: Draft, logits: Tensor, labels: Tensor) -> Tensor:
-    """[S, T]: the drafter's most probable token after 0 .. T - 1 tokens of `labels`."""
+    """[S, T] int64, the drafter's most probable token after 0 .. T - 1 tokens of `labels`."""
     logits = over_all_tokens(drafter, logits)
     if drafter.config.emission == "independent":
         return independent_next_tokens(logits, labels)

@@ -1,6 +1,6 @@
-"""The frozen target's hidden states on disk, so that a fit of many epochs runs the target over one.
+"""The frozen target's hidden states on disk, so that a fit of many epochs runs the target once over the rows.
 
-    manifest.json                      what the cache was made of, and the rows of each shard; written first
+    manifest.json                      fingerprint of target and rows, and the rows of each shard; written first
     hidden-00001.safetensors, ...      [N, W] each, the shard's rows one after the other without padding
 
 Letters: B rows of a batch, L tokens of a row, N tokens of a shard, W width of the hidden states of all layers.
@@ -39,13 +39,13 @@ class Fingerprint:
     """sha256 over their token ids"""
     dtype: str
     layers: list[int]
-    """Those that are kept beside the last hidden states."""
+    """Layers whose outputs are kept beside the last hidden states."""
 
 
 def fingerprint(
     target_path: str, rows: Sequence[TrainingRow], dtype: torch.dtype, layers: Sequence[int] = ()
 ) -> Fingerprint:
-    """`target_path`: a folder, or a hub name whose files have been downloaded."""
+    """target_path: a folder, or a hub name whose files have been downloaded. Raises ValueError without weights."""
     return Fingerprint(_hash_target(target_path), _hash_rows(rows), str(dtype), list(layers))
 
 
@@ -67,7 +67,7 @@ def _hash_target(target_path: str) -> str:
 def _hash_rows(rows: Sequence[TrainingRow]) -> str:
     whole = hashlib.sha256()
     for row in rows:
-        # Without the length, ids that move from one row to the next would leave the hash the same.
+        # Without the lengths, moving ids from one row to the next would not change the hash.
         whole.update(len(row.token_ids).to_bytes(8, "little"))
         whole.update(row.token_ids.numpy().tobytes())
     return whole.hexdigest()
@@ -75,7 +75,7 @@ def _hash_rows(rows: Sequence[TrainingRow]) -> str:
 
 MANIFEST = "manifest.json"
 DISK_MARGIN = 256 << 20
-"""Bytes left to others on the same disk, such as checkpoints and logs."""
+"""Bytes to leave free on the disk, for checkpoints and logs."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,22 @@ class Manifest:
     made_of: Fingerprint
     width: int
     shards: list[list[int]]
-    """The rows of each shard, in the order in which it holds them."""
+    """Row numbers of each shard, in the shard's order."""
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
 
     @cached_property
     def digest(self) -> str:
-        """Stands in each shard, so that one left by another cache is not taken for one of this."""
+        """Written into each shard, so that a shard of another cache is recognised."""
         return hashlib.sha256(self.to_json()).hexdigest()
 
 
 class HiddenCache:
-    """Row number -> [L, W], as `target_hidden` gives them; refuses a cache that is not whole or of something else."""
+    """Row number -> [L, W] hidden states, as `target_hidden` returns them.
+
+    Raises ValueError if the cache is incomplete, or was made of another target, other rows or another number type.
+    """
 
     def __init__(
         self,
@@ -113,9 +116,9 @@ class HiddenCache:
             for row in members:
                 start, stop = stop, stop + len(rows[row].token_ids)
                 self._places[row] = (path, start, stop)
-            if flaw := _flaw(path, stop, manifest):
+            if defect := _defect(path, stop, manifest):
                 raise ValueError(
-                    f"cache file {str(path)!r} is not whole ({flaw}). Run the command that writes it again."
+                    f"cache file {str(path)!r} is not whole ({defect}). Run the command that writes it again."
                 )
 
     def __len__(self) -> int:
@@ -142,10 +145,11 @@ def write_cache(
     shard_bytes: int = 1 << 30,
     batch_size: int = 8,
 ) -> None:
-    """Write the shards that `folder` lacks or holds in part, so that a run that was killed goes on.
+    """Write the shards that are missing or incomplete in `folder`; a run that was killed continues here.
 
-    `target` is what `target_path` loads; its dtype is the cache's. `layers`: see `target_hidden`. A cache that exists
-    keeps its own shard plan.
+    target: the model in `target_path`; its number type is the cache's. layers: see `target_hidden`. shard_bytes: most
+    bytes of a shard; an existing cache keeps its shards. Raises ValueError if `folder` holds another cache, or if the
+    disk is too small.
     """
     made_of = fingerprint(target_path, rows, target.dtype, layers)
     lengths = [len(row.token_ids) for row in rows]
@@ -156,7 +160,7 @@ def write_cache(
         width = target.config.get_text_config().hidden_size * (1 + len(layers))
         manifest = Manifest(made_of, width, plan_shards(lengths, width * target.dtype.itemsize, shard_bytes))
     sizes = [sum(lengths[row] for row in members) for members in manifest.shards]
-    missing = [shard for shard, size in enumerate(sizes) if _flaw(_shard_path(folder, shard), size, manifest)]
+    missing = [shard for shard, size in enumerate(sizes) if _defect(_shard_path(folder, shard), size, manifest)]
     num_tokens = sum(sizes[shard] for shard in missing)
     _check_disk(folder, num_tokens * manifest.width * target.dtype.itemsize)
     _write_whole(folder / MANIFEST, manifest.to_json())
@@ -169,9 +173,9 @@ def write_cache(
 
 
 def plan_shards(lengths: Sequence[int], token_bytes: int, shard_bytes: int) -> list[list[int]]:
-    """Rows of each shard, longest first: neighbours, which share a batch, need little padding.
+    """Row numbers of each shard, longest rows first, so that neighbours, which share a batch, need little padding.
 
-    A shard holds at most `shard_bytes`, or one row that alone is larger.
+    A shard has at most `shard_bytes`, or one row that alone is larger.
     """
     shards: list[list[int]] = []
     room = 0
@@ -187,7 +191,10 @@ def plan_shards(lengths: Sequence[int], token_bytes: int, shard_bytes: int) -> l
 def _shard_hidden(
     target: PreTrainedModel, manifest: Manifest, token_ids: list[Tensor], batch_size: int, progress: Any
 ) -> Tensor:
-    """[N, W], gathered on the target's device so that it is not kept waiting between batches; token_ids: [L] each."""
+    """[N, W] on the target's device, copied to the host only when complete, so that no batch waits for a copy.
+
+    token_ids: [L] each.
+    """
     lengths = [len(ids) for ids in token_ids]
     shard = torch.empty(sum(lengths), manifest.width, dtype=target.dtype, device=target.device)
     places = shard.split(lengths)
@@ -222,8 +229,8 @@ def _read_manifest(folder: Path, wanted: Fingerprint) -> Manifest:
     return manifest
 
 
-def _flaw(path: Path, num_tokens: int, manifest: Manifest) -> str | None:
-    """What keeps the file from being the shard of `num_tokens`, by its header and size alone."""
+def _defect(path: Path, num_tokens: int, manifest: Manifest) -> str | None:
+    """Why the file is not this shard of `num_tokens`, judged by its header and size; None if it is."""
     try:
         with safe_open(path, "pt") as file:
             hidden = file.get_slice("hidden")
@@ -244,7 +251,7 @@ def _check_disk(folder: Path, needed: int) -> None:
 
 
 def _write_whole(path: Path, contents: bytes) -> None:
-    """Put a file at `path` that is whole, or none."""
+    """`write_atomically`, with an error that names the remedy."""
     try:
         write_atomically(path, contents)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What every training here shares: its length, its optimizer, its checkpoints, and transformers' Trainer."""
+"""Parts of a training run that drafters and benchmark baselines share: budget, schedule, optimizer, checkpoints."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,24 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from vllm_ctc_spec.config import did_you_mean
-from vllm_ctc_spec.files import write_atomically
+from vllm_ctc_spec.files import RECORD, write_atomically
 from vllm_ctc_spec.machine import bf16_is_fast
 
 
 def processes() -> PartialState:
-    """The processes that train together, or this one alone."""
+    """The processes of this training run: those that torchrun started, or just this one."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def loop_arguments(checkpoints: Path, budget: Budget, batch_size: int, **options: Any) -> TrainingArguments:
-    """`options` are fields of TrainingArguments; an unknown one is refused by name."""
+    """Arguments of transformers' Trainer. options: fields of TrainingArguments.
+
+    Raises ValueError for an unknown field, and for a `report_to` whose package is not installed.
+    """
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in options:
         if name not in known:
@@ -40,6 +44,7 @@ def loop_arguments(checkpoints: Path, budget: Budget, batch_size: int, **options
                 f"unknown trainer setting {name!r}.{did_you_mean(name, known)} Settings are the fields of "
                 "transformers.TrainingArguments."
             )
+    _check_report_to(options.get("report_to"))
     defaults = {
         "use_cpu": not torch.cuda.is_available(),
         "bf16": bf16_is_fast(),
@@ -56,8 +61,18 @@ def loop_arguments(checkpoints: Path, budget: Budget, batch_size: int, **options
     )
 
 
+def _check_report_to(report_to: str | Sequence[str] | None) -> None:
+    usable = ("none", "all", *get_available_reporting_integrations())
+    for name in [report_to] if isinstance(report_to, str) else report_to or ():
+        if name not in usable:
+            raise ValueError(
+                f"report_to={name!r}: transformers has no such integration, or its package is not installed. Install "
+                f"it, or use one of {', '.join(usable)}."
+            )
+
+
 def train_or_resume(trainer: Trainer, clock: BudgetCallback) -> None:
-    """Go on from the last whole checkpoint, if a killed run left one."""
+    """Train, from the last whole checkpoint if a killed run left one."""
     trainer.add_callback(MarkCompleteCheckpoints())
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(BudgetBar(clock))
@@ -67,7 +82,7 @@ def train_or_resume(trainer: Trainer, clock: BudgetCallback) -> None:
 
 
 def report(trainer: Trainer, clock: BudgetCallback, times: StepTimes) -> dict[str, Any]:
-    """Steps, seconds, shares of time (see StepTimes) and losses of a run, as JSON values."""
+    """Steps, seconds, shares of time (see StepTimes) and logged losses of a run, as JSON values."""
     return {
         "steps": trainer.state.global_step,
         "seconds": clock.elapsed,
@@ -77,8 +92,12 @@ def report(trainer: Trainer, clock: BudgetCallback, times: StepTimes) -> dict[st
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """To be called once the result is in place."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Delete the checkpoints of a finished run. Other files in `folder`, such as TensorBoard's, stay."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    (folder / RECORD).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 FINAL_RATE = 0.05
@@ -98,9 +117,10 @@ class Budget:
 
 
 class BudgetCallback(TrainerCallback, ExportableState):
-    """Keeps the clock, also across checkpoints; its progress drives the schedule and the end of training.
+    """Measures the progress in steps and seconds; it drives the learning rate and ends the training.
 
-    A schedule over steps alone would be cut off at a high learning rate on a machine that is too slow for them.
+    With a schedule over steps alone, a time limit could end the training at a high learning rate. Checkpoints keep the
+    elapsed time.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -109,14 +129,14 @@ class BudgetCallback(TrainerCallback, ExportableState):
         self._tick = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this object, in the form that ExportableState asks for."""
+        """State to keep in checkpoints, in ExportableState's layout."""
         return {"args": {}, "attributes": {"elapsed": self.elapsed}}
 
     def progress(self, step: int) -> float:
         return max(step / self.budget.max_steps, self.elapsed / self.budget.max_seconds)
 
     def rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to FINAL_RATE."""
+        """Learning rate relative to its peak: linear warm-up, then a cosine down to FINAL_RATE."""
         progress = min(self.progress(step), 1.0)
         if progress < self.budget.warmup:
             return max(progress / self.budget.warmup, 0.02)
@@ -127,20 +147,20 @@ class BudgetCallback(TrainerCallback, ExportableState):
         return LambdaLR(optimizer, self.rate)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Trainer's own restoring would replace this object, which the schedule holds.
+        # Trainer would restore a new object, but the schedule refers to this one.
         self.elapsed = state.stateful_callbacks[type(self).__name__]["attributes"]["elapsed"]
         self._tick = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.monotonic()
-        self.elapsed = _latest(self.elapsed + now - self._tick)
+        self.elapsed = _longest_elapsed(self.elapsed + now - self._tick)
         self._tick = now
         if self.progress(state.global_step) >= 1:
             control.should_training_stop = True
 
 
 class BudgetBar(ProgressCallback):
-    """Trainer's own bar, over as many steps as the budget will allow at the speed so far."""
+    """Trainer's progress bar, whose total is the number of steps that the budget allows at the speed so far."""
 
     def __init__(self, clock: BudgetCallback) -> None:
         super().__init__()
@@ -152,27 +172,27 @@ class BudgetBar(ProgressCallback):
         super().on_step_end(args, state, control, **kwargs)
 
 
-def _latest(elapsed: float) -> float:
-    """The largest of all processes' `elapsed`, seconds: they must end at one step, or some would wait for ever."""
+def _longest_elapsed(elapsed: float) -> float:
+    """Seconds, the largest `elapsed` of all processes. They must end at the same step, or some would wait for ever."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return elapsed
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    latest = torch.tensor(elapsed, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(latest, torch.distributed.ReduceOp.MAX)
-    return float(latest)
+    longest = torch.tensor(elapsed, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX)
+    return float(longest)
 
 
 class MuonAdamW(Optimizer):
-    """Muon (Jordan et al. 2024) where its orthogonal updates are meant, that is in linear layers.
+    """Muon (Jordan et al. 2024) for the weights of linear layers, AdamW for all others.
 
-    Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
+    Muon's updates are scaled to the size of AdamW's, so that both take the same learning rate.
     """
 
     def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float = 0.01) -> None:
         trained = {id(p) for p in model.parameters() if p.requires_grad}
         matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) in trained]
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        # A tied LM head is a linear layer, but its weight is a table.
+        # A tied LM head is a linear layer, but its weight is the embedding table, which Muon is not meant for.
         matrices = [weight for weight in matrices if id(weight) not in tables]
         others = [p for p in model.parameters() if p.requires_grad and all(p is not weight for weight in matrices)]
         self._parts: tuple[Optimizer, ...] = (
@@ -183,7 +203,7 @@ class MuonAdamW(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """The parts work on this optimizer's groups and state, which schedules change and checkpoints hold."""
+        """Let both parts use this optimizer's groups and state, which schedules change and checkpoints store."""
         for part, group in zip(self._parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
 
@@ -201,12 +221,13 @@ class MuonAdamW(Optimizer):
 
 
 class _InFloat32(TorchFunctionMode):
-    """Muon always orthogonalises in bfloat16 (torch/optim/_muon.py); emulated, that took half of a training step."""
+    """Lets Muon orthogonalise in float32. By itself it always uses bfloat16 (torch/optim/_muon.py), which takes half of
+    a training step where the processor emulates it."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # A copy, like the conversion: Muon writes into it.
+        # A copy, as the conversion to bfloat16 would be, because Muon writes into it.
         return args[0].to(torch.float32, copy=True) if func is Tensor.bfloat16 else func(*args, **kwargs or {})
 
 
@@ -214,7 +235,7 @@ PARTS = ("data", "forward_backward", "optimizer", "rest")
 
 
 class StepTimes(TrainerCallback):
-    """Seconds spent on batches, on forward and backward passes, on the optimizer, and on logs and checkpoints."""
+    """Seconds by PARTS: fetching batches, forward and backward passes, optimizer, and the rest (logs, checkpoints)."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -230,7 +251,7 @@ class StepTimes(TrainerCallback):
         total = sum(self.seconds.values()) or 1.0
         return {part: seconds / total for part, seconds in self.seconds.items()}
 
-    # Trainer calls on_step_begin after it has fetched the step's batches.
+    # Trainer calls on_step_begin after fetching the step's batches.
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._spent_on("data")
 
@@ -248,11 +269,11 @@ class StepTimes(TrainerCallback):
 
 
 WHOLE = "whole"
-"""A file that is written into a checkpoint last. Trainer writes the others one by one, into their final place."""
+"""File that marks a complete checkpoint. It is written last; Trainer writes the others in place, one by one."""
 
 
 class MarkCompleteCheckpoints(TrainerCallback):
-    """Marks each checkpoint once Trainer has written all of it."""
+    """Writes WHOLE into each checkpoint when Trainer has written the rest."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:
@@ -260,7 +281,7 @@ class MarkCompleteCheckpoints(TrainerCallback):
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; what a killed run or a full disk left of others is removed."""
+    """The newest complete checkpoint, or None; incomplete ones, left by a killed run or a full disk, are removed."""
     whole = {}
     for checkpoint in folder.glob("checkpoint-*"):
         if (checkpoint / WHOLE).exists():

@@ -1,4 +1,4 @@
-"""Exact alignment-sum losses of both emission families, and a fused cross-entropy for conditioned ones without blank.
+"""Alignment-sum losses of both emission families, and a fused cross-entropy for conditioned emissions without blank.
 
 Letters: S anchors, T frames, U labels, V vocabulary without blank, H hidden size, r rank of the conditioning,
 n = S T rows of the fused loss.
@@ -22,19 +22,21 @@ from vllm_ctc_spec.drafter import CTCDrafter, Draft
 from vllm_ctc_spec.training.data import MISSING
 
 LOG_ZERO = -1e30
-"""In place of -inf for log 0: with -inf, the gradient of logaddexp(-inf, -inf) is not a number."""
+"""Stands for log 0. With -inf the gradient of logaddexp(-inf, -inf) would be NaN."""
 
 
 LOGITS_PER_CHUNK = 2**24
-"""Logits that exist at a time where alignments are summed; each chunk converts the tables again, so it is not small."""
+"""Most logits in memory at a time where alignments are summed. Each chunk converts the tables again, so chunks should
+not be small."""
 
 
 @dataclass(frozen=True)
 class AlignmentLoss:
     mean: Tensor
-    """[] float32, mean over the counted anchors of the negative log-likelihood of all U labels, by their weights."""
+    """[] float32, mean over anchors of the weighted negative log-likelihood of their labels; impossible anchors are not
+    counted."""
     num_impossible: Tensor
-    """[] int64, anchors without any alignment (independent only: a repeat needs a blank in between)."""
+    """[] int64, anchors without any alignment (independent emissions only: a repeat needs a blank in between)."""
 
 
 def alignment_loss(
@@ -46,13 +48,14 @@ def alignment_loss(
     frequent: Tensor | None = None,
     label_decay: float = 1.0,
 ) -> AlignmentLoss:
-    """Loss of the `draft` of S anchors for the `labels` [S, U] that follow them, with the target's `lm_head` [V, H].
+    """Loss of the `draft` of S anchors for the labels that follow them.
 
-    label_embeddings: [S, U, H], the target's embeddings of the labels. Without blank the last labels of an anchor may
-    be MISSING; the mean is then over those that are there.
-    The logits exist in chunks only, so that memory grows neither with S nor with V. frequent: tokens [K] of which the
-    normaliser is estimated, together with as many others, see `sampled_softmax`; None for the whole vocabulary.
-    label_decay: without blank, the weight of each label over that of the one before it; their mean is 1.
+    lm_head: [V, H], the target's. labels: [S, U] int64; without a blank the last labels of an anchor may be MISSING and
+    are not counted. label_embeddings: [S, U, H], the target's embeddings of the labels. frequent: [K] int64, tokens for
+    an estimate of the normaliser, see `sampled_softmax`; None: exact, over the whole vocabulary. label_decay: weight of
+    a label over the one before it, without a blank only; the weights' mean is 1.
+
+    Logits are computed in chunks, so memory grows neither with S nor with V.
     """
     config, sampled = drafter.config, None
     is_label = labels != MISSING
@@ -66,7 +69,7 @@ def alignment_loss(
         return torch.cat((frames @ lm_head.T + offsets, drafter.blank_logits(frames)[..., None]), dim=-1)
 
     def in_chunks(loss: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """[] float32, the sum of `loss` over the anchors, the first dimension of all inputs."""
+        """[] float32, the sum of `loss` over the anchors, which are the first dimension of all inputs."""
         num_anchors = max(1, LOGITS_PER_CHUNK // (config.num_frames * len(lm_head)))
         chunks = zip(*(x.split(num_anchors) for x in inputs), strict=True)
         return torch.cat([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
@@ -96,11 +99,11 @@ def alignment_loss(
 
 
 def sampled_softmax(labels: Tensor, frequent: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [K'] that stand for the vocabulary in this step's normaliser, their log weights [K'], and the labels'
-    columns among them.
+    """Sampled softmax (Bengio and Senecal 2008): tokens [K'] that enter this step's normaliser, their log weights [K'],
+    and the columns of the labels among them, of the shape of `labels`.
 
-    The labels and the K `frequent` tokens stand for themselves; of all others, K drawn at random share the weight of
-    the rest, so that the normaliser's expectation is right (sampled softmax, Bengio and Senecal 2008).
+    All labels and the K `frequent` tokens enter with weight 1. Of the other tokens, K drawn at random enter with equal
+    weights that sum to the number of the others, so that the normaliser's expectation is exact.
     """
     stands = torch.zeros(vocab_size, dtype=torch.bool, device=labels.device)
     stands[frequent] = True
@@ -114,7 +117,7 @@ def sampled_softmax(labels: Tensor, frequent: Tensor, vocab_size: int) -> tuple[
 
 
 def gated_states(label_rows: Tensor, carry: Tensor, start: Tensor, gate: Tensor) -> Tensor:
-    """[S, U + 1, r], the states after 0 .. U labels, s(h.c) = A[c] + W s(h), times the gate.
+    """[S, U + 1, r], gated states after 0 .. U labels, where s(h.c) = A[c] + W s(h).
 
     label_rows: [S, U, r], rows of A of the labels; carry: [r, r], the matrix W; start, gate: [S, r].
     """
@@ -125,12 +128,14 @@ def gated_states(label_rows: Tensor, carry: Tensor, start: Tensor, gate: Tensor)
 
 
 def conditioned_loss(logits: Tensor, states: Tensor, following: Tensor, labels: Tensor) -> Tensor:
-    """[S] float32, -log of the summed probability of all alignments, one label per frame and the rest blank.
+    """[S] float32, -log of the total probability of all alignments, each with one label per frame and the rest blank.
 
-    p_t(c | h) = softmax_c(logits_t[c] + states(h) . following[c]), h the labels emitted so far (emissions.py), and
-    alpha_t(j) = alpha_{t-1}(j) p_t(blank | y_1 .. y_j) + alpha_{t-1}(j-1) p_t(y_j | y_1 .. y_{j-1}), the
-    forward recursion of Graves (2012, arXiv 1211.3711) on the monotonic topology. With T = U it is the
-    cross-entropy of label t at frame t.
+    With p_t(c | h) = softmax_c(logits_t[c] + states(h) . following[c]), where h are the labels emitted so far
+    (emissions.py), it is the forward recursion of Graves (2012, arXiv 1211.3711) with at most one label per frame:
+
+        alpha_t(j) = alpha_{t-1}(j) p_t(blank | y_1 .. y_j) + alpha_{t-1}(j-1) p_t(y_j | y_1 .. y_{j-1})
+
+    If T = U it equals the cross-entropy of label t at frame t.
 
     logits: [S, T, V + 1]; states: [S, U + 1, r], gated; following: [V + 1, r]; labels: [S, U].
     """
@@ -152,10 +157,10 @@ def conditioned_loss(logits: Tensor, states: Tensor, following: Tensor, labels: 
 
 
 def _pairwise_normalizer(logits: Tensor, bias: Tensor) -> Tensor:
-    """[S, T, U + 1], log sum_c exp(logits[t, c] + bias[u, c]) of every pair, as one batched product.
+    """[S, T, U + 1], log sum_c exp(logits[t, c] + bias[u, c]) for all t and u, as one batched product.
 
-    Each factor is scaled by its own maximum. A pair underflows only where every class is 87 nats below both maxima
-    together; the floor keeps such a pair finite.
+    Both factors are scaled by their maxima. The product underflows only if every class is more than 87 nats below the
+    two maxima together; the floor keeps the logarithm finite there.
     """
     top_logits, top_bias = logits.detach().amax(-1, keepdim=True), bias.detach().amax(-1, keepdim=True)
     product = torch.bmm((logits - top_logits).exp(), (bias - top_bias).exp().transpose(1, 2))
@@ -186,15 +191,15 @@ def has_alignment(labels: Tensor, num_frames: int) -> Tensor:
 
 
 FUSED_LOGITS_PER_CHUNK = 2**21
-"""Logits that exist at a time (8 MiB in float32: a chunk that stays in a processor's cache is 15 % faster)."""
+"""Most logits in memory at a time: 8 MiB in float32. A chunk that stays in a processor's cache is 15 % faster."""
 
 
 class ConditionedCrossEntropy(torch.autograd.Function):
     """[] float32, sum over rows of -weight * log softmax(frames · lm_head + states · following + offsets)[label].
 
-    A chunk of logits serves for the loss and at once for its gradient, in the forward pass: they are neither kept
-    nor computed again (as in Liger Kernel, arXiv 2410.10989). Products are in the head's type, sums in float32. The
-    target's head is frozen and has no gradient.
+    The forward pass computes the gradient from each chunk of logits as well, so logits are neither kept nor computed
+    again (as in Liger Kernel, arXiv 2410.10989). Products have the head's number type, sums are in float32. The frozen
+    LM head gets no gradient.
 
     frames: [n, H]; lm_head: [V, H]; states: [n, r], gated; following: [V, r]; offsets: [V]; labels: [n] int64;
     weights: [n] float32.

@@ -1,4 +1,4 @@
-"""The target as training loads it, the drafter's configuration for it, and a drafter's first weights."""
+"""Loads a target for training, chooses its drafter's configuration, and copies first weights from another drafter."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from vllm_ctc_spec.training.data import num_frequent
 
 
 def load_target(path: str) -> PreTrainedModel:
-    """The target, whose LM head must be a plain matrix: the drafter shares it."""
+    """Load the target in `target_dtype`. Raises ValueError if its LM head is not one plain matrix [V, H], which the
+    drafter shares."""
     target = AutoModelForCausalLM.from_pretrained(path, dtype=target_dtype())
     _check_head(path, target)
     return target
 
 
 def check_target(path: str) -> None:
-    """As `load_target` checks it, without the weights. Raises ValueError."""
+    """Make the checks of `load_target` without loading weights. Raises ValueError."""
     with torch.device("meta"):
         _check_head(path, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)))
 
@@ -50,10 +51,10 @@ def _check_head(path: str, target: PreTrainedModel) -> None:
 
 
 def drafter_config(target: PretrainedConfig, **overrides: Any) -> CTCDrafterConfig:
-    """The drafter that shares the target's embedding, LM head, K/V shape and rotary base, drafts frequent tokens, and
-    reads three of the target's layers beside the last hidden state, where vLLM hands them out.
+    """The default drafter of a target: with the target's sizes, K/V shape and rotary base, its most frequent tokens
+    (`num_frequent`), and three of its layers beside the last hidden state, where vLLM hands them out.
 
-    `overrides` are fields of CTCDrafterConfig; an unknown one is refused by name.
+    overrides: fields of CTCDrafterConfig. Raises ValueError for an unknown one, or for a layer that the target lacks.
     """
     shape = target_shape(target)
     fields = {**dataclasses.asdict(shape), "draft_vocab_size": num_frequent(shape.vocab_size)}
@@ -74,9 +75,9 @@ def drafter_config(target: PretrainedConfig, **overrides: Any) -> CTCDrafterConf
 
 
 def default_target_layers(num_layers: int) -> list[int]:
-    """A low, a middle and a high one of the target's layers, those that EAGLE-3 reads in vLLM; fewer of a small target.
+    """A low, a middle and a high layer, in the count of `CTCDrafterConfig.target_layers`; fewer in a small target.
 
-    As `target_layers` of CTCDrafterConfig.
+    They are the layers that vLLM's EAGLE-3 reads by default.
     """
     return sorted({layer for layer in (2, num_layers // 2, num_layers - 3) if 0 < layer < num_layers})
 
@@ -87,15 +88,40 @@ SHAPE_FIELDS = (
     "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
     "num_hidden_layers", "num_frames", "emission", "condition_rank", "has_blank",
 )  # fmt: skip
-"""Fields that the weights' names and shapes depend on."""
+"""Fields of CTCDrafterConfig that names and shapes of the weights depend on."""
+
+
+@torch.no_grad()
+def logit_multiplier(target: PreTrainedModel) -> float:
+    """How many times the product of its last hidden state and its LM head the target's logits are: 1 but for a few
+    families, such as Granite and Cohere, whose configs have different names for it.
+    """
+    token = torch.zeros(1, 1, dtype=torch.int64, device=target.device)
+    product = target.get_output_embeddings()(target.get_decoder()(token, use_cache=False).last_hidden_state).float()
+    logits = target(token, use_cache=False).logits.float()
+    return float((logits * product).sum() / product.square().sum())
+
+
+@torch.no_grad()
+def start_like(drafter: CTCDrafter, target: PreTrainedModel) -> None:
+    """Give the first logits of `drafter` the size of the target's.
+
+    Its logits are products with the target's LM head alone, in training and in the engine; what the target multiplies
+    them by becomes part of the drafter's weights. A drafter of Cohere would otherwise start 16 times too sure.
+    """
+    multiplier = logit_multiplier(target)
+    drafter.norm.weight.mul_(multiplier)
+    if drafter.config.emission == "conditioned":
+        # The gate reads what the norm writes, and must stay what it is.
+        drafter.condition_gate.weight.div_(multiplier)
 
 
 @torch.no_grad()
 def start_from(drafter: CTCDrafter, folder: str | Path) -> None:
-    """Give `drafter` the weights of the one in `folder`, which may read the target's last hidden state alone.
+    """Copy into `drafter` the weights of the drafter in `folder`, which may read fewer target layers: none.
 
-    The product of layers that the other does not read starts at zero, so that both draft alike at first. The tokens
-    that are drafted stay those of `drafter`. Raises ValueError that names the setting in which the two differ.
+    The projection of layers that only `drafter` reads starts at zero, so that both draft alike at first. `drafter`
+    keeps its draft vocabulary. Raises ValueError that names the setting in which the two differ.
     """
     other, config = check_drafter(str(folder)), drafter.config
     for field in ("target_layers", *SHAPE_FIELDS):

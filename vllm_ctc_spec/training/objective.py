@@ -1,4 +1,4 @@
-"""One training pass: the frozen target's hidden states, many anchors per row, the alignment-sum loss.
+"""One training pass: hidden states of the frozen target, drafts of many anchors per row, alignment-sum loss.
 
 Letters: B rows, L tokens, M anchors per row, Q = T + 1 queries (anchor and frames), K kv heads, G query heads per
 kv head, D head size, H hidden size, U labels.
@@ -16,11 +16,11 @@ from vllm_ctc_spec.drafter import CTCDrafter, Draft, KeyValue
 from vllm_ctc_spec.training.loss import AlignmentLoss, alignment_loss
 
 UNCONDITIONED_SHARE = 1 / 8
-"""Share of anchors trained with a gate of 0: a tree's candidates are chosen by the frames without conditioning."""
+"""Share of anchors trained with a gate of 0, because the frames without conditioning choose a tree's candidates."""
 
 
 class DraftObjective(nn.Module):
-    """Holds the drafter, which learns, and the target, which is frozen and only read.
+    """The drafter, which is trained, with the frozen target.
 
     frequent, label_decay: see `alignment_loss`.
     """
@@ -44,8 +44,11 @@ class DraftObjective(nn.Module):
     def forward(
         self, input_ids: Tensor, anchors: Tensor, valid: Tensor, labels: Tensor, hidden: Tensor | None = None
     ) -> AlignmentLoss:
-        """input_ids: [B, L]; anchors: [B, M] positions; valid: [B, M] bool; labels: [B, M, U]; hidden:
-        [B, L, (1 + k) H] of `target_hidden`, computed where they are not given."""
+        """The loss of a batch of `collate_anchors`.
+
+        input_ids: [B, L]; anchors: [B, M] positions; valid: [B, M] bool; labels: [B, M, U]; hidden: [B, L, (1 + k) H],
+        computed by `target_hidden` if it is None.
+        """
         draft = self.draft(input_ids, anchors, hidden).of(valid)
         conditioned = torch.rand(len(draft.gate), 1, device=draft.gate.device) >= UNCONDITIONED_SHARE
         draft = draft._replace(gate=draft.gate * conditioned)
@@ -54,7 +57,7 @@ class DraftObjective(nn.Module):
         return alignment_loss(self.drafter, draft, lm_head, labels, label_embeddings, self.frequent, self.label_decay)
 
     def draft(self, input_ids: Tensor, anchors: Tensor, hidden: Tensor | None = None) -> Draft:
-        """[B, M, ...], of every anchor in one pass; see `forward`."""
+        """[B, M, ...], the drafts of all anchors in one pass. Arguments as in `forward`."""
         if hidden is None:
             hidden = target_hidden(self.target, input_ids, self.drafter.config.target_layers)
         hidden = self.drafter.fuse(hidden)
@@ -71,20 +74,22 @@ class DraftObjective(nn.Module):
 
 @torch.no_grad()
 def target_hidden(target: PreTrainedModel, input_ids: Tensor, layers: Sequence[int] = ()) -> Tensor:
-    """[B, L, (1 + k) H], what the target feeds to its LM head, then the outputs of k `layers` (see `target_layers` of
-    CTCDrafterConfig).
+    """[B, L, (1 + k) H], the input of the target's LM head, then the outputs of k `layers` (numbered as
+    `CTCDrafterConfig.target_layers`).
 
-    Rows are padded on the right: behind a causal mask padding changes no other position, so it needs no mask.
+    Rows are padded on the right. The target is causal, so padding changes no earlier position and needs no mask.
     """
     outputs = target.get_decoder()(input_ids=input_ids, use_cache=False, output_hidden_states=bool(layers))
     return torch.cat((outputs.last_hidden_state, *(outputs.hidden_states[layer] for layer in layers)), dim=-1)
 
 
 def attend_before_anchor(query: Tensor, own: KeyValue, context: KeyValue, anchors: Tensor) -> Tensor:
-    """Attention of each anchor's queries to the context before the anchor and to one another.
+    """Attention of each anchor's queries to the context before the anchor and to each other, of the shape of `query`.
 
-    The two blocks of scores share one softmax; a block-diagonal mask over all M x Q own keys would cost M times
-    their work. query: [B, M, Q, heads, D]; own: [B, M, Q, K, D]; context: [B, L, K, D]; anchors: [B, M].
+    query: [B, M, Q, heads, D]; own: [B, M, Q, K, D]; context: [B, L, K, D]; anchors: [B, M] positions.
+
+    Scores of context and own keys are computed apart and share one softmax: one product with a block-diagonal mask over
+    all M x Q own keys would cost M times as much.
     """
     grouped = query.unflatten(3, (own.key.shape[3], -1)) * query.shape[-1] ** -0.5
     length = context.key.shape[1]

@@ -1,8 +1,8 @@
-"""Prompts of every usual layout as token ids, for training and benchmark alike."""
+"""Reads prompts of the usual layouts as token ids, for training and benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from vllm_ctc_spec.training.sources import (
     ANY_VOCAB_SIZE,
+    ChatTemplate,
     FaultyLine,
     Line,
-    checked,
-    each_line,
+    checked_token_ids,
     encode,
-    has_chat_template,
     messages_of,
+    parse_lines,
     read_lines,
-    render,
     string_of,
     token_ids_of,
 )
@@ -37,7 +36,7 @@ class Question:
     first: tuple[int, ...]
     """Token ids of the first prompt."""
     messages: tuple[dict[str, Any], ...] = ()
-    """What `first` says, where more turns follow."""
+    """Messages of the first prompt, for lines of `turns` and `question`."""
     later_turns: tuple[str, ...] = ()
 
 
@@ -48,31 +47,40 @@ def read_questions(
     *,
     vocab_size: int = ANY_VOCAB_SIZE,
     prefix: str = "",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Question]:
-    """The prompts of `lines` (see `read_lines`).
+    """The prompts of `lines` (from `read_lines`).
 
-    A line holds `turns` (MT-bench, Spec-Bench), `question` (GSM8K), `messages` or ShareGPT's `conversations` (all
-    before the last assistant turn), `prompt_token_ids`, or `prompt` or `text`, which are continued as they are; the
-    first of these counts. Turns and questions go through the chat template, where the tokenizer has one, else they are
-    lines of text. `prefix` stands before the first turn, question, prompt or text. Token ids are below `vocab_size`.
+    Each line holds one of these keys; if it has several, the first one in this order is read:
 
-    Raises ValueError at the first faulty line, or describes it in `skipped`, if given, and leaves it out. A tokenizer
-    without the chat template that messages need is always raised.
+    * `turns`, a list of user messages (MT-bench, Spec-Bench), or `question`, one user message (GSM8K). They go through
+      the chat template; a tokenizer without one gets them as lines of text.
+    * `messages`, or ShareGPT's `conversations`: the prompt ends before the last assistant message.
+    * `prompt_token_ids`.
+    * `prompt` or `text`, without the chat template.
+
+    `prefix` is put before the first turn, question, prompt or text. chat_template_kwargs: further variables of the chat
+    template. Token ids must be below `vocab_size`.
+
+    Raises ValueError at the first faulty line; with `skipped`, appends a description of it there and goes on. Always
+    raises ValueError if messages need a chat template that the tokenizer lacks.
     """
 
-    def read(line: Line) -> Question:
+    template = ChatTemplate(tokenizer, chat_template_kwargs)
+
+    def parse(line: Line) -> Question:
         fields = line.fields()
         messages, later_turns = _turns(fields, prefix)
-        token_ids = _encode_chat(messages, tokenizer) if messages else _encode_prompt(fields, tokenizer, prefix)
+        token_ids = _encode_turns(messages, template) if messages else _encode_prompt(fields, template, prefix)
         return Question(
             name=str(fields.get("question_id", line.where.rpartition(" ")[2])),
             category=str(fields["category"]) if "category" in fields else None,
-            first=tuple(checked(token_ids, vocab_size)),
+            first=tuple(checked_token_ids(token_ids, vocab_size)),
             messages=messages,
             later_turns=later_turns,
         )
 
-    return list(each_line(lines, read, skipped))
+    return list(parse_lines(lines, parse, skipped))
 
 
 def read_prompts(
@@ -82,15 +90,21 @@ def read_prompts(
     *,
     vocab_size: int = ANY_VOCAB_SIZE,
 ) -> list[list[int]]:
-    """Token ids of the first turns alone; see `read_questions`."""
+    """Token ids of the first prompt of each line; see `read_questions`."""
     questions = read_questions(read_lines(source), tokenizer, skipped, vocab_size=vocab_size)
     return [list(question.first) for question in questions]
 
 
 def turn_prompt(
-    question: Question, answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
+    question: Question,
+    answers: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...] | None:
-    """Token ids of the prompt of turn len(answers) + 1, after `answers` (token ids); None if there is no such turn."""
+    """Token ids of the prompt of turn len(answers) + 1; None if there is no such turn.
+
+    answers: token ids of the answers to the turns before it.
+    """
     if not answers:
         return question.first
     if len(answers) > len(question.later_turns):
@@ -100,13 +114,13 @@ def turn_prompt(
         written = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
         messages += [{"role": "assistant", "content": written}, {"role": "user", "content": text}]
     try:
-        return tuple(_encode_chat(messages, tokenizer))
+        return tuple(_encode_turns(messages, ChatTemplate(tokenizer, chat_template_kwargs)))
     except FaultyLine as error:
         raise ValueError(f"question {question.name}, turn {len(answers) + 1}: {error}.") from error
 
 
 def _turns(fields: dict[str, Any], prefix: str) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
-    """The first turn as a message, and the later ones; nothing where the line has another layout."""
+    """The first turn as a message, and the later turns; both empty if the line has neither `turns` nor `question`."""
     if "turns" not in fields and "question" not in fields:
         return (), ()
     turns = fields["turns"] if "turns" in fields else [string_of(fields, "question")]
@@ -115,24 +129,30 @@ def _turns(fields: dict[str, Any], prefix: str) -> tuple[tuple[dict[str, Any], .
     return ({"role": "user", "content": prefix + turns[0]},), tuple(turns[1:])
 
 
-def _encode_chat(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if not has_chat_template(tokenizer):
-        return list(encode("\n".join(message["content"] for message in messages) + "\n", tokenizer)["input_ids"])
+def _encode_turns(messages: Sequence[dict[str, Any]], template: ChatTemplate) -> list[int]:
+    if not template.is_there:
+        text = "\n".join(message["content"] for message in messages) + "\n"
+        return list(encode(text, template.tokenizer)["input_ids"])
+    return _encode_messages(messages, template)
+
+
+def _encode_messages(messages: Sequence[dict[str, Any]], template: ChatTemplate) -> list[int]:
+    text = template.render(messages, add_generation_prompt=True)
     # The chat template has written the special tokens already.
-    return list(encode(render(messages, tokenizer, True), tokenizer, add_special_tokens=False)["input_ids"])
+    return list(encode(text, template.tokenizer, add_special_tokens=False)["input_ids"])
 
 
-def _encode_prompt(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prefix: str) -> list[int]:
+def _encode_prompt(fields: dict[str, Any], template: ChatTemplate, prefix: str) -> list[int]:
     if "messages" in fields or "conversations" in fields:
         messages = messages_of(fields)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
             raise FaultyLine("has no message before the last assistant turn")
-        return list(encode(render(messages, tokenizer, True), tokenizer, add_special_tokens=False)["input_ids"])
+        return _encode_messages(messages, template)
     if "prompt_token_ids" in fields:
         return token_ids_of(fields, "prompt_token_ids")
     for key in ("prompt", "text"):
         if key in fields:
-            return list(encode(prefix + string_of(fields, key), tokenizer)["input_ids"])
+            return list(encode(prefix + string_of(fields, key), template.tokenizer)["input_ids"])
     raise FaultyLine(f"needs {PROMPT_KINDS}, has {sorted(fields)}")

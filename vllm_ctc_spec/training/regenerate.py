@@ -1,4 +1,4 @@
-"""Rows and prompts that the target writes with vLLM. A killed run loses at most one chunk of lines."""
+"""Lets the target write training rows and prompts, with vLLM. A killed run loses at most one chunk of lines."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vllm_ctc_spec.files import claim_file
 from vllm_ctc_spec.kv_cache import context_length
-from vllm_ctc_spec.kv_cache import engine_options as complete
+from vllm_ctc_spec.kv_cache import engine_options as complete_options
 from vllm_ctc_spec.training.prompts import Question, turn_prompt
-from vllm_ctc_spec.training.sources import FaultyLine, Line, each_line, token_ids_of
+from vllm_ctc_spec.training.sources import ChatTemplate, FaultyLine, Line, parse_lines, token_ids_of
 
 
 @dataclass(frozen=True)
 class RegenerateSettings:
     temperatures: tuple[float, ...] = (0.0,)
-    """A prompt's continuations take them in turn. Those to be served, and around them what varies the text."""
+    """The continuations of a prompt take them in turn. Use the temperatures that will be served."""
     samples: int = 1
     """Continuations of each prompt."""
     max_tokens: int = 256
+    """Most tokens of a continuation."""
     chunk_size: int = 512
     """Rows that are generated together, and lost together when the process is killed."""
     seed: int = 0
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further variables of the chat template. `regenerate` only records them: its prompts are token ids."""
 
 
 def regenerate(
@@ -38,11 +41,11 @@ def regenerate(
     settings: RegenerateSettings | None = None,
     **engine_options: Any,
 ) -> None:
-    """Continue `prompts` (token ids) with plain vLLM and write `prompt_token_ids`, `token_ids` lines to `output`.
+    """Continue `prompts` (token ids) with plain vLLM and append JSON lines of `prompt_token_ids` and `token_ids`.
 
-    Line i belongs to prompt i modulo their number; lines that `output` already holds are kept. `engine_options` go
-    to `vllm.LLM`; what they leave open is chosen by `kv_cache.engine_options`. Raises ValueError if `output` holds rows
-    of other prompts, another target or other settings.
+    Line i of `output` continues prompt i modulo the number of prompts; existing lines are kept. engine_options: of
+    `vllm.LLM`; `kv_cache.engine_options` chooses the others. Raises ValueError if `output` holds rows of other prompts,
+    another target or other settings.
     """
     settings = settings or RegenerateSettings()
     prompts = [list(prompt) for prompt in prompts]
@@ -52,13 +55,13 @@ def regenerate(
     if num_done == num_rows:
         return
     lengths = [len(prompts[i % len(prompts)]) + settings.max_tokens for i in range(num_done, num_rows)]
-    options = complete(target_path, lengths, engine_options)
-    # Training must be importable without vLLM's start-up time and plugins.
+    options = complete_options(target_path, lengths, engine_options)
+    # Importing vLLM takes seconds and loads its plugins, which training without it should not.
     from vllm import SamplingParams
 
     from vllm_ctc_spec.engine.lifetime import started
 
-    # A resumed engine must not draw again what the killed one drew for other copies of the same prompts.
+    # With the same seed a resumed engine would repeat what the killed one drew for earlier copies of a prompt.
     with started(target_path, seed=settings.seed + num_done, **options) as llm:
         for start in range(num_done, num_rows, settings.chunk_size):
             chunk = range(start, min(start + settings.chunk_size, num_rows))
@@ -83,10 +86,10 @@ def all_turns(
     settings: RegenerateSettings,
     **engine_options: Any,
 ) -> list[list[int]]:
-    """Prompts of every turn of `questions`, all first turns first.
+    """Token ids of the prompts of every turn of `questions`: all first turns, then all second turns and so on.
 
-    Between the turns stand the target's answers at the first temperature, which are kept in `<output>.turn1.jsonl` and
-    so on. A turn that does not fit into the context is left out, and those after it.
+    A later turn follows the target's answers to the turns before it, at the first temperature. They are kept in
+    `<output>.turn1.jsonl` and so on. A turn that does not fit into the context is left out, as are those after it.
     """
     served = dataclasses.replace(settings, temperatures=settings.temperatures[:1], samples=1)
     context = engine_options.get("max_model_len") or context_length(target_path)
@@ -100,7 +103,7 @@ def all_turns(
         regenerate(target_path, list(asked.values()), path, served, **engine_options)
         for i, line in zip(asked, whole_lines(path)):
             answers[i].append(json.loads(line)["token_ids"])
-        later = {i: turn_prompt(questions[i], answers[i], tokenizer) for i in asked}
+        later = {i: turn_prompt(questions[i], answers[i], tokenizer, settings.chat_template_kwargs) for i in asked}
         fitting = {i: list(prompt) for i, prompt in later.items() if prompt is not None and len(prompt) < context}
         prompts += fitting.values()
         asked = {i: prompt for i, prompt in fitting.items() if len(questions[i].later_turns) > turn}
@@ -108,23 +111,24 @@ def all_turns(
 
 
 def _resumable(target_path: str, settings: RegenerateSettings) -> dict[str, Any]:
-    """What must not change between a killed run and the one that goes on; more samples only add rows."""
+    """Settings that a resumed run must share with the killed one. Others may change: more samples only add rows."""
     fields = dataclasses.asdict(settings)
-    return {"target": str(target_path), **{name: fields[name] for name in ("temperatures", "max_tokens", "seed")}}
+    names = ("temperatures", "max_tokens", "seed", "chat_template_kwargs")
+    return {"target": str(target_path), **{name: fields[name] for name in names}}
 
 
 def _temperature(row: int, num_prompts: int, settings: RegenerateSettings) -> float:
-    """Neighbours differ, and so do the continuations of one prompt, whatever the number of prompts."""
+    """Temperature of a row, such that neighbours and continuations of one prompt differ for any number of prompts."""
     return settings.temperatures[(row % num_prompts + row // num_prompts) % len(settings.temperatures)]
 
 
 def resume_rows(path: Path, prompts: Sequence[list[int]], num_rows: int) -> int:
-    """Count the whole lines of `path`, cutting off a last line that a kill left incomplete.
+    """The number of complete lines in `path`; an incomplete last line, left by a killed run, is cut off.
 
-    Raises ValueError if a line is no row, or belongs to another prompt than its number says: the file is another run's.
+    Raises ValueError if a line is no row of this command, or continues another prompt than this run's line would.
     """
     lines = whole_lines(path)
-    rows = each_line((Line(f"{path}, line {i}", line) for i, line in enumerate(lines, start=1)), _prompt_of, None)
+    rows = parse_lines((Line(f"{path}, line {i}", line) for i, line in enumerate(lines, start=1)), _prompt_of, None)
     for number, continued in enumerate(rows):
         if number >= num_rows or continued != prompts[number % len(prompts)]:
             raise ValueError(
@@ -144,7 +148,7 @@ def _prompt_of(line: Line) -> list[int]:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of `path`, none if it does not exist; a last line that a kill left incomplete is cut off."""
+    """The lines of `path`, none if it does not exist; an incomplete last line is cut off in the file."""
     if not path.exists():
         return []
     content = path.read_bytes()
@@ -154,52 +158,59 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append one line per row; on return they are on disk."""
+    """Append one JSON line per row; on return they are on disk."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
 
 
-TEMPERATURE = 0.8
-MAX_TOKENS = 256
-"""Of a prompt; one that does not end by then is dropped."""
+PROMPT_TEMPERATURE = 0.8
+MAX_PROMPT_TOKENS = 256
+"""Prompts that do not end within so many tokens are dropped."""
 
-SMALLEST_CHUNK, LARGEST_CHUNK = 64, 1024
-"""Prompts written together, and lost together when the process is killed."""
+MIN_CHUNK_SIZE, MAX_CHUNK_SIZE = 64, 1024
+"""Prompts that are written together, and lost together when the process is killed."""
 
-SMALLEST_SHARE = 0.05
-"""Of a chunk that must be usable: a target below it does not write prompts."""
+MIN_USABLE_SHARE = 0.05
+"""Smallest share of usable prompts in a chunk. A target below it has not learned to write prompts."""
 
-_CONTENT = "\N{WHITE SQUARE}"
+_PLACEHOLDER = "\N{WHITE SQUARE}"
 
 
-def write_own_prompts(target_path: str, count: int, output: Path, seed: int = 0, **engine_options: Any) -> None:
-    """Write `count` lines of `messages`, each with one user turn, to `output`; lines that it already holds are kept.
+def write_own_prompts(
+    target_path: str,
+    count: int,
+    output: Path,
+    seed: int = 0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    **engine_options: Any,
+) -> None:
+    """Let the target write `count` lines of `messages`, each with one user turn, to `output`; existing lines are kept.
 
-    `engine_options` go to `vllm.LLM`; what they leave open is chosen by `kv_cache.engine_options`. Raises ValueError
-    where the target has no chat template, or writes no prompts, or `output` holds those of another target or seed.
+    engine_options: of `vllm.LLM`; `kv_cache.engine_options` chooses the others. Raises ValueError if the target has no
+    chat template or writes no usable prompts, or if `output` holds prompts of another run.
     """
-    before, after = around_user_turn(target_path)
+    around = around_user_turn(target_path, chat_template_kwargs)
     num_done = len(whole_lines(output))
-    claim_file(output, {"target": str(target_path), "seed": seed})
+    claim_file(output, {"target": str(target_path), "seed": seed, "chat_template_kwargs": chat_template_kwargs})
     if num_done >= count:
         return
-    options = complete(target_path, [len(before) + MAX_TOKENS] * LARGEST_CHUNK, engine_options)
-    # Training must be importable without vLLM's start-up time and plugins.
+    options = complete_options(target_path, [len(around.before) + MAX_PROMPT_TOKENS] * MAX_CHUNK_SIZE, engine_options)
+    # Importing vLLM takes seconds and loads its plugins, which training without it should not.
     from vllm import SamplingParams
 
     from vllm_ctc_spec.engine.lifetime import started
 
-    parameters = SamplingParams(temperature=TEMPERATURE, max_tokens=MAX_TOKENS, stop=after)
-    # A resumed engine must not draw again what the killed one drew.
+    parameters = SamplingParams(temperature=PROMPT_TEMPERATURE, max_tokens=MAX_PROMPT_TOKENS, stop=around.after)
+    # With the same seed a resumed engine would write the killed one's prompts again.
     with started(target_path, seed=seed + num_done, **options) as llm:
         while num_done < count:
-            size = min(max(2 * (count - num_done), SMALLEST_CHUNK), LARGEST_CHUNK)
-            outputs = llm.generate([{"prompt_token_ids": before}] * size, parameters)
+            size = min(max(2 * (count - num_done), MIN_CHUNK_SIZE), MAX_CHUNK_SIZE)
+            outputs = llm.generate([{"prompt_token_ids": around.before}] * size, parameters)
             ended = {done.outputs[0].text.strip() for done in outputs if done.outputs[0].finish_reason == "stop"}
             texts = sorted(ended - {""})
-            if len(texts) < SMALLEST_SHARE * size:
+            if len(texts) < MIN_USABLE_SHARE * size:
                 raise ValueError(
                     f"--own-prompts {count}: of {size} user turns that target {target_path!r} was to write, it "
                     f"ended {len(texts)}. It has not learned to write them; give it prompts."
@@ -209,14 +220,25 @@ def write_own_prompts(target_path: str, count: int, output: Path, seed: int = 0,
             num_done += len(written)
 
 
-def around_user_turn(target_path: str) -> tuple[list[int], list[str]]:
-    """Token ids that the chat template puts before a user's words, and how it goes on behind them: its first line, or
-    nothing where only an end-of-text token stands there."""
+@dataclass(frozen=True)
+class AroundUserTurn:
+    before: list[int]
+    """Token ids that the chat template puts before the user's text."""
+    after: list[str]
+    """The first line of the text that it puts after it; empty if it puts none there."""
+
+
+def around_user_turn(target_path: str, chat_template_kwargs: Mapping[str, Any] | None = None) -> AroundUserTurn:
+    """Raises ValueError if the target has no chat template."""
     tokenizer = AutoTokenizer.from_pretrained(target_path)
     if not tokenizer.chat_template:
         raise ValueError(f"--own-prompts: target {target_path!r} has no chat template. Give it prompts instead.")
-    messages = [{"role": "user", "content": _CONTENT}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    before, _, after = text.partition(_CONTENT)
-    # Most tokenizers join a space with the word behind it.
-    return tokenizer(before.rstrip(" "), add_special_tokens=False)["input_ids"], after.strip().splitlines()[:1]
+    messages = [{"role": "user", "content": _PLACEHOLDER}]
+    try:
+        text = ChatTemplate(tokenizer, chat_template_kwargs).render(messages, add_generation_prompt=True)
+    except FaultyLine as error:
+        raise ValueError(f"--own-prompts: {error}. Give the target prompts instead.") from error
+    before, _, after = text.partition(_PLACEHOLDER)
+    # Most tokenizers join a space with the word after it.
+    token_ids = tokenizer(before.rstrip(" "), add_special_tokens=False)["input_ids"]
+    return AroundUserTurn(token_ids, after.strip().splitlines()[:1])

@@ -1,4 +1,4 @@
-"""An evaluation as JSON, as tables for the terminal and as one figure."""
+"""Shows an evaluation: as JSON, as tables for the terminal and as a figure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COUNTS = ("num_anchors", "num_rows", "num_rows_left_out")
 
 
 def to_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Plain lists, numbers and strings; a share of nothing is null."""
+    """JSON values; the share of an empty count is null."""
     return {
         **{name: getattr(evaluation, name) for name in _COUNTS},
         "trees": [_tree_fields(tree) for tree in evaluation.trees],
@@ -34,12 +34,12 @@ def _tree_fields(tree: TreeAcceptance) -> dict[str, Any]:
     return asdict(tree) | {
         "depth_shares": list(tree.depth_shares),
         "conditional_shares": list(tree.conditional_shares),
-        "belief": tree.belief,
+        "expected_over_accepted": tree.expected_over_accepted,
     }
 
 
 def to_table(evaluation: Evaluation, name: str = "") -> Group:
-    """name: of the set."""
+    """name: of the evaluation set."""
     left_out = f", {evaluation.num_rows_left_out} too short" if evaluation.num_rows_left_out else ""
     counts = f"{evaluation.num_anchors} anchors in {evaluation.num_rows} rows{left_out}"
     first, sibling = _shown(evaluation.after_first_choice), _shown(evaluation.after_sibling)
@@ -47,23 +47,23 @@ def to_table(evaluation: Evaluation, name: str = "") -> Group:
         _acceptance_table(evaluation, f"Acceptance length, {name}" if name else "Acceptance length", counts),
         _depth_table(evaluation),
         _reliability_table(evaluation),
-        f"next token right after an accepted first choice {first}, after an accepted sibling {sibling}",
+        f"share of right next tokens: {first} after an accepted first choice, {sibling} after another accepted node",
     )
 
 
 def _acceptance_table(evaluation: Evaluation, title: str, counts: str) -> Table:
-    columns = ("tree", "nodes", "tokens per step", "± standard error", "believed", "believed / accepted drafts")
+    columns = ("tree", "nodes", "tokens per step", "± standard error", "expected", "expected / accepted drafts")
     table = Table(*columns, title=title, caption=counts)
     for tree in evaluation.trees:
-        error, expected, belief = map(_number, (tree.standard_error, tree.expected, tree.belief))
-        table.add_row(tree.tree, str(tree.num_nodes), f"{tree.length:.2f}", error, expected, belief)
+        error, expected, ratio = map(_number, (tree.standard_error, tree.expected, tree.expected_over_accepted))
+        table.add_row(tree.tree, str(tree.num_nodes), f"{tree.length:.2f}", error, expected, ratio)
     return table
 
 
 def _depth_table(evaluation: Evaluation) -> Table:
     num_frames = len(evaluation.trees[0].depth_shares)
     depths = map(str, range(1, num_frames + 1))
-    table = Table("tree", "nodes", *depths, title="Accepted to depth (of those one above)")
+    table = Table("tree", "nodes", *depths, title="Accepted to depth (share of those accepted to the depth above)")
     for tree in evaluation.trees:
         both = zip(tree.depth_shares, tree.conditional_shares, strict=True)
         table.add_row(tree.tree, str(tree.num_nodes), *(f"{share:.2f} ({_number(given)})" for share, given in both))
@@ -87,9 +87,9 @@ def _shown(rate: Rate) -> str:
 
 
 def to_png(evaluations: Mapping[str, Evaluation], path: Path) -> None:
-    """Acceptance length over the node budget, acceptance per depth, and calibration, side by side; a row for each set.
+    """Draw acceptance length over node budget, acceptance per depth, and calibration, in one row per evaluation set.
 
-    `path` is the old file or the whole new one. Raises ValueError where matplotlib is not installed.
+    The file is written atomically. Raises ValueError if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -116,10 +116,10 @@ def _draw_lengths(axes: Axes, evaluation: Evaluation) -> None:
             continue
         errors = [tree.standard_error or 0.0 for tree in trees]
         drawn = axes.errorbar(budgets, lengths, yerr=errors, marker="o", capsize=3, label=f"{options.tree}, accepted")
-        believed = [(tree.num_nodes, tree.expected) for tree in trees if tree.expected is not None]
-        if believed:
+        expected = [(tree.num_nodes, tree.expected) for tree in trees if tree.expected is not None]
+        if expected:
             colour = drawn.lines[0].get_color()
-            axes.plot(*zip(*believed), color=colour, linestyle="--", label=f"{options.tree}, believed (1 + Σψ)")
+            axes.plot(*zip(*expected), color=colour, linestyle="--", label=f"{options.tree}, expected (1 + Σψ)")
     axes.set(xlabel="draft nodes", ylabel="tokens per target step", title="Acceptance length")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -148,7 +148,7 @@ def _draw_reliability(axes: Axes, evaluation: Evaluation) -> None:
     axes.plot((lowest, 1), (lowest, 1), color="0.5", linestyle=":", label="calibrated")
     if points:
         axes.plot(*zip(*points), marker="o", label="nodes of the largest prefix tree")
-    axes.set(xlabel="believed: mean ψ", ylabel="share on the target's path", title="Calibration")
+    axes.set(xlabel="mean ψ", ylabel="share accepted", title="Calibration")
     axes.set(xscale="log", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()

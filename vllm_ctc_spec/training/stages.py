@@ -1,47 +1,39 @@
-"""What `vllm-ctc-spec train` runs: regenerate, fit, evaluate, or all. A killed stage resumes where it stopped."""
+"""The stages of `vllm-ctc-spec train`: regenerate, fit, evaluate, or all. A killed stage resumes where it stopped.
+
+Each function imports what its stage needs when it runs, so that no stage loads another's libraries.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoTokenizer
-
-from vllm_ctc_spec.files import write_atomically
-from vllm_ctc_spec.tables import console
-from vllm_ctc_spec.training.card import Words, write_card
-from vllm_ctc_spec.training.evaluate import PAPER_TREE, TREES, evaluate
-from vllm_ctc_spec.training.prompts import Question, read_questions
-from vllm_ctc_spec.training.regenerate import (
-    RegenerateSettings,
-    all_turns,
-    around_user_turn,
-    regenerate,
-    write_own_prompts,
-)
-from vllm_ctc_spec.training.report import to_json, to_png, to_table
-from vllm_ctc_spec.training.sources import read_lines
-from vllm_ctc_spec.vllm_keys import check_engine_keys
-
 if TYPE_CHECKING:
-    from vllm_ctc_spec.training.trainer import FitSettings
+    from vllm_ctc_spec.training.fit import FitSettings
+    from vllm_ctc_spec.training.prompts import Question
+    from vllm_ctc_spec.training.regenerate import RegenerateSettings
 
 HELD_OUT_SHARE = 20
-"""`train all` keeps one of so many prompts for the evaluation, and at most MAX_HELD_OUT."""
+"""`train all` keeps one prompt of so many for the evaluation, at most MAX_HELD_OUT."""
 
 MAX_HELD_OUT = 200
 
 
 def regenerate_stage(options: argparse.Namespace) -> None:
+    from vllm_ctc_spec.training.regenerate import regenerate
+
     prompts = _all_turns(options, _given_questions(options), options.rows)
     prompts += _own_prompts(options, options.rows)
     regenerate(options.target, prompts, options.rows, _regenerate_settings(options), **_engine(options))
 
 
 def _engine(options: argparse.Namespace) -> dict[str, Any]:
+    from vllm_ctc_spec.vllm_keys import check_engine_keys
+
     engine = dict(options.engine)
     if engine:
         check_engine_keys("--engine", engine)
@@ -59,24 +51,43 @@ def _given_questions(options: argparse.Namespace) -> list[Question]:
 
 
 def _all_turns(options: argparse.Namespace, questions: list[Question], rows: Path) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    from vllm_ctc_spec.training.regenerate import all_turns
+
     tokenizer = AutoTokenizer.from_pretrained(options.target)
     return all_turns(options.target, questions, tokenizer, rows, _regenerate_settings(options), **_engine(options))
 
 
 def _own_prompts(options: argparse.Namespace, rows: Path) -> list[list[int]]:
-    """They are kept beside the rows, so that a run that goes on continues the same ones."""
+    """Prompts that the target writes. They are kept beside the rows, so that a resumed run has the same ones."""
     if not options.own_prompts:
         return []
+    from vllm_ctc_spec.training.regenerate import write_own_prompts
+
     path = rows.with_suffix(".own-prompts.jsonl")
-    write_own_prompts(options.target, options.own_prompts, path, options.seed, **_engine(options))
+    write_own_prompts(
+        options.target, options.own_prompts, path, options.seed, options.chat_template_kwargs, **_engine(options)
+    )
     return [list(question.first) for question in _read_questions(options, path)[: options.own_prompts]]
 
 
 def _read_questions(options: argparse.Namespace, source: str | Path) -> list[Question]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    from vllm_ctc_spec.training.prompts import read_questions
+    from vllm_ctc_spec.training.sources import read_lines
+
     text = AutoConfig.from_pretrained(options.target).get_text_config()
     skipped: list[str] | None = [] if options.skip_bad_lines else None
     tokenizer = AutoTokenizer.from_pretrained(options.target)
-    questions = read_questions(read_lines(source), tokenizer, skipped, vocab_size=text.vocab_size)
+    questions = read_questions(
+        read_lines(source),
+        tokenizer,
+        skipped,
+        vocab_size=text.vocab_size,
+        chat_template_kwargs=options.chat_template_kwargs,
+    )
     context = _engine(options).get("max_model_len", text.max_position_embeddings)
     for number, question in enumerate(questions, start=1):
         if len(question.first) >= context:
@@ -94,8 +105,15 @@ def _report_skipped(skipped: list[str] | None) -> None:
 
 
 def _regenerate_settings(options: argparse.Namespace) -> RegenerateSettings:
-    samples = options.samples or len(options.temperatures)
-    return RegenerateSettings(tuple(options.temperatures), samples, options.max_tokens, seed=options.seed)
+    from vllm_ctc_spec.training.regenerate import RegenerateSettings
+
+    return RegenerateSettings(
+        temperatures=tuple(options.temperatures),
+        samples=options.samples or len(options.temperatures),
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+        chat_template_kwargs=options.chat_template_kwargs,
+    )
 
 
 def fit_stage(options: argparse.Namespace) -> None:
@@ -103,13 +121,13 @@ def fit_stage(options: argparse.Namespace) -> None:
 
 
 def _run_fit(options: argparse.Namespace, rows: str | Path | None, drafter: Path) -> None:
+    from vllm_ctc_spec.training.fit import dry_run, fit
     from vllm_ctc_spec.training.loop import processes
-    from vllm_ctc_spec.training.trainer import dry_run, fit
 
     skipped: list[str] | None = [] if options.skip_bad_lines else None
     if options.dry_run or rows is None:
         written = dry_run(options.target, rows, drafter, _fit_settings(options), skipped)
-        print(f"everything checked; an untrained drafter, which serves, is in {written}")
+        print(f"all checks passed; {written} holds an untrained drafter that vLLM can serve")
     else:
         fit(options.target, rows, drafter, _fit_settings(options), skipped)
     if processes().is_main_process:
@@ -117,8 +135,8 @@ def _run_fit(options: argparse.Namespace, rows: str | Path | None, drafter: Path
 
 
 def _fit_settings(options: argparse.Namespace) -> FitSettings:
+    from vllm_ctc_spec.training.fit import FitSettings
     from vllm_ctc_spec.training.loop import Budget
-    from vllm_ctc_spec.training.trainer import FitSettings
 
     vocab = {} if options.draft_vocab_size is None else {"draft_vocab_size": options.draft_vocab_size or None}
     layers = {} if options.target_layers is None else {"target_layers": _target_layers(options.target_layers)}
@@ -134,6 +152,7 @@ def _fit_settings(options: argparse.Namespace) -> FitSettings:
         seed=options.seed,
         cache=options.cache,
         init=options.init,
+        chat_template_kwargs=options.chat_template_kwargs,
         drafter={
             "num_frames": options.frames,
             "label_length": options.label_length or options.frames,
@@ -147,12 +166,12 @@ def _fit_settings(options: argparse.Namespace) -> FitSettings:
     )
 
 
-def _target_layers(words: list[str]) -> list[int]:
-    if words == ["none"]:
+def _target_layers(arguments: list[str]) -> list[int]:
+    if arguments == ["none"]:
         return []
-    if not all(word.isdecimal() for word in words):
-        raise ValueError(f"--target-layers {' '.join(words)}: write layer numbers, or none.")
-    return sorted(set(map(int, words)))
+    if not all(argument.isdecimal() for argument in arguments):
+        raise ValueError(f"--target-layers {' '.join(arguments)}: write layer numbers, or none.")
+    return sorted(set(map(int, arguments)))
 
 
 def evaluate_stage(options: argparse.Namespace) -> None:
@@ -160,7 +179,7 @@ def evaluate_stage(options: argparse.Namespace) -> None:
 
 
 def named_sets(arguments: Sequence[str]) -> dict[str, str]:
-    """Name -> rows; rows without a name are called as their file or data set."""
+    """Name -> rows. The default name is that of the file or data set."""
     sets: dict[str, str] = {}
     for argument in arguments:
         name, equals, rows = argument.partition("=")
@@ -177,11 +196,25 @@ def named_sets(arguments: Sequence[str]) -> dict[str, str]:
 def _run_evaluate(
     options: argparse.Namespace, drafter: Path, sets: Mapping[str, str], text: str | None, paper: bool = False
 ) -> None:
+    from vllm_ctc_spec.files import write_atomically
+    from vllm_ctc_spec.tables import console
+    from vllm_ctc_spec.training.card import CardDetails, write_card
+    from vllm_ctc_spec.training.evaluate import PAPER_TREE, TREES, evaluate
+    from vllm_ctc_spec.training.report import to_json, to_png, to_table
+
     trees = (*TREES, PAPER_TREE) if paper else TREES
     evaluations = {}
     for name, rows in sets.items():
         skipped: list[str] | None = [] if options.skip_bad_lines else None
-        evaluations[name] = evaluate(options.target, str(drafter), rows, trees, skipped=skipped, seed=options.seed)
+        evaluations[name] = evaluate(
+            options.target,
+            str(drafter),
+            rows,
+            trees,
+            seed=options.seed,
+            skipped=skipped,
+            chat_template_kwargs=options.chat_template_kwargs,
+        )
         _report_skipped(skipped)
         console().print(to_table(evaluations[name], name))
     if options.json is not None:
@@ -190,27 +223,30 @@ def _run_evaluate(
     if options.png is not None:
         to_png(evaluations, options.png)
     card = options.card or drafter / "README.md"
-    write_card(card, drafter, options.target, Words(options.target_name, text), evaluations)
+    write_card(card, drafter, options.target, CardDetails(options.target_name, text), evaluations)
     print(f"written: {card}")
 
 
 def all_stages(options: argparse.Namespace) -> None:
+    from vllm_ctc_spec.training.regenerate import around_user_turn, regenerate
+
     rows, held_out, drafter = (options.output / name for name in ("rows.jsonl", "heldout.jsonl", "drafter"))
     questions, engine = _given_questions(options), _engine(options)
     if options.dry_run:
         if options.own_prompts:
-            around_user_turn(options.target)
+            around_user_turn(options.target, options.chat_template_kwargs)
         _run_fit(options, None, drafter)
         return
     options.output.mkdir(parents=True, exist_ok=True)
     prompts = _all_turns(options, questions, rows)
     own_prompts = _own_prompts(options, rows)
     kept = held_out_prompts(prompts or own_prompts)
-    served = RegenerateSettings((options.temperatures[0],), max_tokens=options.max_tokens, seed=options.seed)
+    settings = _regenerate_settings(options)
+    served = dataclasses.replace(settings, temperatures=settings.temperatures[:1], samples=1)
     regenerate(options.target, kept, held_out, served, **engine)
-    # A later turn's prompt begins with that of the first.
+    # The prompt of a later turn begins with the first turn's, so later turns of a kept prompt are left out too.
     remaining = [prompt for prompt in prompts + own_prompts if not any(prompt[: len(k)] == k for k in kept)]
-    regenerate(options.target, remaining, rows, _regenerate_settings(options), **engine)
+    regenerate(options.target, remaining, rows, settings, **engine)
     _run_fit(options, rows, drafter)
     options.json, options.png = options.output / "evaluation.json", options.output / "evaluation.png"
     options.card = None
@@ -218,16 +254,16 @@ def all_stages(options: argparse.Namespace) -> None:
 
 
 def _text(options: argparse.Namespace, num_prompts: int, num_own: int) -> str:
-    """For the model card."""
+    """The training text, for the model card."""
     sources = [f"{num_prompts:,} prompts of {Path(options.prompts).name}"] if num_prompts else []
-    sources += [f"{num_own:,} prompts that it wrote itself"] if num_own else []
+    sources += [f"{num_own:,} prompts that it wrote"] if num_own else []
     temperatures = ", ".join(f"{temperature:g}" for temperature in dict.fromkeys(options.temperatures))
     text = f"the target's own answers to {' and '.join(sources)}, at temperatures {temperatures}"
     return f"{text}. {options.text}" if options.text else text
 
 
 def held_out_prompts(prompts: list[list[int]]) -> list[list[int]]:
-    """Distinct prompts from all over the source, none of which may be trained on."""
+    """Distinct prompts, evenly from the whole source, to be kept for the evaluation. Raises ValueError below two."""
     distinct = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
     if len(distinct) < 2:
         raise ValueError("needs at least two different prompts: some are kept for the evaluation.")

@@ -149,8 +149,8 @@ def test_the_drafters_rows_see_their_context_and_one_another() -> None:
     frames = step.attention.frames(step.attention.context(BLOCKS, requests, lens), 5, 6, query.dtype)
     found = step.attention.attend_frames(query, key, value, cache, frames, SCALE)
     batch = make_batch([0, 5], [5, 5], [0b11111] * 10, lens.tolist(), BLOCKS[requests])
-    own = query.flatten(0, 1).double(), key.flatten(0, 1), value.flatten(0, 1)
-    expected = reference.tree_attention(*own, cache, batch, SCALE, torch.empty_like(own[0]))
+    query, key, value = query.flatten(0, 1).double(), key.flatten(0, 1), value.flatten(0, 1)
+    expected = reference.tree_attention(query, key, value, cache, batch, SCALE, torch.empty_like(query))
     torch.testing.assert_close(found.flatten(0, 1), expected.float(), rtol=1e-5, atol=1e-5)
 
 

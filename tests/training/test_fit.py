@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,16 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
-from transformers import AutoModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModel, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
 
 from tests.training.tiny_models import VOCAB, tiny_target
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
 from vllm_ctc_spec.training import trainer as trainer_module
-from vllm_ctc_spec.training.evaluate import evaluate
+from vllm_ctc_spec.training.evaluate import TreeChoice, evaluate
+from vllm_ctc_spec.training.fit import FitSettings, dry_run, fit
 from vllm_ctc_spec.training.loop import Budget, last_complete_checkpoint
-from vllm_ctc_spec.training.trainer import FitSettings, dry_run, fit
 
 PERIOD = 10
 
@@ -66,14 +67,14 @@ class Killed(Exception):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    compute_loss = trainer_module._DrafterTrainer.compute_loss
+    compute_loss = trainer_module.DrafterTrainer.compute_loss
 
     def until(self, *args, **kwargs):
         if self.state.global_step == step:
             raise Killed
         return compute_loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(trainer_module._DrafterTrainer, "compute_loss", until)
+    monkeypatch.setattr(trainer_module.DrafterTrainer, "compute_loss", until)
 
 
 def test_fit_learns_and_the_saved_drafter_drafts(target_path, rows_path, tmp_path):
@@ -88,7 +89,9 @@ def test_fit_learns_and_the_saved_drafter_drafts(target_path, rows_path, tmp_pat
     assert losses[-1] < 0.5 * losses[0]
     assert sum(report(folder)["time_shares"].values()) == pytest.approx(1)
     prefix = SpecOptions()
-    results = evaluate(target_path, str(folder), rows_path, trees=((SpecOptions(tree="chain"), 4), (prefix, 16))).trees
+    results = evaluate(
+        target_path, str(folder), rows_path, trees=(TreeChoice(SpecOptions(tree="chain"), 4), TreeChoice(prefix, 16))
+    ).trees
     assert [(result.tree, result.num_nodes) for result in results] == [("chain", 4), ("prefix", 16)]
     assert all(4.5 < result.length <= 5 for result in results)
 
@@ -176,7 +179,7 @@ def test_two_processes_train_one_drafter(target_path, rows_path, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["drafter"]
     assert report(tmp_path / "drafter")["steps"] == 100
-    trees = ((SpecOptions(), 16),)
+    trees = (TreeChoice(SpecOptions(), 16),)
     assert evaluate(target_path, str(tmp_path / "drafter"), rows_path, trees).trees[0].length > 4
 
 
@@ -200,6 +203,29 @@ def test_an_unknown_trainer_setting_is_refused_by_name(target_path, rows_path, t
 
 
 @pytest.mark.parametrize("run", [fit, dry_run])
+def test_reporting_to_what_is_not_installed_is_refused_by_name(target_path, rows_path, tmp_path, run):
+    with pytest.raises(ValueError, match=r"report_to='nowhere': .*not installed"):
+        run(target_path, rows_path, tmp_path / "drafter", settings(1, trainer={"report_to": "nowhere"}))
+
+
+def test_rows_of_messages_are_rendered_with_the_variables_of_the_template(target_path, tmp_path):
+    target = shutil.copytree(target_path, tmp_path / "target")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% if style is not defined %}{{ raise_exception('no style') }}{% endif %}"
+    template += "{% for m in messages %}{{ ' ' + m.content }}{% endfor %}"
+    PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template).save_pretrained(target)
+    text = " ".join(f"w{i}" for i in range(2, 30))
+    messages = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": text}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(ValueError, match=r"chat template refuses the messages \(no style\)"):
+        fit(str(target), tmp_path / "rows.jsonl", tmp_path / "drafter", settings(1))
+    chosen = settings(1, chat_template_kwargs={"style": "new"})
+    folder = fit(str(target), tmp_path / "rows.jsonl", tmp_path / "drafter", chosen)
+    assert json.loads((folder / "settings.json").read_text())["chat_template_kwargs"] == {"style": "new"}
+
+
+@pytest.mark.parametrize("run", [fit, dry_run])
 @pytest.mark.parametrize(("fields", "given"), [({}, 0.0), ({}, 1.5), ({"emission": "independent"}, 0.8)])
 def test_a_label_decay_that_means_nothing_is_refused(target_path, rows_path, tmp_path, run, fields, given):
     chosen = settings(1, label_decay=given)
@@ -210,7 +236,7 @@ def test_a_label_decay_that_means_nothing_is_refused(target_path, rows_path, tmp
 
 def test_too_small_a_disk_is_refused_before_training(target_path, rows_path, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("vllm_ctc_spec.training.trainer.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("vllm_ctc_spec.training.fit.shutil.disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match=r"need .* GB of disk, 0.0 GB are free"):
         fit(target_path, rows_path, tmp_path / "drafter", settings(1))
 
@@ -219,9 +245,24 @@ def test_a_full_gpu_names_the_settings_to_lower(target_path, rows_path, tmp_path
     def out_of_memory(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError("tried to allocate 80 GiB")
 
-    monkeypatch.setattr(trainer_module._DrafterTrainer, "compute_loss", out_of_memory)
+    monkeypatch.setattr(trainer_module.DrafterTrainer, "compute_loss", out_of_memory)
     with pytest.raises(ValueError, match=r"80 GiB.*batch_size=4, anchors_per_row=64 or max_length=512"):
         fit(target_path, rows_path, tmp_path / "drafter", settings(1))
+
+
+def test_the_first_drafts_are_as_sure_as_the_target(target_path, rows_path, tmp_path):
+    """Of one that divides its logits by 30: before anything is learnt, a label costs about what a guess costs."""
+    shutil.copytree(target_path, tmp_path / "target")
+    config = AutoConfig.from_pretrained(target_path)
+    torch.manual_seed(0)
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 1.0}
+    GraniteForCausalLM(
+        GraniteConfig(**sizes, logits_scaling=30.0, bos_token_id=None, eos_token_id=0, pad_token_id=None)
+    ).save_pretrained(tmp_path / "target")
+    folder = fit(str(tmp_path / "target"), rows_path, tmp_path / "drafter", settings(1, log_steps=1))
+    first_loss = report(folder)["losses"][0]
+    assert first_loss < 1.3 * settings(1).drafter["num_frames"] * math.log(VOCAB)
 
 
 def test_a_fit_that_starts_from_another_drafter_knows_what_that_one_knew(target_path, rows_path, tmp_path):

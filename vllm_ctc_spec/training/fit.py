@@ -1,0 +1,271 @@
+"""`fit` trains a drafter for a Hugging Face target and writes it as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
+from vllm_ctc_spec.files import atomic_folder, claim, is_finished, write_atomically
+from vllm_ctc_spec.machine import target_dtype
+from vllm_ctc_spec.training.calibrate import calibrate, split_rows
+from vllm_ctc_spec.training.card import TRAINING_RECORD, training_facts, training_record
+from vllm_ctc_spec.training.data import (
+    AnchorDataset,
+    TrainingRow,
+    most_frequent,
+    num_frequent,
+    read_rows,
+    with_anchors,
+)
+from vllm_ctc_spec.training.hidden_cache import HiddenCache, write_cache
+from vllm_ctc_spec.training.loop import Budget, drop_checkpoints, loop_arguments, processes
+from vllm_ctc_spec.training.models import check_target, drafter_config, load_target, start_from, start_like
+from vllm_ctc_spec.training.objective import DraftObjective
+from vllm_ctc_spec.training.trainer import train
+
+DRY_RUN_LINES = 1000
+"""Lines of the data that a dry run reads."""
+LABEL_DECAY = 0.8
+"""Default of `label_decay`; 1 and 0.65 gave lower acceptance lengths (benchmarks/README.md)."""
+MAY_CHANGE = ("save_steps", "log_steps")
+"""Settings that may differ between a killed run and the one that resumes it."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    budget: Budget = field(default_factory=lambda: Budget(max_steps=4000))
+    learning_rate: float = 5e-3
+    """Peak of the schedule."""
+    weight_decay: float = 0.01
+    batch_size: int = 4
+    """Rows per device and step."""
+    anchors_per_row: int = 64
+    """Anchors drawn from each row in each epoch."""
+    max_length: int = 512
+    """Tokens of a row; longer rows are cut."""
+    label_decay: float | None = None
+    """Weight of a label over the one before it. Below 1, because a token counts only if all before it are accepted.
+    None: LABEL_DECAY, or 1 for drafters with a blank, whose sum over alignments has no weights for single labels.
+    """
+    save_steps: int = 500
+    """Steps between checkpoints."""
+    log_steps: int = 100
+    """Steps between logged losses."""
+    seed: int = 0
+    cache: Path | None = None
+    """Folder for the target's hidden states. It saves time if the run sees its rows more than once."""
+    init: str | None = None
+    """Folder of a drafter to start from."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further variables of the chat template, for rows of `messages`."""
+    drafter: dict[str, Any] = field(default_factory=dict)
+    """Fields of CTCDrafterConfig that differ from the choice of `drafter_config`."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Fields of transformers.TrainingArguments, such as gradient_accumulation_steps or report_to."""
+
+
+def fit(
+    target_path: str,
+    data: str | Path,
+    output_dir: Path,
+    settings: FitSettings | None = None,
+    skipped: list[str] | None = None,
+) -> Path:
+    """Train on the rows of `data`, write the drafter to `output_dir`, whole or not at all, and return `output_dir`.
+
+    Checkpoints are in `<output_dir>.checkpoints` until then; a run that was killed resumes from the last whole one.
+    data, skipped: see `read_rows`. Processes started by torchrun or accelerate share the work. Raises ValueError if
+    settings, target or data cannot be used, or if `output_dir` holds something else.
+    """
+    settings = settings or FitSettings()
+    resumable = _resumable(target_path, data, settings)
+    if is_finished(output_dir, resumable):
+        return output_dir
+    config = drafter_config(AutoConfig.from_pretrained(target_path), **settings.drafter)
+    label_decay = _label_decay(settings, config)
+    rows = _usable_rows(target_path, data, config, settings, skipped)
+    checkpoints = output_dir.with_name(f"{output_dir.name}.checkpoints")
+    with processes().main_process_first():
+        claim(checkpoints, resumable)
+    torch.manual_seed(settings.seed)
+    drafter = _first_drafter(config, settings)
+    _check_disk(output_dir, drafter)
+    target = load_target(target_path)
+    if settings.init is None:
+        start_like(drafter, target)
+    split = split_rows(rows)
+    hidden = _cached_hidden(settings.cache, target, target_path, split.trained, config.target_layers)
+    dataset = AnchorDataset(
+        split.trained, config.label_length, settings.anchors_per_row, settings.seed, hidden, _min_labels(config)
+    )
+    if config.draft_vocab_size is not None:
+        drafter.draft_only(most_frequent(split.trained, config.vocab_size, config.draft_vocab_size))
+    objective = DraftObjective(drafter, target, _frequent(split.trained, config), label_decay)
+    training = _train(objective, dataset, checkpoints, settings)
+    if processes().is_main_process:
+        training["calibration_factor"] = calibrate(objective, split.calibration, settings.seed)
+        training |= training_facts(split.trained)
+        if settings.init is not None:
+            training["before"] = training_record(Path(settings.init))
+        with atomic_folder(output_dir) as partial:
+            drafter.to("cpu", target.dtype).save_pretrained(partial)
+            write_atomically(partial / TRAINING_RECORD, json.dumps(training, indent=2).encode())
+            claim(partial, resumable)
+        drop_checkpoints(checkpoints)
+    processes().wait_for_everyone()
+    return output_dir
+
+
+def dry_run(
+    target_path: str,
+    data: str | Path | None,
+    output_dir: Path,
+    settings: FitSettings | None = None,
+    skipped: list[str] | None = None,
+) -> Path:
+    """Check everything that `fit` needs, and write an untrained drafter that vLLM can serve to `<output_dir>.dry-run`.
+
+    Returns that folder. Reads the first DRY_RUN_LINES lines of `data` (None: no rows yet), and no weights of the
+    target. Raises ValueError as `fit` does.
+    """
+    settings = settings or FitSettings()
+    config = drafter_config(AutoConfig.from_pretrained(target_path), **settings.drafter)
+    _label_decay(settings, config)
+    check_target(target_path)
+    if data is not None:
+        _usable_rows(target_path, data, config, settings, skipped, DRY_RUN_LINES)
+    drafter = _first_drafter(config, settings)
+    _check_disk(output_dir, drafter)
+    loop_arguments(output_dir, settings.budget, settings.batch_size, **settings.trainer)
+    untrained = output_dir.with_name(f"{output_dir.name}.dry-run")
+    with atomic_folder(untrained) as partial:
+        drafter.to(target_dtype()).save_pretrained(partial)
+    return untrained
+
+
+def _first_drafter(config: CTCDrafterConfig, settings: FitSettings) -> CTCDrafter:
+    drafter = CTCDrafter(config)
+    if settings.init is not None:
+        start_from(drafter, settings.init)
+    return drafter
+
+
+def _usable_rows(
+    target_path: str,
+    data: str | Path,
+    config: CTCDrafterConfig,
+    settings: FitSettings,
+    skipped: list[str] | None,
+    max_lines: int | None = None,
+) -> list[TrainingRow]:
+    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    rows = read_rows(
+        data,
+        tokenizer,
+        settings.max_length,
+        skipped,
+        vocab_size=config.vocab_size,
+        max_lines=max_lines,
+        chat_template_kwargs=settings.chat_template_kwargs,
+    )
+    min_labels = _min_labels(config)
+    usable = with_anchors(rows, min_labels)
+    if not usable:
+        raise ValueError(
+            f"{str(data)!r} has no row with {min_labels + 1} trained tokens in sequence, as label_length="
+            f"{config.label_length} needs. Use longer rows or a smaller label_length."
+        )
+    return usable
+
+
+def _min_labels(config: CTCDrafterConfig) -> int:
+    """Fewest labels of an anchor. Anchors near the end of an answer have fewer than U, but a sum over alignments needs
+    all of them."""
+    return config.label_length if config.has_blank else 1
+
+
+def _frequent(rows: Sequence[TrainingRow], config: CTCDrafterConfig) -> Tensor | None:
+    """Tokens for `sampled_softmax`; None for the exact normaliser, with a small vocabulary.
+
+    Per step the loss falls as fast as with all V tokens, and a step takes less time.
+    """
+    num_sampled = num_frequent(config.vocab_size)
+    return None if num_sampled is None else most_frequent(rows, config.vocab_size, num_sampled // 2)
+
+
+def _label_decay(settings: FitSettings, config: CTCDrafterConfig) -> float:
+    given = settings.label_decay
+    if config.has_blank:
+        if given is not None:
+            raise ValueError(
+                f"label_decay={given}: this drafter learns from a sum over alignments, which has no weights for single "
+                f"labels. Leave it out, or train with label_length={config.num_frames} and conditioned emissions."
+            )
+        return 1.0
+    if given is not None and not 0 < given <= 1:
+        raise ValueError(f"label_decay={given}: use a number above 0, up to 1 for labels of one weight.")
+    return LABEL_DECAY if given is None else given
+
+
+def _resumable(target_path: str, data: str | Path, settings: FitSettings) -> dict[str, Any]:
+    """Settings that a resumed run must share with the killed one, as JSON values."""
+    fields = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE}
+    flat = {"target": str(target_path), "data": str(data), **fields}
+    return json.loads(json.dumps(flat, default=str))
+
+
+def _check_disk(output_dir: Path, drafter: CTCDrafter) -> None:
+    # Weights and two moments in float32, in three checkpoints: two complete ones and one that is being written.
+    needed = 3 * 3 * 4 * sum(weight.numel() for weight in drafter.parameters())
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output_dir.parent).free
+    if free < needed:
+        raise ValueError(
+            f"checkpoints in {str(output_dir.parent)!r} need {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are "
+            "free. Make room or choose another output folder."
+        )
+
+
+def _cached_hidden(
+    cache: Path | None, target: PreTrainedModel, target_path: str, rows: Sequence[TrainingRow], layers: Sequence[int]
+) -> Callable[[int], Tensor] | None:
+    if cache is None:
+        return None
+    if processes().is_main_process:
+        target.to(processes().device)
+        write_cache(cache, target, target_path, rows, layers)
+    processes().wait_for_everyone()
+    return HiddenCache(cache, target_path, rows, target.dtype, layers).__getitem__
+
+
+def _train(
+    objective: DraftObjective, dataset: AnchorDataset, checkpoints: Path, settings: FitSettings
+) -> dict[str, Any]:
+    options = {"save_steps": settings.save_steps, "logging_steps": settings.log_steps, "seed": settings.seed}
+    try:
+        return train(
+            objective,
+            dataset,
+            checkpoints,
+            settings.budget,
+            settings.learning_rate,
+            settings.weight_decay,
+            settings.batch_size,
+            options | settings.trainer,
+        )
+    except torch.cuda.OutOfMemoryError as error:
+        raise ValueError(
+            f"the GPU's memory is full ({error}). Lower batch_size={settings.batch_size}, "
+            f"anchors_per_row={settings.anchors_per_row} or max_length={settings.max_length}; "
+            "gradient_accumulation_steps makes up for a smaller batch."
+        ) from error
