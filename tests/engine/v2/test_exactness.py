@@ -245,3 +245,20 @@ def test_two_ranks_of_tensor_parallel_are_exact(pair: TinyPair, prompts: list[li
         for name in names:
             assert_equal(trees.answers[name], plain.answers[name])
         assert trees.metrics["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+@pytest.mark.parametrize("spec", [{"num_speculative_tokens": 63}, {"tree": "chain"}, {"tree": "template"}], ids=str)
+def test_every_kind_of_tree_is_exact_up_to_the_end_of_the_context(
+    pair: TinyPair, prompts: list[list[int]], tmp_path: Path, spec: dict[str, Any]
+) -> None:
+    group = kinds(
+        {"temperature": 0, "max_tokens": 100, "ignore_eos": True},
+        {"temperature": 0.8, "max_tokens": 30, "logprobs": 1},
+        {"temperature": 0.8, "max_tokens": 20, "presence_penalty": 0.4},
+    )
+    fields = {"groups": {"group": group}, "options": {"max_model_len": 64, "max_num_batched_tokens": 300}}
+    plain = serve(tmp_path, job_of(pair, prompts, tmp_path, "plain", **fields))
+    ours = spec_of(pair, **spec)
+    trees = serve(tmp_path, job_of(pair, prompts, tmp_path, "trees", spec=ours, worker=WATCHED, **fields))
+    assert_equal(trees.answers["group"], plain.answers["group"])
+    assert plain.answers["group"][0]["finish_reason"] == "length"
