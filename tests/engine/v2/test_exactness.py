@@ -247,6 +247,7 @@ def test_two_ranks_of_tensor_parallel_are_exact(pair: TinyPair, prompts: list[li
         assert trees.metrics["vllm:spec_decode_num_accepted_tokens"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [{"num_speculative_tokens": 63}, {"tree": "chain"}, {"tree": "template"}], ids=str)
 def test_every_kind_of_tree_is_exact_up_to_the_end_of_the_context(
     pair: TinyPair, prompts: list[list[int]], tmp_path: Path, spec: dict[str, Any]
