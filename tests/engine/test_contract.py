@@ -43,7 +43,6 @@ def test_everything_that_we_import_exists_and_comes_from_the_engine_package_alon
         ("engine/worker.py", worker.CTCGPUWorker),
         ("engine/v2/runner.py", v2_runner.TreeModelRunnerV2),
         ("engine/v2/runner.py", v2_runner.TreeCPUModelRunnerV2),
-        ("engine/v2/worker.py", v2_worker.CTCWorkerV2),
         ("engine/v2/worker.py", v2_worker.CTCGPUWorkerV2),
     ],
 )

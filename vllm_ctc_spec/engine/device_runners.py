@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from vllm.distributed.parallel_state import graph_capture
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_ctc_spec.engine.cpu_modules import use_vllms_kernels
-from vllm_ctc_spec.engine.graphs import MAX_CAPTURED_REQUESTS, cuda_graphs
+from vllm_ctc_spec.engine.graphs import capture_drafting
 from vllm_ctc_spec.engine.runner import TreeModelRunner
 
 
@@ -22,11 +20,7 @@ class TreeGPUModelRunner(TreeModelRunner):
         self.drafter.profile(self.max_num_reqs)
 
     def warm_up_drafting(self) -> None:
-        """Capture drafting in CUDA graphs, unless the user turned graphs off."""
-        if self.compilation_config.cudagraph_mode.has_piecewise_cudagraphs():
-            # Lets vLLM record the sums over ranks.
-            recording = partial(graph_capture, self.device)
-            self.drafter.capture(min(self.max_num_reqs, MAX_CAPTURED_REQUESTS), cuda_graphs(recording))
+        capture_drafting(self)
 
 
 class TreeCPUModelRunner(TreeModelRunner, CPUModelRunner):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.distributed.parallel_state import graph_capture
 
 from vllm_ctc_spec.engine.attention.interface import PagedContext
 from vllm_ctc_spec.engine.row_counts import doublings
@@ -67,6 +68,14 @@ class DraftGraphs:
 
     def fits(self, inputs: DraftInputs) -> bool:
         return len(inputs.hidden) <= len(self._buffers.hidden)
+
+
+def capture_drafting(runner: Any) -> None:
+    """In CUDA graphs, unless the user turned graphs off. runner: one of ours."""
+    if runner.compilation_config.cudagraph_mode.has_piecewise_cudagraphs():
+        # Lets vLLM record the sums over ranks.
+        recording = partial(graph_capture, runner.device)
+        runner.drafter.capture(min(runner.max_num_reqs, MAX_CAPTURED_REQUESTS), cuda_graphs(recording))
 
 
 def cuda_graphs(recording: Callable[[], AbstractContextManager[Any]]) -> Capture:

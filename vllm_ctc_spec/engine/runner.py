@@ -61,18 +61,15 @@ class TreeModelRunner(GPUModelRunner):
         if layers:
             self.model.set_aux_hidden_state_layers(layers)
 
+    @property
+    def adapts(self) -> bool:
+        """Whether the node budget is adaptive."""
+        return self.drafter.settings.options.adapts
+
     def measure_step_cost(self) -> None:
         """Before the first request; needs the compiled model."""
-        settings = self.drafter.settings
-        if settings.options.adapts:
-            self.control = measured_control(
-                self._run_target,
-                self.drafter.profile,
-                min(self.max_num_reqs * (1 + settings.num_nodes), self.max_num_tokens),
-                self.max_num_reqs,
-                # vLLM's data parallel ranks of a MoE target run it in lock-step: each waits for all others.
-                in_lock_step=self.parallel_config.data_parallel_size > 1 and self.model_config.is_moe,
-            )
+        if self.adapts:
+            self.control = measured_control(self, self._run_target)
             self.maybe_remove_all_loras(self.lora_config)
 
     @torch.inference_mode()
@@ -220,7 +217,7 @@ class TreeModelRunner(GPUModelRunner):
         verified = self._verified_rows(step, [hidden_states, *(aux_hidden_states or ())])
         drafts: list[list[int]] = [[] for _ in step.trees]
         control, plan = self.control, None
-        if self.drafter.settings.options.adapts:
+        if self.adapts:
             plan = of_first_rank(None if control is None else control.plan(len(step.trees)))
             if plan is None:
                 self.drafter.defer(verified)

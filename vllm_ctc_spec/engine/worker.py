@@ -28,12 +28,6 @@ def summary(settings: EngineSettings, num_frames: int, runner: str, adapts: bool
     )
 
 
-def log_summary(runner: Any, adapts: bool) -> None:
-    drafter = runner.drafter
-    # By one of the ranks.
-    logger.info_once(summary(drafter.settings, drafter.drafter.config.num_frames, type(runner).__name__, adapts))
-
-
 class CTCWorker(Worker):
     """What does not depend on the device."""
 
@@ -49,7 +43,10 @@ class CTCWorker(Worker):
         self.model_runner.drafter.warm_up_attention()
         self.model_runner.warm_up_drafting()
         self.model_runner.measure_step_cost()
-        log_summary(self.model_runner, adapts=self.model_runner.drafter.settings.options.adapts)
+        runner, drafter = self.model_runner, self.model_runner.drafter
+        num_frames = drafter.drafter.config.num_frames
+        # By one of the ranks.
+        logger.info_once(summary(drafter.settings, num_frames, type(runner).__name__, runner.adapts))
         return times
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vllm.distributed import get_tp_group
 
@@ -63,15 +64,17 @@ class BudgetControl:
         self._last_requests, self._last_end = requests, now
 
 
-def measured_control(
-    run_target: Run, run_drafting: Run, most_rows: int, most_requests: int, in_lock_step: bool
-) -> BudgetControl | None:
-    """Measures both before the first request; None on other ranks than the first, which decides for all.
+def measured_control(runner: Any, run_target: Run) -> BudgetControl | None:
+    """Measures the target and drafting before the first request; None on other ranks than the first, which decides for
+    all.
 
-    in_lock_step: see `measure`.
+    runner: one of ours, whose model is compiled.
     """
+    most_rows = min(runner.max_num_reqs * (1 + runner.drafter.settings.num_nodes), runner.max_num_tokens)
+    # vLLM's data parallel ranks of a MoE target run it in lock-step: each waits for all others.
+    in_lock_step = runner.parallel_config.data_parallel_size > 1 and runner.model_config.is_moe
     target = measure(_of_first_rank(timed(run_target)), target_sizes(most_rows), in_lock_step)
-    drafting = measure(_of_first_rank(timed(run_drafting)), drafting_sizes(most_requests))
+    drafting = measure(_of_first_rank(timed(runner.drafter.profile)), drafting_sizes(runner.max_num_reqs))
     return BudgetControl(NodeBudget(target, drafting)) if get_tp_group().is_first_rank else None
 
 

@@ -8,18 +8,16 @@ node budget for every request and is told how many tokens came; it never sees a 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm.distributed.parallel_state import graph_capture
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_ctc_spec.engine.adaptive.control import measured_control
 from vllm_ctc_spec.engine.attention.choice import attention_of_target
-from vllm_ctc_spec.engine.graphs import MAX_CAPTURED_REQUESTS, cuda_graphs
+from vllm_ctc_spec.engine.graphs import capture_drafting
 from vllm_ctc_spec.engine.v2.host_budget import HostBudget
 from vllm_ctc_spec.engine.v2.speculator import CTCSpeculator
 from vllm_ctc_spec.engine.v2.verifier import TreeVerifier
@@ -86,18 +84,15 @@ class TreeModelRunnerV2(GPUModelRunner):
             self.attention.move(*step.moves(self.block_tables.slot_mappings[0][: step.num_rows]))
         return sampled
 
+    @property
+    def adapts(self) -> bool:
+        """Whether the node budget is adaptive."""
+        return self.speculator.adapts
+
     def measure_step_cost(self) -> None:
         """Before the first request; needs the compiled model."""
-        settings = self.drafter.settings
-        if settings.options.adapts and not self.scheduler_config.async_scheduling:
-            control = measured_control(
-                self._run_target,
-                self.drafter.profile,
-                min(self.max_num_reqs * (1 + settings.num_nodes), self.max_num_tokens),
-                self.max_num_reqs,
-                in_lock_step=self.parallel_config.data_parallel_size > 1 and self.model_config.is_moe,
-            )
-            self.speculator.adapts = True
+        if self.adapts:
+            control = measured_control(self, self._run_target)
             self.speculator.budget = None if control is None else HostBudget(control)
 
     @torch.inference_mode()
@@ -111,11 +106,7 @@ class TreeModelRunnerV2(GPUModelRunner):
         return drafts if budget is None or drafts is None else budget.cut(drafts)
 
     def warm_up_drafting(self) -> None:
-        """Capture drafting in CUDA graphs, unless the user turned graphs off."""
-        if self.compilation_config.cudagraph_mode.has_piecewise_cudagraphs():
-            # Lets vLLM record the sums over ranks.
-            recording = partial(graph_capture, self.device)
-            self.drafter.capture(min(self.max_num_reqs, MAX_CAPTURED_REQUESTS), cuda_graphs(recording))
+        capture_drafting(self)
 
 
 class TreeCPUModelRunnerV2(TreeModelRunnerV2, CPUModelRunner):
