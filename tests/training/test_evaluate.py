@@ -243,7 +243,7 @@ def target_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_files_in_numbers_out_whatever_the_batch_size(target_path: str, emission: str, tmp_path, monkeypatch):
     target = tiny_target(tied=False)
     # In bfloat16 the padding of a batch moves the last digits.
-    monkeypatch.setattr("vllm_ctc_spec.training.evaluate.load_target", lambda path, trust_remote_code: target)
+    monkeypatch.setattr("vllm_ctc_spec.training.evaluate.load_target", lambda *_: target)
     drafter_path = str(tmp_path / "drafter")
     tiny_drafter(target, emission=emission).save_pretrained(drafter_path)
     lengths = [4, 5, 30, 12, 3, 20]
