@@ -27,7 +27,7 @@ def of_first_rank(value: Value) -> Value:
 def split_layers(drafter: CTCDrafter) -> None:
     """Leave each rank its share of the heads and of the MLP in the drafter's layers, as of the target's.
 
-    The rest is small, or as in vLLM's EAGLE (`fc`) one product per token, and each rank has all of it.
+    Each rank has all of the rest: it is small, or one product per token, as `fc` in vLLM's EAGLE, also not split.
     """
     num_ranks = get_tensor_model_parallel_world_size()
     if num_ranks == 1:
