@@ -110,8 +110,10 @@ def start_like(drafter: CTCDrafter, target: PreTrainedModel) -> None:
     """
     multiplier = logit_multiplier(target)
     drafter.norm.weight.mul_(multiplier)
+    # Blank and gate read what the norm writes, and must stay what they are.
+    if drafter.config.has_blank:
+        drafter.blank.div_(multiplier)
     if drafter.config.emission == "conditioned":
-        # The gate reads what the norm writes, and must stay what it is.
         drafter.condition_gate.weight.div_(multiplier)
 
 
