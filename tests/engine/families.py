@@ -1,13 +1,14 @@
-"""A tiny random target of each family, and a process that serves all of them, one after the other.
+"""A tiny random target of each family, and a program that serves all of them, one after the other.
 
-One process, because most of an engine's start is the import of vLLM: `python -m tests.engine.families plain|trees
+One program, because most of an engine's start is the import of vLLM: `python -m tests.engine.families plain|trees
 FOLDER` reads the targets below FOLDER and writes their answers there.
 """
 
 from __future__ import annotations
 
-import gc
+import importlib
 import json
+import multiprocessing
 import os
 import pickle
 import sys
@@ -118,35 +119,37 @@ def write_drafter(target: PreTrainedConfig, folder: Path) -> None:
 
 def serve(folder: Path, with_trees: bool) -> Served:
     from vllm import LLM, SamplingParams
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True}
     options |= {"max_model_len": CONTEXT, "max_num_seqs": len(PROMPTS), "kv_cache_memory_bytes": 1 << 25}
     if with_trees:
         options["speculative_config"] = {"method": "ctc", "model": str(folder / "drafter"), **TREES}
     llm = LLM(str(folder / "target"), **options)
+    if with_trees:
+        llm.collective_rpc(record_trees)
+    prompts: Any = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    params = [SamplingParams(**each, max_tokens=LENGTH) for each in SAMPLING]
+    outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+    trees = llm.collective_rpc(recorded_trees)[0] if with_trees else []
+    return Served([(list(each.token_ids), each.finish_reason) for each in outputs], trees)
+
+
+def answer(folder: Path, how: str) -> None:
     try:
-        if with_trees:
-            llm.collective_rpc(record_trees)
-        prompts: Any = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-        params = [SamplingParams(**each, max_tokens=LENGTH) for each in SAMPLING]
-        outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
-        trees = llm.collective_rpc(recorded_trees)[0] if with_trees else []
-        return Served([(list(each.token_ids), each.finish_reason) for each in outputs], trees)
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        served = serve(folder, how == "trees")
+    except Exception:
+        served = Served([], [], traceback.format_exc())
+    (folder / f"{how}.pickle").write_bytes(pickle.dumps(served))
 
 
 def main(how: str, folder: Path) -> None:
+    """An engine cannot follow another in its process, so each has a copy of this one, in which all is imported."""
+    importlib.import_module("vllm.v1.engine.core")
+    importlib.import_module("vllm.v1.worker.cpu_worker" if how == "plain" else "vllm_ctc_spec.engine.cpu_worker")
     for target in sorted(folder.iterdir()):
-        try:
-            served = serve(target, how == "trees")
-        except Exception:
-            served = Served([], [], traceback.format_exc())
-        (target / f"{how}.pickle").write_bytes(pickle.dumps(served))
+        process = multiprocessing.get_context("fork").Process(target=answer, args=(target, how))
+        process.start()
+        process.join()
 
 
 if __name__ == "__main__":

@@ -115,11 +115,11 @@ def start_like(drafter: CTCDrafter, target: PreTrainedModel) -> None:
     """
     multiplier = logit_multiplier(target)
     drafter.norm.weight.mul_(multiplier)
-    # What else reads what the norm writes must stay what it is.
-    if drafter.config.emission == "conditioned":
-        drafter.condition_gate.weight.div_(multiplier)
+    # Blank and gate read what the norm writes, and must stay what they are.
     if drafter.config.has_blank:
         drafter.blank.div_(multiplier)
+    if drafter.config.emission == "conditioned":
+        drafter.condition_gate.weight.div_(multiplier)
 
 
 @torch.no_grad()
