@@ -28,6 +28,8 @@ class Job:
     """File to write."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of the engine."""
+    aborts: bool = False
+    """Also a group "aborts", of which some requests are aborted."""
     async_scheduling: bool = False
     worker: str | None = None
     """In place of our worker for CPU."""
@@ -57,6 +59,8 @@ def main(job: Job) -> None:
     config = llm.llm_engine.vllm_config
     assert config.use_v2_model_runner and config.scheduler_config.async_scheduling == job.async_scheduling
     answers = {name: _serve(llm, job.prompts, group) for name, group in job.groups.items()}
+    if job.aborts:
+        answers["aborts"] = _serve_with_aborts(llm, job.prompts)
     seen = {}
     if job.spec is not None:
         [seen, *_] = llm.collective_rpc("what_was_seen")
@@ -69,6 +73,26 @@ def _serve(llm: Any, prompts: list[list[int]], group: list[dict[str, Any] | None
     inputs = [{"prompt_token_ids": prompt} for prompt, _ in chosen]
     outputs = llm.generate(inputs, [_params(params) for _, params in chosen], use_tqdm=False)
     return [_answer(output.outputs[0]) for output in outputs]
+
+
+def _serve_with_aborts(llm: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """Every other request is aborted after its first tokens, and another one takes its place."""
+    engine, params = llm.llm_engine, {"temperature": 0.8, "max_tokens": 12}
+    kept = {}
+    for index, prompt in enumerate(prompts):
+        engine.add_request(f"early-{index}", {"prompt_token_ids": prompt}, _params({**params, "seed": index}))
+    for step in range(500):
+        if step == 4:
+            engine.abort_request([f"early-{index}" for index in range(0, len(prompts), 2)])
+        if step == 5:
+            for index, prompt in enumerate(prompts):
+                engine.add_request(
+                    f"late-{index}", {"prompt_token_ids": prompt}, _params({**params, "seed": 50 + index})
+                )
+        if not engine.has_unfinished_requests():
+            break
+        kept |= {output.request_id: output for output in engine.step() if output.finished}
+    return [_answer(kept[name].outputs[0]) for name in sorted(kept)]
 
 
 def _params(fields: dict[str, Any]) -> Any:
