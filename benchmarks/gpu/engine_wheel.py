@@ -1,0 +1,76 @@
+"""vLLM's CUDA wheel without what one engine on one kind of GPU does not need: 330 MB become about 40 MiB.
+
+Left out are headers and the libraries of other kernels, and of the kept libraries the code for other GPUs: it is
+overwritten by zeros, so that it compresses to nothing. Where a kernel has no code for this GPU its PTX stays, which the
+driver compiles. The layout of .nv_fatbin is not documented; it is that which `cuobjdump --list-elf` shows.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import struct
+import zipfile
+from pathlib import Path, PurePosixPath
+
+LIBRARIES = ("vllm/_C_stable_libtorch.abi3.so", "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so")
+"""The second is vLLM's default attention on Hopper."""
+SUFFIXES = (".py", ".json", ".jinja")
+
+MAGIC = struct.pack("<IHH", 0xBA55ED50, 1, 16)
+HEADER = struct.Struct("<8xQ")
+"""Bytes that follow the header."""
+ENTRY = struct.Struct("<HHIQ12xI")
+"""Kind, version, bytes of this header, bytes of the code, and, after its compression, the entry's sm number."""
+PTX, MACHINE_CODE = 1, 2
+
+
+def write_slim_wheel(wheel: Path, folder: Path, architecture: int) -> Path:
+    """A wheel of the same name in `folder`. architecture: compute capability times ten, 90 for Hopper."""
+    slim = folder / wheel.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(wheel) as full, zipfile.ZipFile(slim, "w", zipfile.ZIP_LZMA) as kept:
+        names = {name for name in full.namelist() if _is_kept(name)}
+        for name in sorted(names):
+            content = full.read(name)
+            if name in LIBRARIES:
+                content = keep_architecture(content, architecture)
+            elif name.endswith(".dist-info/RECORD"):
+                content = _record(content.decode(), names)
+            kept.writestr(name, content)
+    return slim
+
+
+def _is_kept(name: str) -> bool:
+    path = PurePosixPath(name)
+    return name in LIBRARIES or path.parts[0].endswith(".dist-info") or path.suffix in SUFFIXES
+
+
+def _record(record: str, names: set[str]) -> bytes:
+    """Without the files that are left out, and without checksums, of which some would be wrong."""
+    rows = io.StringIO()
+    csv.writer(rows).writerows((name, "", "") for name, *_ in csv.reader(record.splitlines()) if name in names)
+    return rows.getvalue().encode()
+
+
+def keep_architecture(library: bytes, architecture: int) -> bytes:
+    """`library` with zeros in place of the code that this architecture does not load. Raises ValueError without any."""
+    content, at, num_kept = bytearray(library), library.find(MAGIC), 0
+    while at >= 0:
+        start = at + HEADER.size
+        [size] = HEADER.unpack_from(library, at)
+        entries = []
+        while start < at + HEADER.size + size:
+            kind, _, header, num_bytes, found = ENTRY.unpack_from(library, start)
+            entries.append((kind, found, start + header, num_bytes))
+            start += header + num_bytes
+        has_code = (MACHINE_CODE, architecture) in {entry[:2] for entry in entries}
+        for kind, found, first, num_bytes in entries:
+            if (kind, found) == (MACHINE_CODE, architecture) or (kind == PTX and not has_code):
+                num_kept += 1
+            else:
+                content[first : first + num_bytes] = bytes(num_bytes)
+        at = library.find(MAGIC, start)
+    if not num_kept:
+        raise ValueError(f"the library has no code for sm_{architecture}")
+    return bytes(content)
