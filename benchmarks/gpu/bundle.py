@@ -6,9 +6,9 @@ The archive holds this checkout's package, tests and benchmarks, and wheels for 
 that does not exist for these, or that needs another torch than the machine has, is left out, and the reason is printed.
 With --engine it also holds vLLM, slimmed to one kind of GPU, what vLLM imports beside the packages named below, and the
 tests' target and drafter: that is all that `engine_check` needs. There is no room for xformers then.
-There, with torch, triton, transformers, numba, pytest and hypothesis (for --engine also accelerate, aiohttp, cloudpickle,
-einops, filelock, httpx, jinja2, pillow, prometheus-client, protobuf, psutil, py-cpuinfo, regex, requests, rich,
-sentencepiece, tiktoken and uvloop):
+There, with torch, triton, transformers, numba, pytest and hypothesis (for --engine also aiohttp, cloudpickle, einops,
+filelock, httpx, pillow, prometheus-client, protobuf, psutil, py-cpuinfo, regex, requests, rich, sentencepiece, tiktoken
+and uvloop):
 
     tar xzf gpu-bundle.tar.gz && cd vllm-ctc-spec && make gpu-check
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 PARTS = ("vllm_ctc_spec", "tests", "benchmarks", "Makefile", "pyproject.toml", "README.md", "LICENSE")
 LEFT_OUT = "benchmarks/results/"
 FOLDER = "vllm-ctc-spec"
-PLATFORMS = tuple(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)) + ("manylinux2014_x86_64",)
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 ENGINE = "vllm==0.33.0"
 ENGINE_IMPORTS = (
     "annotated-types==0.8.0", "apache-tvm-ffi==0.1.11", "cachetools==8.0.2", "cbor2==6.3.0", "fastapi==0.136.3",
