@@ -65,11 +65,12 @@ def code_for_gpus(*entries: tuple[int, int, bytes]) -> bytes:
 def test_code_for_other_gpus_is_left_out() -> None:
     first = (MACHINE_CODE, 80, b"ampere__"), (MACHINE_CODE, 90, b"hopper__"), (PTX, 80, b"ptx_____")
     second = (MACHINE_CODE, 80, b"only_old"), (PTX, 80, b"compiled")
-    kept = engine_wheel.keep_architecture(b"elf" + code_for_gpus(*first) + b"between" + code_for_gpus(*second), 90)
-    zeros = bytes(8)
-    first = (MACHINE_CODE, 80, zeros), (MACHINE_CODE, 90, b"hopper__"), (PTX, 80, zeros)
-    second = (MACHINE_CODE, 80, zeros), (PTX, 80, b"compiled")
-    assert kept == b"elf" + code_for_gpus(*first) + b"between" + code_for_gpus(*second)
+    library = b"elf" + code_for_gpus(*first) + b"between" + code_for_gpus(*second) + b"end"
+    kept = engine_wheel.keep_architecture(library, 90)
+    # Entries have 64 + 8 bytes.
+    assert kept == (
+        b"elf" + code_for_gpus(first[1]) + bytes(2 * 72) + b"between" + code_for_gpus(second[1]) + bytes(72) + b"end"
+    )
 
 
 def test_a_library_without_code_for_the_gpu_is_refused() -> None:

@@ -35,11 +35,12 @@ ROOT = Path(__file__).parents[2]
 PARTS = ("vllm_ctc_spec", "tests", "benchmarks", "Makefile", "pyproject.toml", "README.md", "LICENSE")
 LEFT_OUT = "benchmarks/results/"
 FOLDER = "vllm-ctc-spec"
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+PLATFORMS = tuple(f"{name}_x86_64" for name in ("manylinux_2_31", "manylinux_2_28", "manylinux_2_17", "manylinux2014"))
 ENGINE = "vllm==0.33.0"
 ENGINE_IMPORTS = (
     "annotated-types==0.8.0", "apache-tvm-ffi==0.1.11", "cachetools==8.0.2", "cbor2==6.3.0", "fastapi==0.136.3",
-    "httpcore2==2.16.2", "httpx2==2.16.2", "msgspec==0.22.0", "openai==3.57.0", "oss-harmony==0.0.11",
+    "httpcore2==2.16.2", "httpx2==2.16.2", "llguidance==1.7.6", "msgspec==0.22.0", "openai==3.57.0",
+    "oss-harmony==0.0.11",
     "partial-json-parser==0.2.1.1.post7", "pybase64==1.5.1", "pydantic==2.14.4", "pydantic-core==2.50.5",
     "pydantic-extra-types==2.11.1", "pyzmq==27.3.0", "sniffio==1.3.1", "starlette==1.10.0", "truststore==0.10.5",
     "typing-inspection==0.4.5", "xgrammar==0.2.8",

@@ -1,8 +1,9 @@
 """vLLM's CUDA wheel without what one engine on one kind of GPU does not need: 330 MB become about 40 MiB.
 
-Left out are headers and the libraries of other kernels, and of the kept libraries the code for other GPUs: it is
-overwritten by zeros, so that it compresses to nothing. Where a kernel has no code for this GPU its PTX stays, which the
-driver compiles. The layout of .nv_fatbin is not documented; it is that which `cuobjdump --list-elf` shows.
+Left out are headers and the libraries of other kernels, and of the kept libraries the code for other GPUs. Zeros that
+compress to nothing take its place, so that nothing else moves. Where a kernel has no code for this GPU its PTX stays,
+which the driver compiles. The layout of .nv_fatbin is not documented: `cuobjdump --list-elf` on the result tells whether
+it was understood.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ LIBRARIES = ("vllm/_C_stable_libtorch.abi3.so", "vllm/vllm_flash_attn/_vllm_fa3_
 SUFFIXES = (".py", ".json", ".jinja")
 
 MAGIC = struct.pack("<IHH", 0xBA55ED50, 1, 16)
-HEADER = struct.Struct("<8xQ")
-"""Bytes that follow the header."""
+SIZE = struct.Struct("<Q")
+"""Behind the magic: bytes of all entries."""
 ENTRY = struct.Struct("<HHIQ12xI")
 """Kind, version, bytes of this header, bytes of the code, and, after its compression, the entry's sm number."""
 PTX, MACHINE_CODE = 1, 2
@@ -54,23 +55,29 @@ def _record(record: str, names: set[str]) -> bytes:
 
 
 def keep_architecture(library: bytes, architecture: int) -> bytes:
-    """`library` with zeros in place of the code that this architecture does not load. Raises ValueError without any."""
+    """`library` without the code that this architecture does not load, at its old size: zeros follow what is kept.
+
+    Raises ValueError if there is no code for the architecture.
+    """
     content, at, num_kept = bytearray(library), library.find(MAGIC), 0
     while at >= 0:
-        start = at + HEADER.size
-        [size] = HEADER.unpack_from(library, at)
+        first = start = at + len(MAGIC) + SIZE.size
+        end = start + SIZE.unpack_from(library, at + len(MAGIC))[0]
         entries = []
-        while start < at + HEADER.size + size:
+        while start < end:
             kind, _, header, num_bytes, found = ENTRY.unpack_from(library, start)
-            entries.append((kind, found, start + header, num_bytes))
+            entries.append((kind, found, library[start : start + header + num_bytes]))
             start += header + num_bytes
         has_code = (MACHINE_CODE, architecture) in {entry[:2] for entry in entries}
-        for kind, found, first, num_bytes in entries:
-            if (kind, found) == (MACHINE_CODE, architecture) or (kind == PTX and not has_code):
-                num_kept += 1
-            else:
-                content[first : first + num_bytes] = bytes(num_bytes)
-        at = library.find(MAGIC, start)
+        kept = b"".join(
+            entry
+            for kind, found, entry in entries
+            if (kind, found) == (MACHINE_CODE, architecture) or (kind == PTX and not has_code)
+        )
+        SIZE.pack_into(content, at + len(MAGIC), len(kept))
+        content[first:end] = kept.ljust(end - first, b"\0")
+        num_kept += len(kept)
+        at = library.find(MAGIC, end)
     if not num_kept:
         raise ValueError(f"the library has no code for sm_{architecture}")
     return bytes(content)
