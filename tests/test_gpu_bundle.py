@@ -93,7 +93,7 @@ def test_pip_installs_the_slim_wheel_and_it_has_what_an_engine_needs(tmp_path: P
     with zipfile.ZipFile(wheel, "w") as files:
         for name, content in {**contents, "vllm-0.33.0.dist-info/RECORD": record.encode()}.items():
             files.writestr(name, content)
-    slim = engine_wheel.write_slim_wheel(wheel, tmp_path / "slim", 90)
+    slim = engine_wheel.write_slim_wheel(wheel, tmp_path / "slim", 90, (engine_wheel.OPERATORS,))
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target"]
     subprocess.run([*command, str(tmp_path / "site"), str(slim)], check=True)
     installed = {path.name for path in (tmp_path / "site" / "vllm").iterdir() if path.is_file()}

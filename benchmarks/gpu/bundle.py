@@ -29,7 +29,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from benchmarks.gpu.engine_wheel import write_slim_wheel
+from benchmarks.gpu.engine_wheel import FLASH, OPERATORS, write_slim_wheel
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("vllm_ctc_spec", "tests", "benchmarks", "Makefile", "pyproject.toml", "README.md", "LICENSE")
@@ -122,7 +122,9 @@ def collect_wheels(options: argparse.Namespace, folder: Path) -> list[Path]:
     if options.engine:
         wheels += [fetch_wheel(requirement, options.python, folder) for requirement in ENGINE_IMPORTS]
         # It asks for a newer torch. README.md says what is known about that.
-        wheels.append(write_slim_wheel(fetch_wheel(ENGINE, options.python, folder), folder, options.architecture))
+        full = fetch_wheel(ENGINE, options.python, folder)
+        libraries = (OPERATORS, FLASH) if options.flash else (OPERATORS,)
+        wheels.append(write_slim_wheel(full, folder, options.architecture, libraries))
     return wheels
 
 
@@ -130,6 +132,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archive", type=Path, nargs="?", default=Path("gpu-bundle.tar.gz"))
     parser.add_argument("--engine", action="store_true", help="with vLLM, for engine_check")
+    parser.add_argument("--flash", action="store_true", help="for --engine: with FlashAttention-3, 14 MiB more")
     parser.add_argument("--pair", type=Path, help="for --engine: folder of tests.tiny_pair (default: trained now)")
     parser.add_argument("--wheels", nargs="*", help="pip requirements (default: xformers, none with --engine)")
     parser.add_argument("--python", default="3.12", help="of the GPU machine (default %(default)s)")

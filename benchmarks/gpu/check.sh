@@ -36,9 +36,9 @@ fi
 mkdir -p "$results"
 : >"$results/summary.txt"
 if compgen -G 'wheels/*.whl' >/dev/null; then
-    "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$results/site" wheels/*.whl &&
-        export PYTHONPATH="$results/site${PYTHONPATH:+:$PYTHONPATH}"
+    "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$results/site" wheels/*.whl
 fi
+[[ -d $results/site ]] && export PYTHONPATH="$results/site${PYTHONPATH:+:$PYTHONPATH}"
 # Most of the tests' time is Triton's compiler, which runs on one core for each kernel.
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(--numprocesses 8)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -61,6 +62,14 @@ CASES = (
     Case("bfloat16-flash-V1", "bfloat16", False, {"attention_backend": "FLASH_ATTN"}),
     Case("bfloat16-flash-V2", "bfloat16", True, {"attention_backend": "FLASH_ATTN"}),
 )
+
+
+def cases_here(on_gpu: bool) -> list[Case]:
+    if not on_gpu:
+        return [CASES[0]]
+    folder = Path(importlib.util.find_spec("vllm").origin).parent / "vllm_flash_attn"
+    has_flash = any(folder.glob("_vllm_fa*_C*.so"))
+    return [case for case in CASES if has_flash or case.options["attention_backend"] != "FLASH_ATTN"]
 
 
 class Runs:
@@ -210,8 +219,7 @@ def main() -> int:
         from tests.tiny_pair import build_tiny_pair
 
         build_tiny_pair(options.pair)
-    names = options.cases or [case.name for case in (CASES if on_gpu else CASES[:1])]
-    cases = [case for case in CASES if case.name in names]
+    cases = [case for case in CASES if case.name in options.cases] if options.cases else cases_here(on_gpu)
     runs = Runs(options, on_gpu)
     with ThreadPoolExecutor(options.at_once) as pool:
         started = {(case.name, method): pool.submit(runs.run, case, method) for case in cases for method in METHODS}
