@@ -25,7 +25,8 @@ help:
 	@echo 'make coverage  run all tests and list the lines of the package that none of them runs'
 	@echo 'make check   formatting, lint, types and unit tests: what every change must pass'
 	@echo 'make gpu-check  kernels and steps on a GPU, without vLLM and without .venv (PYTHON=python3 RESULTS=FOLDER)'
-	@echo 'make gpu-bundle one archive with all that gpu-check needs on a machine without network (OUTPUT=FILE)'
+	@echo 'make gpu-bundle one archive with all that gpu-check needs on a machine without network (OUTPUT=FILE);'
+	@echo '                ENGINE=1: with vLLM, so that it checks engines too'
 	@echo 'make format  format the code and fix what lint can fix'
 	@echo 'make setup   only make .venv (PYTHON=python3.12 chooses the interpreter)'
 	@echo 'make clean   remove .venv, .venv-next, caches and build products'
@@ -71,7 +72,7 @@ gpu-check:
 	PYTHON='$(PYTHON)' benchmarks/gpu/check.sh $(RESULTS)
 
 gpu-bundle: setup
-	$(BIN)/python -m benchmarks.gpu.bundle $(or $(OUTPUT),gpu-bundle.tar.gz) $(ARGS)
+	$(BIN)/python -m benchmarks.gpu.bundle $(or $(OUTPUT),gpu-bundle.tar.gz) $(if $(ENGINE),--engine) $(ARGS)
 
 format: setup
 	$(BIN)/ruff format

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import struct
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import bundle
+from benchmarks.gpu import bundle, engine_wheel
+from benchmarks.gpu.engine_wheel import MACHINE_CODE, PTX
 
 
 def make_wheel(folder: Path, requires: str) -> Path:
@@ -49,3 +53,49 @@ def test_a_bundle_that_is_too_large_is_not_written(tmp_path: Path) -> None:
     ):
         bundle.pack(tmp_path / "bundle.tar.gz", ["LICENSE"], [wheel], max_mib=0.0001)
     assert sorted(tmp_path.iterdir()) == [wheel]
+
+
+def code_for_gpus(*entries: tuple[int, int, bytes]) -> bytes:
+    """As nvcc puts it into a library; entries: kind, sm number, code."""
+    headers = (struct.pack("<HHIQ12xI32x", kind, 1, 64, len(code), found) for kind, found, code in entries)
+    body = b"".join(header + code for header, (_, _, code) in zip(headers, entries))
+    return engine_wheel.MAGIC + struct.pack("<Q", len(body)) + body
+
+
+def test_code_for_other_gpus_is_left_out() -> None:
+    first = (MACHINE_CODE, 80, b"ampere__"), (MACHINE_CODE, 90, b"hopper__"), (PTX, 80, b"ptx_____")
+    second = (MACHINE_CODE, 80, b"only_old"), (PTX, 80, b"compiled")
+    library = b"elf" + code_for_gpus(*first) + b"between" + code_for_gpus(*second) + b"end"
+    kept = engine_wheel.keep_architecture(library, 90)
+    # Entries have 64 + 8 bytes.
+    assert kept == (
+        b"elf" + code_for_gpus(first[1]) + bytes(2 * 72) + b"between" + code_for_gpus(second[1]) + bytes(72) + b"end"
+    )
+
+
+def test_a_library_without_code_for_the_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="no code for sm_90"):
+        engine_wheel.keep_architecture(b"elf" + code_for_gpus((MACHINE_CODE, 80, b"ampere__")), 90)
+
+
+def test_pip_installs_the_slim_wheel_and_it_has_what_an_engine_needs(tmp_path: Path) -> None:
+    wheel = tmp_path / "vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl"
+    library = code_for_gpus((MACHINE_CODE, 80, bytes(range(256)) * 64), (MACHINE_CODE, 90, b"hopper__"))
+    contents = {
+        "vllm/__init__.py": b"__version__ = '0.33.0'\n",
+        "vllm/big.h": b"left out",
+        "vllm/_moe_C_stable_libtorch.abi3.so": library,
+        "vllm/_C_stable_libtorch.abi3.so": library,
+        "vllm-0.33.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0\n",
+        "vllm-0.33.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: cp38-abi3-linux_x86_64\n",
+    }
+    record = "".join(f"{name},sha256=wrong,1\n" for name in [*contents, "vllm-0.33.0.dist-info/RECORD"])
+    with zipfile.ZipFile(wheel, "w") as files:
+        for name, content in {**contents, "vllm-0.33.0.dist-info/RECORD": record.encode()}.items():
+            files.writestr(name, content)
+    slim = engine_wheel.write_slim_wheel(wheel, tmp_path / "slim", 90, (engine_wheel.OPERATORS,))
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target"]
+    subprocess.run([*command, str(tmp_path / "site"), str(slim)], check=True)
+    installed = {path.name for path in (tmp_path / "site" / "vllm").iterdir() if path.is_file()}
+    assert installed == {"__init__.py", "_C_stable_libtorch.abi3.so"}
+    assert slim.stat().st_size < 4096

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 CHECK = ROOT / "benchmarks" / "gpu" / "check.sh"
 
 
-def check(folder: Path, python: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHON": python}
+def check(folder: Path, python: str, **changed: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": python, **changed}
     return subprocess.run([CHECK, folder], env=environment, capture_output=True, text=True)
 
 
@@ -41,9 +41,18 @@ def test_a_stage_that_fails_keeps_its_traceback_and_the_next_ones_run(tmp_path: 
     done = check(tmp_path / "results", str(python))
     assert done.returncode == 1
     lines = (tmp_path / "results" / "summary.txt").read_text().splitlines()
-    assert lines == ["tests: exit status 0", "kernel_check: exit status 1", "step_cost: exit status 0"]
+    passed = ("tests", "step_cost", "engine_check")
+    assert sorted(lines) == sorted(["kernel_check: exit status 1", *(f"{name}: exit status 0" for name in passed)])
     assert "Traceback of it" in (tmp_path / "results" / "kernel_check.log").read_text()
     assert "asked for -m benchmarks.gpu.step_cost --json" in (tmp_path / "results" / "step_cost.log").read_text()
+
+
+def test_stages_can_be_chosen(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/bash\nexit 0\n")
+    python.chmod(0o755)
+    assert check(tmp_path / "results", str(python), STAGES="engine_check").returncode == 0
+    assert (tmp_path / "results" / "summary.txt").read_text() == "engine_check: exit status 0\n"
 
 
 def test_the_verdict_names_the_shapes_in_which_two_passes_are_faster() -> None:
