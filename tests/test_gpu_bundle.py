@@ -98,4 +98,6 @@ def test_pip_installs_the_slim_wheel_and_it_has_what_an_engine_needs(tmp_path: P
     subprocess.run([*command, str(tmp_path / "site"), str(slim)], check=True)
     installed = {path.name for path in (tmp_path / "site" / "vllm").iterdir() if path.is_file()}
     assert installed == {"__init__.py", "_C_stable_libtorch.abi3.so"}
+    # Without FlashAttention, an empty module of its name.
+    assert (tmp_path / "site" / "vllm" / "vllm_flash_attn" / "_vllm_fa3_C.py").read_text() == ""
     assert slim.stat().st_size < 4096

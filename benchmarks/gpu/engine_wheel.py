@@ -40,6 +40,9 @@ def write_slim_wheel(wheel: Path, folder: Path, architecture: int, libraries: tu
             elif name.endswith(".dist-info/RECORD"):
                 content = _record(content.decode(), names)
             kept.writestr(name, content)
+        if FLASH not in libraries:
+            # Without a module of this name vLLM imports no attention at all, that in Triton included.
+            kept.writestr(FLASH.replace(".abi3.so", ".py"), "")
     return slim
 
 
