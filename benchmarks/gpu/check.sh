@@ -6,8 +6,9 @@
 #
 # A stage that fails or exceeds its time limit does not keep the next from running. RESULTS (default: gpu-check) gets
 # each stage's log and JSON results, and `summary.txt` with the exit statuses; 124 means that a time limit was exceeded.
-# STAGES chooses some of them (default: "tests kernel_check step_cost engine_check"). PYTHON names the interpreter, which needs torch, triton, transformers, numba, pytest and hypothesis. Wheels in
-# `wheels/`, as `make gpu-bundle` packs them, are unpacked into RESULTS/site and used from there.
+# STAGES chooses some of them (default: "tests kernel_check step_cost engine_check"). PYTHON names the interpreter, which
+# needs torch, triton, transformers, numba, pytest and hypothesis. Wheels in `wheels/`, as `make gpu-bundle` packs them,
+# are unpacked into RESULTS/site and used from there.
 #
 # Exit status: 1 if a stage failed, 2 without a CUDA device.
 set -uo pipefail

@@ -19,13 +19,14 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.checkpoint import load_drafter
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
 from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft, KeyValue
 from vllm_ctc_spec.engine.adapters import without_adapters
+from vllm_ctc_spec.engine.attention.choice import attention_of_target
 from vllm_ctc_spec.engine.attention.interface import PagedContext, TreeAttention
 from vllm_ctc_spec.engine.draft_head import draft_head, head_rows
 from vllm_ctc_spec.engine.graphs import Capture, DraftGraphs, DraftInputs
@@ -172,6 +173,13 @@ class CTCProposer:
             self.propose(verified, requests)
         finally:
             self.attention = attention
+
+    def choose_attention(self, kv_cache: KVCacheConfig) -> TreeAttention:
+        """For the target's layers and its own, which have their caches now. Raises ValueError, see
+        `attention_of_target`.
+        """
+        self.attention = attention_of_target(self.vllm_config, kv_cache, self.settings.options.attention_kernel)
+        return self.attention
 
     def warm_up_attention(self) -> None:
         """For trees and for the drafter's frames, before the first request; needs the caches."""

@@ -48,6 +48,8 @@ from vllm_ctc_spec.engine.compat import require_supported_vllm, supports_install
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig, VllmConfig
 
+    from vllm_ctc_spec.engine.settings import EngineSettings
+
 METHOD = "ctc"
 PROPOSER = "vllm_ctc_spec.engine.drafting.CTCProposer"
 WORKERS = {
@@ -139,13 +141,19 @@ def _validate_spec_decode(original: Any, self: Any, speculative_config: Speculat
 
 def _unsupported_by_v2(original: Any, self: Any) -> list[str]:
     features: list[str] = original(self)
-    if _is_ours_on_v2(self):
+    if _settings_on_v2(self) is not None:
         features = [feature for feature in features if "custom_class" not in feature]
     return features
 
 
-def _is_ours_on_v2(config: VllmConfig) -> bool:
-    return is_ctc(config.speculative_config) and bool(config.additional_config["ctc_spec"]["is_v2"])
+def _settings_on_v2(config: VllmConfig) -> EngineSettings | None:
+    """None for other methods, and on V1."""
+    if not is_ctc(config.speculative_config):
+        return None
+    from vllm_ctc_spec.engine.settings import EngineSettings
+
+    settings = EngineSettings.from_dict(config.additional_config["ctc_spec"])
+    return settings if settings.is_v2 else None
 
 
 def _decide_on_async_scheduling(original: Any, self: Any) -> None:
@@ -153,9 +161,10 @@ def _decide_on_async_scheduling(original: Any, self: Any) -> None:
 
     An adaptive node budget needs a scheduler that waits, so that it is asynchronous only where the user asks for it.
     """
-    if not _is_ours_on_v2(self):
+    settings = _settings_on_v2(self)
+    if settings is None:
         return original(self)
-    if self.scheduler_config.async_scheduling is None and self.additional_config["ctc_spec"]["adapts"]:
+    if self.scheduler_config.async_scheduling is None and settings.options.adapts:
         self.scheduler_config.async_scheduling = False
     from vllm.config import vllm as module
 

@@ -25,7 +25,6 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ctc_spec.engine.adaptive.control import BudgetControl, measured_control
-from vllm_ctc_spec.engine.attention.choice import attention_of_target
 from vllm_ctc_spec.engine.drafting import CTCProposer, DraftRequests, VerifiedRows
 from vllm_ctc_spec.engine.host_tree import EMPTY_TREE, HostTree
 from vllm_ctc_spec.engine.step import Step
@@ -82,11 +81,8 @@ class TreeModelRunner(GPUModelRunner):
         self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, *args: Any, **kwargs: Any
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
-        if is_profiling:
-            return
-        kernel = self.drafter.settings.options.attention_kernel
-        self.attention = attention_of_target(self.vllm_config, self.kv_cache_config, kernel)
-        self.drafter.attention = self.attention
+        if not is_profiling:
+            self.attention = self.drafter.choose_attention(self.kv_cache_config)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
         config = self.speculative_config

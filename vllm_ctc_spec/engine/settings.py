@@ -33,7 +33,7 @@ class EngineSettings:
     """Whether vLLM's Model Runner V2 serves."""
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"adapts": self.options.adapts}
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> EngineSettings:

@@ -37,6 +37,8 @@ class TreeStep:
     """[K] int64, index of its request in the batch."""
     nodes: Tensor
     """[K] int64, from 1."""
+    num_nodes: Tensor
+    """[R] int64, `counts` on the device."""
     anchors: Tensor
     """[R] int64, row of each request's anchor: of a prompt its last row."""
     positions: Tensor
@@ -85,6 +87,12 @@ class TreeStep:
         return slots[self.path_rows()].where(moves, -1), slots[targets].where(moves, -1)
 
 
+def most_blocks(input_batch: Any, block_size: int) -> int:
+    """That a request of vLLM's batch may have; known on the host."""
+    longest = int(input_batch.seq_lens_cpu_upper_bound[: input_batch.num_reqs].max())
+    return -(-longest // block_size)
+
+
 class DeviceTrees:
     def __init__(self, num_slots: int, num_nodes: int, max_depth: int, device: torch.device) -> None:
         self.num_nodes = num_nodes
@@ -130,19 +138,18 @@ class DeviceTrees:
         device = self.parents.device
         packed = async_tensor_h2d(np.stack((anchors[requests] + nodes, requests, nodes)), device=device)
         rows, at_request, at_node = packed.long()
-        at_anchor = async_tensor_h2d(anchors, device=device).long()
+        at_anchor, num_nodes = async_tensor_h2d(np.stack((anchors, counts)), device=device).long()
         positions = input_batch.positions[: input_batch.num_tokens]
         sequential = positions.clone()
         slot = input_batch.idx_mapping[at_request].long()
         positions[rows] = sequential[at_anchor[at_request]] + self.depths[slot, at_node - 1]
-        self.step = TreeStep(input_batch, counts, rows, at_request, at_node, at_anchor, sequential)
+        self.step = TreeStep(input_batch, counts, rows, at_request, at_node, num_nodes, at_anchor, sequential)
 
     def of_step(self, tokens: Tensor) -> TokenTrees:
         """The trees of the step's requests, cut to the rows that were scheduled; tokens: [R, N]."""
         assert self.step is not None
         slots = self.step.input_batch.idx_mapping.long()
-        counts = async_tensor_h2d(self.step.counts, device=slots.device).long()
-        sizes = torch.minimum(self.sizes[slots], counts)
+        sizes = torch.minimum(self.sizes[slots], self.step.num_nodes)
         return self._trees(tokens, self.parents[slots], self.depths[slots], sizes)
 
     def tree_batch(self, block_table: Tensor, block_size: int) -> tuple[TreeBatch, bool]:
@@ -155,22 +162,17 @@ class DeviceTrees:
         batch, counts = step.input_batch, step.counts
         is_decode = batch.num_tokens == batch.num_reqs + int(counts.sum())
         chosen = np.arange(len(counts)) if is_decode else counts.nonzero()[0]
-        starts = batch.query_start_loc_np[1 : len(counts) + 1][chosen] - counts[chosen] - 1
-        device = block_table.device
-        at_request, row_starts, num_rows = async_tensor_h2d(
-            np.stack((chosen, starts, counts[chosen] + 1)), device=device
-        ).int()
-        at_request = at_request.long()
-        masks = torch.zeros(step.num_rows, dtype=torch.int64, device=device)
-        masks[row_starts.long()] = 1
+        at_request = async_tensor_h2d(chosen, device=block_table.device)
+        starts, num_rows = step.anchors[at_request], step.num_nodes[at_request].int() + 1
+        masks = torch.zeros(step.num_rows, dtype=torch.int64, device=block_table.device)
+        masks[starts] = 1
         masks[step.rows] = self.masks[batch.idx_mapping[step.requests].long(), step.nodes]
-        longest = int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].max())
         tree_batch = TreeBatch(
-            row_starts=row_starts,
+            row_starts=starts.int(),
             num_rows=num_rows,
             ancestor_masks=masks,
             context_lens=(batch.seq_lens[at_request] - num_rows).int(),
-            block_table=block_table[at_request, : -(-longest // block_size)],
+            block_table=block_table[at_request, : most_blocks(batch, block_size)],
             max_rows=int(counts.max()) + 1,
         )
         return tree_batch, is_decode

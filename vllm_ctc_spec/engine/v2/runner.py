@@ -16,7 +16,6 @@ from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_ctc_spec.engine.adaptive.control import measured_control
-from vllm_ctc_spec.engine.attention.choice import attention_of_target
 from vllm_ctc_spec.engine.graphs import capture_drafting
 from vllm_ctc_spec.engine.v2.host_budget import HostBudget
 from vllm_ctc_spec.engine.v2.speculator import CTCSpeculator
@@ -50,12 +49,9 @@ class TreeModelRunnerV2(GPUModelRunner):
         self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, *args: Any, **kwargs: Any
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
-        if is_profiling:
-            return
-        kernel = self.drafter.settings.options.attention_kernel
-        self.attention = attention_of_target(self.vllm_config, self.kv_cache_config, kernel)
-        self.drafter.attention = self.attention
-        self.speculator.block_tables = self.block_tables
+        if not is_profiling:
+            self.attention = self.drafter.choose_attention(self.kv_cache_config)
+            self.speculator.block_tables = self.block_tables
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm_ctc_spec.engine.drafting import CTCProposer, VerifiedRows
 from vllm_ctc_spec.engine.graphs import DraftInputs
 from vllm_ctc_spec.engine.tensor_parallel import of_first_rank
-from vllm_ctc_spec.engine.v2.device_trees import DeviceTrees
+from vllm_ctc_spec.engine.v2.device_trees import DeviceTrees, most_blocks
 from vllm_ctc_spec.engine.v2.host_budget import HostBudget
 
 
@@ -89,7 +89,8 @@ class CTCSpeculator(BaseSpeculator):
                 return nothing
         request_slots = input_batch.idx_mapping.long()
         lens = input_batch.seq_lens[: input_batch.num_reqs].long() - num_rejected
-        table = self._block_table(input_batch)
+        num_blocks = most_blocks(input_batch, self.block_tables.block_sizes[0])
+        table = self.block_tables.input_block_tables[0][: input_batch.num_reqs, :num_blocks]
         inputs = DraftInputs(
             torch.stack((last_tokens, last_sampled[request_slots, 0]), dim=1),
             verified.hidden[last_rows],
@@ -116,10 +117,3 @@ class CTCSpeculator(BaseSpeculator):
         verified = VerifiedRows(fuse(hidden[source]), step.positions, step.verified_slots(slots))
         last = step.anchors + step.accepted.num_accepted
         return verified, last, tokens[source[last]]
-
-    def _block_table(self, batch: Any) -> Tensor:
-        """[R, blocks that the longest request may have]"""
-        longest = int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].max())
-        num_blocks = -(-longest // self.block_tables.block_sizes[0])
-        table: Tensor = self.block_tables.input_block_tables[0][: batch.num_reqs, :num_blocks]
-        return table
