@@ -169,6 +169,18 @@ def test_the_second_turn_holds_plain_vllms_answer(folder: Path):
     assert json.loads((folder / "out" / "cells" / "talk-turns.json").read_text()) == [[[5, 6]]]
 
 
+def test_only_the_answers_that_are_needed_are_given(folder: Path):
+    talk = [{"question_id": number, "turns": [f"{number}", "6"]} for number in range(10)]
+    (folder / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talk))
+    text = (
+        CONFIG.replace("words: words.jsonl, ", "").replace("num_prompts: 1", "num_prompts: 4").replace("[1, 2]", "[1]")
+    )
+    [cell] = bench(folder, text).run(quiet)["cells"]
+    # The 20 turns have the numbers 0 to 19, of which 0, 5, 10 and 15 are measured.
+    assert cell["prompt_names"] == ["0, turn 1", "2, turn 2", "5, turn 1", "7, turn 2"]
+    assert len(FakeFleet.works[0].prompts) == 2
+
+
 def test_a_run_goes_on_at_the_next_cell(folder: Path):
     whole = bench(folder).run(quiet)
     again = bench(folder)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.word_tokenizer import word_tokenizer, words_of
 from vllm_ctc_spec.bench.cells import Prompt, spread
 from vllm_ctc_spec.bench.config import PromptSource
-from vllm_ctc_spec.bench.run import next_turn, num_turns, select_questions
+from vllm_ctc_spec.bench.run import next_turn, select_questions
 from vllm_ctc_spec.training.prompts import Question
 
 
@@ -28,7 +28,6 @@ def read(tmp_path: Path, tokenizer: Any, rows: list[dict[str, Any]], **selection
 def test_two_turns_hold_the_first_answer(tmp_path: Path, tokenizer: Any):
     rows = [{"question_id": 81, "category": "writing", "turns": ["one two", "three"]}]
     [question] = read(tmp_path, tokenizer, rows)
-    assert num_turns([question]) == 2
     first = next_turn("rows", question, [], tokenizer)
     assert first is not None and (first.name, first.category) == ("81, turn 1", "writing")
     assert words_of(tokenizer, first.token_ids) == "user : one two assistant :"

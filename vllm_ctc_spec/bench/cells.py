@@ -8,7 +8,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,8 @@ from vllm_ctc_spec.bench.config import PLAIN, BenchConfig, Method
 from vllm_ctc_spec.bench.equality import Equality, judge
 from vllm_ctc_spec.bench.processes import Fleet
 from vllm_ctc_spec.bench.records import Pass, Request, Sampling, Workload
+
+T = TypeVar("T")
 
 Report = Callable[[str, int], None]
 """Called with the current activity, and the number of passes that have ended since the last call."""
@@ -43,9 +45,9 @@ class Prompt:
     token_ids: tuple[int, ...]
 
 
-def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """`count` prompts, evenly spaced, so that every category has its share."""
-    return [prompts[index * len(prompts) // count] for index in range(count)]
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """`count` of the items, evenly spaced, so that every category has its share."""
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def workload(
@@ -69,9 +71,7 @@ class Measurement:
     def __init__(
         self, config: BenchConfig, context: int, cell: Cell, prompts: list[Prompt], fleet: Fleet, report: Report
     ) -> None:
-        self.config, self.cell, self.fleet, self.report = config, cell, fleet, report
-        count = max(self.config.num_prompts or len(prompts), cell.batch_size)
-        self.prompts = spread(prompts, min(count, len(prompts)))
+        self.config, self.cell, self.prompts, self.fleet, self.report = config, cell, prompts, fleet, report
         self.work = {"workload": workload(config, context, self.prompts, cell.batch_size, cell.sampling)}
         self.passes: dict[str, list[Pass]] = {}
         """By method, in order; the first pass is the warm-up."""

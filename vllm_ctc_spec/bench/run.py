@@ -6,13 +6,13 @@ import dataclasses
 import datetime
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from vllm_ctc_spec.bench.cells import Cell, Measurement, Prompt, Report, workload
+from vllm_ctc_spec.bench.cells import Cell, Measurement, Prompt, Report, spread, workload
 from vllm_ctc_spec.bench.config import PLAIN, BenchConfig, PromptSource
 from vllm_ctc_spec.bench.processes import Fleet
 from vllm_ctc_spec.bench.records import Pass, Sampling
@@ -25,6 +25,13 @@ from vllm_ctc_spec.vllm_keys import check_engine_keys, check_speculative_keys
 
 TEMPLATE_TOKENS = 64
 """Allowance for the tokens that the chat template puts around a turn."""
+
+
+class Turn(NamedTuple):
+    question: int
+    """Index of the question in its set."""
+    number: int
+    """Turns before this one."""
 
 
 class Bench:
@@ -73,7 +80,8 @@ class Bench:
                 fleet.start(lambda method: report(f"starting {method.name}", 0))
                 prompts = {name: self._prompts(name, fleet, report) for name in self.config.prompts}
                 for cell in pending:
-                    here = prompts[cell.prompts]
+                    turns = self._turns(cell.prompts, cell.batch_size)
+                    here = [prompts[cell.prompts][turn] for turn in turns if turn in prompts[cell.prompts]]
                     measured = Measurement(self.config, self.context, cell, here, fleet, report).measure()
                     write_atomically(self.path(cell), json.dumps(measured, indent=1).encode())
         results = as_json(
@@ -128,33 +136,45 @@ class Bench:
         }
         return as_json(flatten(dataclasses.asdict(self.config)) | hashes | this_machine().versions)
 
-    def _prompts(self, name: str, fleet: Fleet, report: Report) -> list[Prompt]:
-        """Every turn of every question. Later turns follow plain vLLM's greedy answers, for every method."""
-        questions = self.questions[name]
-        prompts = [
-            next_turn(name, question, answers[:turn], self.tokenizer)
-            for question, answers in zip(questions, self._first_answers(name, fleet, report))
-            for turn in range(1 + len(answers))
+    def _turns(self, name: str, batch_size: int) -> list[Turn]:
+        """The turns that a cell measures: `num_prompts` of its questions' turns, or as many as are in flight."""
+        turns = [
+            Turn(index, turn)
+            for index, question in enumerate(self.questions[name])
+            for turn in range(1 + len(question.later_turns))
         ]
-        return [prompt for prompt in prompts if prompt is not None and len(prompt.token_ids) < self.context - 1]
+        count = max(self.config.num_prompts or len(turns), batch_size)
+        return spread(turns, min(count, len(turns)))
 
-    def _first_answers(self, name: str, fleet: Fleet, report: Report) -> list[list[list[int]]]:
-        """For each question, the answers (token ids) to all turns but the last; kept on disk for a resumed run."""
+    def _prompts(self, name: str, fleet: Fleet, report: Report) -> dict[Turn, Prompt]:
+        """The turns of all cells that fit into the context. Later turns follow plain vLLM's greedy answers, for every
+        method."""
+        turns = {turn for batch_size in self.config.batch_sizes for turn in self._turns(name, batch_size)}
+        answers = self._earlier_answers(name, turns, fleet, report)
+        prompts = {turn: self._prompt(name, turn, answers[turn.question]) for turn in turns}
+        return {turn: prompt for turn, prompt in prompts.items() if prompt is not None}
+
+    def _prompt(self, name: str, turn: Turn, answers: Sequence[Sequence[int]]) -> Prompt | None:
+        """None if an earlier answer is missing, or the prompt leaves no room for an answer."""
+        if len(answers) < turn.number:
+            return None
+        prompt = next_turn(name, self.questions[name][turn.question], answers[: turn.number], self.tokenizer)
+        return prompt if prompt is not None and len(prompt.token_ids) < self.context - 1 else None
+
+    def _earlier_answers(
+        self, name: str, turns: Collection[Turn], fleet: Fleet, report: Report
+    ) -> list[list[list[int]]]:
+        """For each question, the answers (token ids) that `turns` follow; kept on disk for a resumed run."""
         path = self.output / "cells" / f"{name}-turns.json"
         if path.exists():
             return list(json.loads(path.read_text()))
-        questions = self.questions[name]
-        answers: list[list[list[int]]] = [[] for _ in questions]
-        if num_turns(questions) == 1:
-            return answers
-        for turn in range(num_turns(questions) - 1):
-            report(f"plain vLLM answers turn {turn + 1} of {name}", 0)
-            asked = {}
-            for index, question in enumerate(questions):
-                prompt = next_turn(name, question, answers[index], self.tokenizer)
-                if turn < len(question.later_turns) and prompt and len(prompt.token_ids) < self.context - 1:
-                    asked[index] = prompt
-            work = workload(self.config, self.context, list(asked.values()), max(self.config.batch_sizes), Sampling())
+        answers: list[list[list[int]]] = [[] for _ in self.questions[name]]
+        for number in range(max(turn.number for turn in turns)):
+            report(f"plain vLLM answers turn {number + 1} of {name}", 0)
+            followed = sorted({turn.question for turn in turns if turn.number > number})
+            asked = {index: self._prompt(name, Turn(index, number), answers[index]) for index in followed}
+            asked = {index: prompt for index, prompt in asked.items() if prompt is not None}
+            work = workload(self.config, self.context, [*asked.values()], max(self.config.batch_sizes), Sampling())
             done: Pass = fleet.call(PLAIN, "run", workload=work)
             for index, request in zip(asked, done.requests):
                 answers[index].append(list(request.token_ids))
@@ -203,10 +223,6 @@ def _lines(source: PromptSource) -> Iterator[Line]:
     if source.subset is None and source.split is None:
         return read_lines(source.source)
     return read_dataset(source.source, source.split or "test", source.subset)
-
-
-def num_turns(questions: Sequence[Question]) -> int:
-    return max(1 + len(question.later_turns) for question in questions)
 
 
 def next_turn(
