@@ -172,8 +172,8 @@ class Bench:
         for number in range(max(turn.number for turn in turns)):
             report(f"plain vLLM answers turn {number + 1} of {name}", 0)
             followed = sorted({turn.question for turn in turns if turn.number > number})
-            asked = {index: self._prompt(name, Turn(index, number), answers[index]) for index in followed}
-            asked = {index: prompt for index, prompt in asked.items() if prompt is not None}
+            prompts = ((index, self._prompt(name, Turn(index, number), answers[index])) for index in followed)
+            asked = {index: prompt for index, prompt in prompts if prompt is not None}
             work = workload(self.config, self.context, [*asked.values()], max(self.config.batch_sizes), Sampling())
             done: Pass = fleet.call(PLAIN, "run", workload=work)
             for index, request in zip(asked, done.requests):
