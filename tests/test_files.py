@@ -61,8 +61,8 @@ def test_lines_of_several_processes_are_whole(tmp_path):
 
 def test_a_line_for_which_the_disk_has_no_room_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "lines"
-    # Of a second line the system writes the half that fits.
-    program = "import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
+    # The system writes the part of the second line that fits.
+    program = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
     program += "append_line(path, 59 * b'a' + b'\\n', 1000); append_line(path, 59 * b'b' + b'\\n', 1000)"
     process = append_in_a_process(path, program)
     assert "No space left on device" in process.communicate(timeout=60)[1]

@@ -112,7 +112,7 @@ CASES = {
     "probability true": Case("min_prefix_probability=True", {"min_prefix_probability": True}),
     "record in no folder": Case("record='no/rows.jsonl' cannot be written.*No such file", {"record": "no/rows.jsonl"}),
     "record of a folder": Case("record='/' cannot be written \\(Is a directory.*Name a file", {"record": "/"}),
-    "record of other text": Case("record='.*' is a file of something else.*Name a new", {"record": __file__}),
+    "record of other text": Case("record='.*' holds something else.*Name a new", {"record": __file__}),
     "record true": Case("record=True: give the path of a file", {"record": True}),
     "no room to record": Case("record_limit_mb=0: use an integer of at least 1", {"record_limit_mb": 0}),
     "no drafter": Case("no CTC drafter on this machine belongs to target.*Train one", {"model": None}),

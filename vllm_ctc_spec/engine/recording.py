@@ -50,8 +50,7 @@ def check_record(record: str | os.PathLike[str]) -> str:
             start = os.pread(file, len(ROW_START), 0)
         if not ROW_START.startswith(start):
             raise ValueError(
-                f"speculative_config record={str(record)!r} is a file of something else than recorded rows. Name a new "
-                "file."
+                f"speculative_config record={str(record)!r} holds something else than recorded rows. Name a new file."
             )
         cut_incomplete_line(path)
     except OSError as error:
@@ -113,6 +112,6 @@ class Recorder:
 
 
 def _is_of_target(request: RequestState) -> bool:
-    """Whether the answer is what the target says to these token ids, without an adapter, embeddings or later input."""
-    has_more = request.lora_request or request.input_chunk_queue is not None or request.prompt_embeds is not None
-    return not has_more and request.prompt_token_ids is not None
+    """Whether these token ids are all that was asked, and the target alone answered."""
+    asks_more = request.prompt_embeds is not None or request.input_chunk_queue is not None
+    return request.prompt_token_ids is not None and not asks_more and request.lora_request is None

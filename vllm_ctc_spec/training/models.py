@@ -146,7 +146,6 @@ def start_from(drafter: CTCDrafter, folder: str | Path) -> None:
     for name, weight in own.items():
         weight.copy_(weights[name])
     if drafter.draft_vocab is not None and DRAFT_VOCAB in weights:
-        theirs = weights[DRAFT_VOCAB]
-        others = torch.arange(config.vocab_size)
-        others = others[~torch.isin(others, theirs)]
+        theirs, every = weights[DRAFT_VOCAB], torch.arange(config.vocab_size)
+        others = every[~torch.isin(every, theirs)]
         drafter.draft_vocab.copy_(torch.cat((theirs, others))[: len(drafter.draft_vocab)])
