@@ -56,7 +56,7 @@ def test_variables_of_the_chat_template_are_a_json_object(stage: list[str], caps
 
 @pytest.mark.parametrize(
     ("options", "rate"),
-    [([], 0.005), (["--init", "other"], 0.001), (["--init", "other", "--learning-rate", "0.01"], 0.01)],
+    [([], 0.005), (["--init", "other"], 0.002), (["--init", "other", "--learning-rate", "0.01"], 0.01)],
 )
 def test_the_learning_rate_is_lower_for_weights_that_are_trained_already(options: list[str], rate: float) -> None:
     assert _fit_settings(_parser().parse_args([*FIT, *options])).learning_rate == rate

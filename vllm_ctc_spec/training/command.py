@@ -110,7 +110,7 @@ def _add_regenerate(parser: argparse.ArgumentParser) -> None:
 def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default %(default)s)")
     parser.add_argument("--minutes", type=float, help="time limit; training ends here or at --steps")
-    parser.add_argument("--learning-rate", type=float, help="peak (default 0.005, or 0.001 with --init)")
+    parser.add_argument("--learning-rate", type=float, help="peak (default 0.005, or 0.002 with --init)")
     parser.add_argument("--batch-size", type=int, default=4, help="rows per device and step (default %(default)s)")
     parser.add_argument(
         "--anchors-per-row", type=int, default=64, help="positions trained per row and epoch (default %(default)s)"
