@@ -215,6 +215,14 @@ def test_the_chat_template_reads_its_variables(tokenizer, tmp_path):
         read_rows(path, styled, 100)
 
 
+def test_a_later_turn_that_the_template_refuses_is_named(tokenizer):
+    alone = "{% if messages | length > 1 %}{{ raise_exception('one message') }}{% endif %}" + TEMPLATE
+    strict = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=alone)
+    (question,) = read_questions([Line("row 1", {"turns": ["hi", "so"], "question_id": 7})], strict)
+    with pytest.raises(ValueError, match=r"question 7, turn 2: .*\(one message\)"):
+        turn_prompt(question, [[ord("n")]], strict)
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", {"messages": MESSAGES})
     tokenizer = PreTrainedTokenizerFast(

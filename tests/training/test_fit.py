@@ -287,9 +287,9 @@ def replay_path(tmp_path_factory):
 
 def test_what_is_replayed_is_not_forgotten(target_path, rows_path, replay_path, tmp_path):
     length, tree = {}, (TreeChoice(SpecOptions(), 8),)
-    old = fit(target_path, replay_path, tmp_path / "old", settings(80))
+    old = fit(target_path, replay_path, tmp_path / "old", settings(50))
     for name, options in {"alone": {}, "replaying": {"replay": replay_path}}.items():
-        adapted = fit(target_path, rows_path, tmp_path / name, settings(80, init=str(old), **options))
+        adapted = fit(target_path, rows_path, tmp_path / name, settings(50, init=str(old), **options))
         length[name] = [
             evaluate(target_path, str(adapted), rows, tree).trees[0].length for rows in (rows_path, replay_path)
         ]
