@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -154,6 +155,8 @@ class SpecOptions:
     adaptive_budget: verify as many nodes, up to the node budget, as make the batch faster (engine/adaptive/); a
         template tree is always verified whole.
     attention_kernel: kernel for tree attention and for the drafter's frames; "xformers" on CUDA only.
+    record: file to which served prompts and answers are appended, as training rows (engine/recording.py).
+    record_limit_mb: size that this file does not exceed.
     """
 
     tree: Literal["prefix", "template", "chain"] = "prefix"
@@ -161,6 +164,8 @@ class SpecOptions:
     min_prefix_probability: float = 0.0
     adaptive_budget: bool = True
     attention_kernel: Literal["own", "xformers"] = "own"
+    record: str | os.PathLike[str] | None = None
+    record_limit_mb: int = 256
 
     @property
     def adapts(self) -> bool:
@@ -182,6 +187,12 @@ class SpecOptions:
             raise ValueError(
                 f"speculative_config attention_kernel={self.attention_kernel!r}: use one of "
                 f"{', '.join(ATTENTION_KERNELS)}."
+            )
+        if self.record is not None and (not isinstance(self.record, str | os.PathLike) or not os.fspath(self.record)):
+            raise ValueError(f"speculative_config record={self.record!r}: give the path of a file, or leave it out.")
+        if not is_integer(self.record_limit_mb, 1):
+            raise ValueError(
+                f"speculative_config record_limit_mb={self.record_limit_mb!r}: use an integer of at least 1."
             )
 
     @classmethod

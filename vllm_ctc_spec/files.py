@@ -1,8 +1,11 @@
-"""Writes files and folders whole or not at all, records which run they belong to, and finds the user's cache."""
+"""Writes files, folders and lines whole or not at all, records which run they belong to, and finds the user's cache."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -51,6 +54,41 @@ def write_atomically(path: Path, contents: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Yield a descriptor of the file for one process at a time. A new file is its owner's alone. Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def append_line(path: Path, line: bytes, max_bytes: int) -> bool:
+    """Append a line unless the file would be larger than `max_bytes`; returns whether it was appended.
+
+    Several processes may append to one file. Raises OSError; the file is unchanged then.
+    """
+    with locked(path) as file:
+        size = os.fstat(file).st_size
+        if size + len(line) > max_bytes:
+            return False
+        if os.write(file, line) < len(line):
+            os.ftruncate(file, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return True
+
+
+def cut_incomplete_line(path: Path) -> None:
+    """Cut off a last line without its end, as a killed process leaves it. Raises OSError."""
+    with locked(path) as file:
+        if os.fstat(file).st_size:
+            with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as content:
+                num_whole = content.rfind(b"\n") + 1
+            os.ftruncate(file, num_whole)
 
 
 def save_png(figure: Figure, path: Path, dpi: int, **options: Any) -> None:

@@ -71,6 +71,7 @@ def test_paths_are_relative_to_the_yaml_and_rounds_are_ten(folder: Path):
         ("max_tokens: true", "max_tokens=True"),
         ("ignore_eos: 1", "ignore_eos=1"),
         ("engine: {max_num_seqs: 8}", "engine.max_num_seqs: the benchmark sets it"),
+        ("engine: [1]", r"engine must hold options of vllm.LLM, is \[1\]"),
         ("seed: 1\nseed: 2", "line 2: 'seed' is there twice"),
     ],
 )
@@ -110,12 +111,24 @@ def test_what_is_wrong_with_a_method_is_named(folder: Path, method: str, message
         ("questions: questions.jsonl", "questions: {source: questions.jsonl, limit: 0}", "limit=0"),
         ("questions: questions.jsonl", "questions: {from: questions.jsonl}", "with 'source'"),
         ("questions: questions.jsonl", "questions: missing.jsonl", "prompts.questions.source='missing.jsonl'"),
+        ("prompts:\n  questions:", "prompts:", "prompts must map names to settings, is str"),
         ("target: target", "target: target\nfolder: nowhere", "no such folder"),
     ],
 )
 def test_what_is_wrong_elsewhere_is_named(folder: Path, old: str, new: str, message: str):
     with pytest.raises(ValueError, match=message):
         load(folder, MINIMAL.replace(old, new))
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "bench.yaml' is not YAML"), ("[1]", "must hold a mapping")])
+def test_a_file_of_something_else_is_named(folder: Path, text: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        load(folder, text)
+
+
+def test_a_file_that_is_not_there_is_named(folder: Path):
+    with pytest.raises(ValueError, match=r"no.yaml' cannot be read \(No such file"):
+        load_config(folder / "no.yaml")
 
 
 def test_a_missing_package_skips_the_method_unchecked(folder: Path):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,9 +64,22 @@ def plain(pair: TinyPair) -> Iterator[LLM]:
         yield llm
 
 
+FIRST_ROW = {"prompt_token_ids": [5, 6], "token_ids": [7, 8, 9]}
+
+
 @pytest.fixture(scope="session")
-def trees(pair: TinyPair) -> Iterator[LLM]:
-    with engine(pair, {}, distributed_executor_backend=None) as llm:
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the engine of `trees` records what it serves. A server was killed here: the last row is cut."""
+    path = tmp_path_factory.mktemp("record") / "rows.jsonl"
+    line = json.dumps(FIRST_ROW, separators=(",", ":"))
+    path.write_text(f"{line}\n{line[:30]}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def trees(pair: TinyPair, record: Path) -> Iterator[LLM]:
+    spec = {"record": str(record), "record_limit_mb": 64}
+    with engine(pair, spec, distributed_executor_backend=None) as llm:
         yield llm
 
 

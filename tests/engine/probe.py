@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_ctc_spec.engine.adaptive.budget import DraftPlan
-from vllm_ctc_spec.engine.draft_head import draft_head
+from vllm_ctc_spec.engine.draft_head import draft_head, find_lm_head
 from vllm_ctc_spec.engine.host_tree import HostTree
 
 
@@ -71,10 +71,10 @@ def draft_heads(worker: Any) -> dict[str, torch.Tensor]:
     rows = torch.randn(5, drafter.config.hidden_size)
     products = {"target": target.compute_logits(rows), "drafter": runner.drafter.head(rows)}
     target.logits_processor.scale = 0.5
-    products["of a target that scales"] = draft_head(target, drafter)(rows)
+    products["of a target that scales"] = draft_head(find_lm_head(target, drafter), drafter)(rows)
     method = target.lm_head.quant_method
     target.lm_head.quant_method = SimpleNamespace(apply=method.apply)
-    products["of a quantised head"] = draft_head(target, drafter)(rows)
+    products["of a quantised head"] = draft_head(find_lm_head(target, drafter), drafter)(rows)
     return products
 
 

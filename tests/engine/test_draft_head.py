@@ -15,7 +15,7 @@ from tests.engine.conftest import complete, engine
 from tests.engine.probe import draft_heads, record_trees, recorded_trees
 from tests.tiny_pair import TinyPair
 from vllm_ctc_spec.drafter.checkpoint import load_drafter
-from vllm_ctc_spec.engine.draft_head import draft_head
+from vllm_ctc_spec.engine.draft_head import find_lm_head
 from vllm_ctc_spec.engine.metrics import read_tree_metrics
 from vllm_ctc_spec.training.data import most_frequent, read_rows
 
@@ -61,4 +61,4 @@ def test_a_target_without_a_head_to_draft_with_is_refused() -> None:
             return hidden
 
     with pytest.raises(ValueError, match="target Headless computes its logits without vLLM's LogitsProcessor"):
-        draft_head(Headless(), SimpleNamespace(norm=SimpleNamespace(weight=torch.zeros(4))))
+        find_lm_head(Headless(), SimpleNamespace(norm=SimpleNamespace(weight=torch.zeros(4))))

@@ -79,10 +79,16 @@ def plain_lora(pair: TinyPair) -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="module")
-def trees_lora(pair: TinyPair) -> Iterator[LLM]:
+def rows_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `trees_lora` records."""
+    return tmp_path_factory.mktemp("record") / "rows.jsonl"
+
+
+@pytest.fixture(scope="module")
+def trees_lora(pair: TinyPair, rows_lora: Path) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-        with engine(pair, {}, **LORA) as llm:
+        with engine(pair, {"record": str(rows_lora)}, **LORA) as llm:
             yield llm
 
 
@@ -140,6 +146,17 @@ def test_an_adapter_changes_the_answer(
     alone, first, second = (tokens_of(ask(trees_lora, prompts, params, [adapter])) for adapter in adapters)
     assert not any(one == other for one, other in zip(alone, first))
     assert not any(one == other for one, other in zip(first, second))
+
+
+def test_answers_with_an_adapter_are_not_recorded_as_the_targets(
+    trees_lora: LLM, rows_lora: Path, prompts: list[list[int]], adapters: list[LoRARequest | None]
+) -> None:
+    rows_lora.unlink()
+    params = [SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)] * len(prompts)
+    answers = tokens_of(ask(trees_lora, prompts, params, adapters))
+    rows = [json.loads(line) for line in rows_lora.read_text().splitlines()]
+    recorded = [(row["prompt_token_ids"], row["token_ids"]) for row in rows]
+    assert sorted(recorded) == sorted(zip(prompts[::3], answers[::3]))
 
 
 def test_the_drafter_embeds_and_judges_tokens_without_adapters(

@@ -123,12 +123,17 @@ def bench_serve(url: str, pair: TinyPair, folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_server_answers_as_plain_vllm_does_and_reports_its_trees(pair: TinyPair, plain: LLM, tmp_path: Path) -> None:
     expected = answers_of(plain)
-    trees = ["--speculative-model", str(pair.drafter), "--spec-tokens", "16", "-sc", '{"adaptive_budget": false}']
+    record = tmp_path / "rows.jsonl"
+    spec = json.dumps({"adaptive_budget": False, "record": str(record)})
+    trees = ["--speculative-model", str(pair.drafter), "--spec-tokens", "16", "-sc", spec]
     with server(pair, tmp_path / "ctc.log", *trees) as url:
         assert asyncio.run(ask_everything(url)) == expected
+        rows = [json.loads(line) for line in record.read_text().splitlines()]
         time.sleep(3)
         metrics = httpx.get(f"{url}/metrics").text
         benchmark = bench_serve(url, pair, tmp_path)
+    answers = plain.get_tokenizer().batch_decode([row["token_ids"] for row in rows], skip_special_tokens=True)
+    assert sorted(answers) == sorted(text for texts in expected.values() for text in texts)
     assert benchmark["completed"] == len(PROMPTS)
     assert 1 < benchmark["spec_decode_acceptance_length"] <= 9
     assert benchmark["spec_decode_accepted_tokens"] <= benchmark["spec_decode_draft_tokens"]

@@ -128,6 +128,12 @@ def test_faulty_lines_are_named_or_counted(pair: TinyPair, tmp_path: Path, capsy
     assert "1 faulty lines left out" in capsys.readouterr().out
 
 
+def test_the_engines_seed_is_the_commands(pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    prompts, rows = write_prompts(tmp_path, pair, 1), tmp_path / "rows.jsonl"
+    assert main(["train", "regenerate", str(pair.target), str(prompts), str(rows), "--engine", "seed=3"]) == 2
+    assert "--engine seed=3: use --seed 3" in capsys.readouterr().err
+
+
 def test_a_prompt_that_does_not_fit_is_named_before_the_engine_starts(
     pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -1,6 +1,7 @@
 """One factor on all logits makes the expected accepted length equal to the measured one."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -89,3 +90,11 @@ def test_rows_of_a_calibration_rows_prompt_are_not_trained_on():
     assert (len(split.trained), len(split.calibration)) == (3 * 38, 2)
     trained, kept = ({int(row.token_ids[0]) for row in rows} for rows in (split.trained, split.calibration))
     assert not trained & kept
+
+
+def test_rows_that_are_replayed_are_not_calibrated_on():
+    new = noisy_counting_rows(40)
+    replayed = [dataclasses.replace(row, is_replay=True) for row in noisy_counting_rows(100)]
+    split = split_rows(new + replayed)
+    assert [id(row) for row in split.calibration] == [id(new[19]), id(new[39])]
+    assert len(split.trained) == 138

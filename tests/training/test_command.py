@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from vllm_ctc_spec.cli import _parser
+from vllm_ctc_spec.training.stages import _fit_settings
 
 FIT = ["train", "fit", "target", "rows.jsonl", "drafter"]
 
@@ -51,3 +52,11 @@ def test_variables_of_the_chat_template_are_a_json_object(stage: list[str], caps
         with pytest.raises(SystemExit):
             parsed(text)
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [([], 0.005), (["--init", "other"], 0.002), (["--init", "other", "--learning-rate", "0.01"], 0.01)],
+)
+def test_the_learning_rate_is_lower_for_weights_that_are_trained_already(options: list[str], rate: float) -> None:
+    assert _fit_settings(_parser().parse_args([*FIT, *options])).learning_rate == rate

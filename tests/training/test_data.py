@@ -1,5 +1,6 @@
 """Rows, their trained tokens, and the errors of bad lines."""
 
+import dataclasses
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from vllm_ctc_spec.training.data import (
     SimilarRows,
     TrainingRow,
     collate_anchors,
+    most_frequent,
     read_rows,
     with_anchors,
 )
@@ -213,6 +215,14 @@ def test_the_chat_template_reads_its_variables(tokenizer, tmp_path):
         read_rows(path, styled, 100)
 
 
+def test_a_later_turn_that_the_template_refuses_is_named(tokenizer):
+    alone = "{% if messages | length > 1 %}{{ raise_exception('one message') }}{% endif %}" + TEMPLATE
+    strict = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=alone)
+    (question,) = read_questions([Line("row 1", {"turns": ["hi", "so"], "question_id": 7})], strict)
+    with pytest.raises(ValueError, match=r"question 7, turn 2: .*\(one message\)"):
+        turn_prompt(question, [[ord("n")]], strict)
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", {"messages": MESSAGES})
     tokenizer = PreTrainedTokenizerFast(
@@ -279,6 +289,34 @@ def test_rows_of_a_batch_are_alike_and_each_row_comes_once_an_epoch():
         longest = [max(batch) for batch in batches]
         assert longest not in (sorted(longest), sorted(longest)[::-1])
     assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize(
+    ("num_replayed", "share", "per_epoch"), [(30, 0.25, 4), (30, 0.5, 12), (2, 0.5, 12), (0, 0.0, 0)]
+)
+def test_an_epoch_has_every_new_row_and_a_share_of_those_that_are_replayed(num_replayed, share, per_epoch):
+    new = counting_rows(*range(5, 17))
+    replayed = [dataclasses.replace(row, is_replay=True) for row in counting_rows(*range(20, 20 + num_replayed))]
+    dataset = AnchorDataset(new + replayed, label_length=3, anchors_per_row=8, replay_share=share)
+    rows = SimilarRows(dataset, batch_size=4)
+    epochs = []
+    for dataset.epoch in (0, 0, 1):
+        drawn = list(rows)
+        assert len(drawn) == len(rows) == 12 + per_epoch
+        assert sorted(row for row in drawn if row < 12) == list(range(12))
+        epochs.append(sorted(row for row in drawn if row >= 12))
+    assert epochs[0] == epochs[1]
+    if num_replayed > per_epoch:
+        assert len(set(epochs[0])) == per_epoch and epochs[0] != epochs[2]
+    elif num_replayed:
+        assert epochs[0] == sorted([12, 13] * 6)
+
+
+def test_rare_tokens_that_are_preferred_go_before_others():
+    rows = counting_rows(5, 3)
+    assert set(most_frequent(rows, 40, 3).tolist()) == {10, 11, 12}
+    assert most_frequent(rows, 40, 4, torch.tensor([30, 14])).tolist()[3] == 14
+    assert set(most_frequent(rows, 40, 7, torch.tensor([30, 14, 20])).tolist()) == {10, 11, 12, 13, 14, 20, 30}
 
 
 def test_cached_hidden_states_reach_the_batch():

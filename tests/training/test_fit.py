@@ -276,6 +276,54 @@ def test_a_fit_that_starts_from_another_drafter_knows_what_that_one_knew(target_
     assert "before" not in report(first)
 
 
+@pytest.fixture(scope="module")
+def replay_path(tmp_path_factory):
+    """Text that counts down, with other numbers."""
+    path = tmp_path_factory.mktemp("replay") / "old.jsonl"
+    rows = [{"prompt_token_ids": [1], "token_ids": [30 - (i + j) % PERIOD for j in range(40)]} for i in range(PERIOD)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_what_is_replayed_is_not_forgotten(target_path, rows_path, replay_path, tmp_path):
+    length, tree = {}, (TreeChoice(SpecOptions(), 8),)
+    old = fit(target_path, replay_path, tmp_path / "old", settings(50))
+    for name, options in {"alone": {}, "replaying": {"replay": replay_path}}.items():
+        adapted = fit(target_path, rows_path, tmp_path / name, settings(50, init=str(old), **options))
+        length[name] = [
+            evaluate(target_path, str(adapted), rows, tree).trees[0].length for rows in (rows_path, replay_path)
+        ]
+    assert length["alone"][0] > 4.5 > 2 > length["alone"][1]
+    assert min(length["replaying"]) > 4.5
+
+
+def test_a_killed_run_replays_the_same_rows(target_path, rows_path, replay_path, tmp_path):
+    replaying = {"save_steps": 1, "log_steps": 1, "replay": replay_path, "replay_share": 0.5}
+    whole = fit(target_path, rows_path, tmp_path / "whole", settings(8, **replaying))
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Killed):
+        kill_at(monkeypatch, 6)
+        fit(target_path, rows_path, tmp_path / "resumed", settings(8, **replaying))
+    with pytest.raises(ValueError, match=r"replay_share=0\.5; this one has 0\.25"):
+        fit(target_path, rows_path, tmp_path / "resumed", settings(8, **replaying | {"replay_share": 0.25}))
+    resumed = fit(target_path, rows_path, tmp_path / "resumed", settings(8, **replaying))
+    assert report(resumed)["losses"] == report(whole)["losses"]
+    assert all(torch.equal(weight, weights(whole)[name]) for name, weight in weights(resumed).items())
+
+
+@pytest.mark.parametrize("run", [fit, dry_run])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"replay_share": 0.5}, "replay_share=0.5: there is nothing to replay"),
+        ({"replay": "old.jsonl", "replay_share": 1.0}, "replay_share=1.0: use a number above 0 and below 1"),
+        ({"replay": "old.jsonl"}, "data file 'old.jsonl' cannot be read"),
+    ],
+)
+def test_a_replay_that_means_nothing_is_refused(target_path, rows_path, tmp_path, run, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(target_path, rows_path, tmp_path / "drafter", settings(1, **options))
+
+
 def test_a_drafter_that_is_there_is_taken_for_the_same_run_alone(target_path, rows_path, tmp_path):
     folder = fit(target_path, rows_path, tmp_path / "drafter", settings(2))
     written = (folder / "model.safetensors").stat().st_mtime_ns

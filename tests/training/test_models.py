@@ -147,6 +147,17 @@ def test_both_draft_alike_even_if_one_reads_more_layers(tmp_path, theirs):
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize(("room", "drafted"), [(3, {9, 4, 7}), (6, {9, 4, 7, 0, 1, 2}), (2, {9, 4})])
+def test_the_tokens_that_the_other_drafts_are_drafted_first(tmp_path, room, drafted):
+    target = tiny_target()
+    other = tiny_drafter(target, draft_vocab_size=3)
+    other.draft_only(torch.tensor([9, 4, 7]))
+    other.save_pretrained(tmp_path)
+    drafter = tiny_drafter(target, draft_vocab_size=room)
+    start_from(drafter, tmp_path)
+    assert set(drafter.draft_vocab.tolist()) == drafted
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -87,6 +87,10 @@ def test_own_prompts_stand_where_the_template_puts_a_user_turn(tmp_path):
     around = around_user_turn(str(tmp_path), {"start": "one", "end": "two"})
     assert words_of(tokenizer, around.before) == "one :"
     assert around.after == ["two"]
+    tokenizer.chat_template = "{{ raise_exception('no user') }}"
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"--own-prompts: .*\(no user\).* Give the target prompts"):
+        around_user_turn(str(tmp_path))
 
 
 @pytest.mark.parametrize("line", ['{"prompt_token_ids": [3], "token_', "[3]", '{"prompt_token_ids": [3]}', "\0\0\0"])

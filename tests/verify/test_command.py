@@ -35,6 +35,7 @@ def target(tmp_path: Path) -> Path:
         (["--speculative-config", NGRAM, "--max-tokens", "3"], "--max-tokens 3: use at least 16"),
         (["--speculative-config", NGRAM, "--num-prompts", "0"], "--num-prompts 0"),
         (["--speculative-config", NGRAM, "--prompts", "missing.jsonl"], "missing.jsonl"),
+        (["--speculative-config", NGRAM, "--prompts", "/dev/null"], "holds no prompts"),
         (["--speculative-config", NGRAM, "--engine", "max_model_len=70"], "prompt 1 has"),
     ],
 )

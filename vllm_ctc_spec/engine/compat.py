@@ -194,6 +194,7 @@ TOUCHED: dict[str, tuple[str, ...]] = {
     ),
     "vllm.model_executor.parameter:BasevLLMParameter": ("weight_loader",),
     "vllm.envs": (
+        "VLLM_USE_RUST_FRONTEND",
         "VLLM_USE_V2_MODEL_RUNNER",
         "VLLM_ENABLE_V1_MULTIPROCESSING",
         "VLLM_ZENTORCH_WEIGHT_PREPACK",
@@ -247,7 +248,24 @@ TOUCHED: dict[str, tuple[str, ...]] = {
         "num_drafts",
         "observe_draft",
     ),
-    "vllm.v1.engine.llm_engine:LLMEngine": ("add_request", "step", "abort_request"),
+    "vllm.v1.engine.async_llm:AsyncLLM": ("__init__", "output_processor", "vllm_config"),
+    "vllm.v1.engine.detokenizer:IncrementalDetokenizer": ("output_token_ids",),
+    "vllm.v1.engine.llm_engine:LLMEngine": (
+        "__init__",
+        "abort_request",
+        "add_request",
+        "output_processor",
+        "step",
+        "vllm_config",
+    ),
+    "vllm.v1.engine.output_processor:OutputProcessor": ("_update_stats_from_finished",),
+    "vllm.v1.engine.output_processor:RequestState": (
+        "detokenizer",
+        "input_chunk_queue",
+        "lora_request",
+        "prompt_embeds",
+        "prompt_token_ids",
+    ),
     "vllm.v1.metrics.loggers:StatLoggerBase": ("__init__", "record", "log", "log_engine_initialized"),
 }
 """Module or module:class -> attributes that we read, call, override or replace; instance attributes among them.

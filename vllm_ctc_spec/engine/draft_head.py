@@ -20,18 +20,17 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm_ctc_spec.drafter.modeling import CTCDrafter
 
 
-def draft_head(target: Any, drafter: CTCDrafter) -> Callable[[Tensor], Tensor]:
+def draft_head(lm_head: Any, drafter: CTCDrafter) -> Callable[[Tensor], Tensor]:
     """[n, H] -> [n, K], for `emission_logits`.
 
     The plain product, which the drafter was trained with: some models scale or cap their logits after it.
     """
-    lm_head = _lm_head(target, drafter)
     drafted, every = drafter.draft_vocab, partial(_products, lm_head, drafter.config.vocab_size)
     if drafted is None:
         return every
     if not _is_plain(lm_head):
         return lambda hidden: every(hidden)[:, drafted]
-    rows = _rows(lm_head, drafter)[drafted]
+    rows = head_rows(lm_head, drafter)[drafted]
     with rows.device:
         # Any number of ranks can share so many.
         padding = DEFAULT_VOCAB_PADDING_SIZE * get_tensor_model_parallel_world_size()
@@ -41,12 +40,8 @@ def draft_head(target: Any, drafter: CTCDrafter) -> Callable[[Tensor], Tensor]:
     return partial(_products, own, len(drafted))
 
 
-def head_rows(target: Any, drafter: CTCDrafter) -> Tensor:
-    """[V, H], the target's LM head; of a quantized one what its product with each unit vector gives."""
-    return _rows(_lm_head(target, drafter), drafter)
-
-
-def _rows(lm_head: Any, drafter: CTCDrafter) -> Tensor:
+def head_rows(lm_head: Any, drafter: CTCDrafter) -> Tensor:
+    """[V, H], the LM head; of a quantized one what its product with each unit vector gives."""
     vocab_size = drafter.config.vocab_size
     if _is_plain(lm_head):
         return _of_all_ranks(lm_head, lm_head.weight.detach(), dim=0)[:vocab_size]
@@ -69,8 +64,11 @@ def _is_plain(lm_head: Any) -> bool:
     return isinstance(lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
 
 
-def _lm_head(target: Any, drafter: CTCDrafter) -> Any:
-    """Where it stands differs from model to model, so the target is asked for the logits of a row and watched."""
+def find_lm_head(target: Any, drafter: CTCDrafter) -> Any:
+    """Where it stands differs from model to model, so the target is asked for the logits of a row and watched.
+
+    Raises ValueError if none is found.
+    """
     hidden = torch.zeros_like(drafter.norm.weight)[None]
     seen: list[nn.Module] = []
     processors = [module for module in target.modules() if isinstance(module, LogitsProcessor)]

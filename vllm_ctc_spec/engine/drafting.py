@@ -28,7 +28,7 @@ from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft, KeyValue
 from vllm_ctc_spec.engine.adapters import without_adapters
 from vllm_ctc_spec.engine.attention.choice import attention_of_target
 from vllm_ctc_spec.engine.attention.interface import PagedContext, TreeAttention
-from vllm_ctc_spec.engine.draft_head import draft_head, head_rows
+from vllm_ctc_spec.engine.draft_head import draft_head, find_lm_head, head_rows
 from vllm_ctc_spec.engine.graphs import Capture, DraftGraphs, DraftInputs
 from vllm_ctc_spec.engine.host_tree import HostTree, pack, unpack
 from vllm_ctc_spec.engine.settings import EngineSettings
@@ -97,8 +97,9 @@ class CTCProposer:
         self.drafter: CTCDrafter = load_drafter(self.settings.drafter, self.vllm_config.model_config.dtype)
         self.drafter.to(self.vllm_config.device_config.device)
         tokens = torch.arange(self.drafter.config.vocab_size, device=self.drafter.device)
-        self.drafter.set_tables(self.target.embed_input_ids(tokens), head_rows(self.target, self.drafter))
-        self.head = draft_head(self.target, self.drafter)
+        lm_head = find_lm_head(self.target, self.drafter)
+        self.drafter.set_tables(self.target.embed_input_ids(tokens), head_rows(lm_head, self.drafter))
+        self.head = draft_head(lm_head, self.drafter)
         split_layers(self.drafter)
         num_ranks = self.vllm_config.parallel_config.tensor_parallel_size
         self.num_heads = self.drafter.config.num_attention_heads // num_ranks

@@ -28,6 +28,8 @@ Ledger of what is replaced in vLLM, why, and when it can go:
   metadata. Goes when vLLM's runner has a hook after it.
 * The attention backends CPU_ATTN, FLASH_ATTN and TRITON_ATTN (in the worker, by vLLM's `register_backend`): rows of
   trees go to our kernels. Goes when vLLM's backends take an ancestor mask.
+* `AsyncLLM.__init__` and `LLMEngine.__init__`, where `record` is set: the engine's output processor tells us of each
+  request that has ended (see recording.py). Goes when vLLM hands the tokens of finished requests to a plugin.
 * `WorkerWrapperBase.init_device`, on a CPU, with any method and none: Linux kills a process that uses AMX's tiles
   without having asked for them, as vLLM's attention does where no product of the target is large enough for oneDNN,
   which asks. Goes when vLLM asks.
@@ -190,6 +192,8 @@ def _create_speculative_config(
     from vllm_ctc_spec.engine.settings import resolve_settings
 
     resolved = resolve_settings(settings, self, target_model_config, target_parallel_config)
+    if resolved.options.record is not None:
+        _record_answers()
     self.additional_config = {**(self.additional_config or {}), "ctc_spec": resolved.to_dict()}
     as_written = (self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens)
     self.speculative_config = {
@@ -212,6 +216,17 @@ def _create_speculative_config(
         proposers.removeFilter(_is_not_about_classes)
         # One EngineArgs may make several configs, and each must see what the user wrote.
         self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = as_written
+
+
+def _record_answers() -> None:
+    # Here, because other processes than those that make an engine need none of these modules.
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from vllm_ctc_spec.engine.recording import with_recording
+
+    for engine in (AsyncLLM, LLMEngine):
+        _replace_once(engine, "__init__", with_recording)
 
 
 def _is_not_about_classes(record: logging.LogRecord) -> bool:

@@ -57,12 +57,18 @@ def resolve_settings(
     config = check_drafter(drafter)
     check_device(engine_args, target, parallel, options.attention_kernel)
     _check_fit(config, drafter, target, parallel)
+    runs_on_v2 = is_v2(engine_args, target, parallel, options)
+    if options.record is not None:
+        # Last, because it makes the file.
+        from vllm_ctc_spec.engine.recording import check_record
+
+        options = dataclasses.replace(options, record=check_record(options.record))
     return EngineSettings(
         os.path.abspath(drafter),
         num_nodes,
         options,
         tuple(config.target_layers),
-        is_v2(engine_args, target, parallel, options),
+        runs_on_v2,
     )
 
 

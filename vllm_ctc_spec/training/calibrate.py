@@ -52,14 +52,15 @@ def split_rows(rows: Sequence[TrainingRow], share: int = 20, max_calibration: in
     """Set apart the first row of every `share`-th prompt for calibration, at most `max_calibration` rows.
 
     With fewer than `share` prompts none is set apart. The other rows of a calibration prompt are in neither part: a
-    drafter that has trained on one answer knows much of the other.
+    drafter that has trained on one answer knows much of the other. Replayed rows must come last; none is set apart.
     """
     by_prompt: dict[tuple[int, ...], list[TrainingRow]] = {}
     for index, row in enumerate(rows):
         by_prompt.setdefault(_prompt(row) or (-1 - index,), []).append(row)
-    step = max(share, -(-len(by_prompt) // max_calibration))
     groups = list(by_prompt.values())
-    kept = range(step - 1, len(groups), step)
+    num_new = sum(not group[0].is_replay for group in groups)
+    step = max(share, -(-num_new // max_calibration))
+    kept = range(step - 1, num_new, step)
     trained = [row for number, group in enumerate(groups) if number not in kept for row in group]
     return RowSplit(trained, [groups[number][0] for number in kept])
 
@@ -126,11 +127,8 @@ def expected_and_accepted(
     scaled = copy.deepcopy(objective.drafter)
     scale_logits(scaled, factor)
     if scaled.config.emission == "conditioned":
-        # The factor scales table A only, so table B is not computed again.
-        tokens = torch.arange(scaled.config.vocab_size, device=scaled.device)
-        scaled.state_in_table = scaled.condition_last(
-            objective.target.get_input_embeddings()(tokens).to(scaled.norm.weight.dtype)
-        )
+        assert scaled.state_in_table is not None
+        scaled.state_in_table *= factor
     head = head_of(scaled, objective.target.get_output_embeddings().weight)
     expected = accepted = 0.0
     for each in drafts:

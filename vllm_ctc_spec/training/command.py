@@ -110,7 +110,7 @@ def _add_regenerate(parser: argparse.ArgumentParser) -> None:
 def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default %(default)s)")
     parser.add_argument("--minutes", type=float, help="time limit; training ends here or at --steps")
-    parser.add_argument("--learning-rate", type=float, default=5e-3, help="peak (default %(default)s)")
+    parser.add_argument("--learning-rate", type=float, help="peak (default 0.005, or 0.002 with --init)")
     parser.add_argument("--batch-size", type=int, default=4, help="rows per device and step (default %(default)s)")
     parser.add_argument(
         "--anchors-per-row", type=int, default=64, help="positions trained per row and epoch (default %(default)s)"
@@ -137,6 +137,12 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         "vLLM hands them out)",
     )  # fmt: skip
     parser.add_argument("--init", metavar="DRAFTER", help="folder of a drafter to start from (default: random weights)")
+    parser.add_argument(
+        "--replay", metavar="ROWS", help="rows of earlier text, trained along so that the drafter does not forget it"
+    )
+    parser.add_argument(
+        "--replay-share", type=float, metavar="SHARE", help="of the trained rows, those of --replay (default 0.25)"
+    )
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep the target's hidden states on disk")
     parser.add_argument("--save-steps", type=int, default=500, help="steps between checkpoints (default %(default)s)")
     parser.add_argument(

@@ -5,6 +5,7 @@ Letters: B rows, L tokens, M anchors per row, U labels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -47,6 +48,8 @@ class TrainingRow:
     """[L] int64"""
     trained: Tensor
     """[L] bool, true for tokens that the drafter learns to predict; the others are context."""
+    is_replay: bool = False
+    """Of earlier text, of which each epoch has a share."""
 
     def usable_anchors(self, min_labels: int) -> Tensor:
         """[n] int64, positions a >= 1 where a and the `min_labels` tokens after it are trained."""
@@ -79,6 +82,7 @@ class AnchorDataset(Dataset[AnchoredRow]):
 
     The anchors depend on seed, epoch and row only, so a resumed run draws the same ones.
     hidden: row number -> [L, H], the target's hidden states if they are cached.
+    replay_share: share of the rows of an epoch that are replayed ones.
     """
 
     def __init__(
@@ -89,8 +93,9 @@ class AnchorDataset(Dataset[AnchoredRow]):
         seed: int = 0,
         hidden: Callable[[int], Tensor] | None = None,
         min_labels: int | None = None,
+        replay_share: float = 0.0,
     ) -> None:
-        self.rows, self.seed, self.epoch = rows, seed, 0
+        self.rows, self.seed, self.epoch, self.replay_share = rows, seed, 0, replay_share
         self._label_length, self._num_anchors = label_length, anchors_per_row
         self._min_labels = label_length if min_labels is None else min_labels
         self._hidden = hidden
@@ -108,20 +113,26 @@ class AnchorDataset(Dataset[AnchoredRow]):
 
 
 class SimilarRows(Sampler[int]):
-    """Row numbers, ordered so that the rows of a batch have similar lengths and little of a batch is padding.
+    """Row numbers of an epoch, ordered so that the rows of a batch have similar lengths and little of it is padding.
 
-    The order depends only on `batch_size` and on seed and epoch of `dataset`.
+    An epoch has every new row, and replayed rows up to their share: a part of them, or some several times. The order
+    depends only on `batch_size` and on seed and epoch of `dataset`.
     """
 
     def __init__(self, dataset: AnchorDataset, batch_size: int) -> None:
         self._dataset, self._batch_size = dataset, batch_size
+        is_replay = np.array([row.is_replay for row in dataset.rows], dtype=bool)
+        self._new, self._replayed = np.flatnonzero(~is_replay), np.flatnonzero(is_replay)
+        per_new_row = dataset.replay_share / (1 - dataset.replay_share)
+        self._num_replayed = math.ceil(per_new_row * len(self._new)) if len(self._replayed) else 0
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._new) + self._num_replayed
 
     def __iter__(self) -> Iterator[int]:
         rows, rng = self._dataset.rows, np.random.default_rng((self._dataset.seed, self._dataset.epoch))
-        drawn = rng.permutation(len(rows))
+        replayed = np.resize(rng.permutation(self._replayed), self._num_replayed)
+        drawn = rng.permutation(np.concatenate((self._new, replayed)))
         # Sorting all rows together would put the same ones into a batch in every epoch.
         for start in range(0, len(drawn), BATCHES_SORTED * self._batch_size):
             part = sorted(
@@ -159,10 +170,18 @@ def num_frequent(vocab_size: int) -> int | None:
     return number if number < vocab_size else None
 
 
-def most_frequent(rows: Sequence[TrainingRow], vocab_size: int, num_tokens: int) -> Tensor:
-    """[num_tokens] int64, the most frequent of the trained tokens, the most frequent first."""
+def most_frequent(
+    rows: Sequence[TrainingRow], vocab_size: int, num_tokens: int, preferred: Tensor | None = None
+) -> Tensor:
+    """[num_tokens] int64, the most frequent of the trained tokens, the most frequent first.
+
+    preferred: tokens that go before others which are as frequent, or as rare.
+    """
     trained = torch.cat([row.token_ids[row.trained] for row in rows])
-    return torch.bincount(trained, minlength=vocab_size).topk(num_tokens).indices
+    counts = torch.bincount(trained, minlength=vocab_size).double()
+    if preferred is not None:
+        counts[preferred] += 0.5
+    return counts.topk(num_tokens).indices
 
 
 def read_rows(

@@ -38,6 +38,8 @@ DRY_RUN_LINES = 1000
 """Lines of the data that a dry run reads."""
 LABEL_DECAY = 0.8
 """Default of `label_decay`; 1 and 0.65 gave lower acceptance lengths (benchmarks/README.md)."""
+REPLAY_SHARE = 0.25
+"""Default of `replay_share`."""
 MAY_CHANGE = ("save_steps", "log_steps", "trust_remote_code")
 """Settings that may differ between a killed run and the one that resumes it."""
 
@@ -67,6 +69,10 @@ class FitSettings:
     """Folder for the target's hidden states. It saves time if the run sees its rows more than once."""
     init: str | None = None
     """Folder of a drafter to start from."""
+    replay: str | None = None
+    """Rows of earlier text, as `data`, so that a drafter that learns new text does not forget what it knew."""
+    replay_share: float | None = None
+    """Of the rows that are trained, those of `replay`. None: REPLAY_SHARE."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Further variables of the chat template, for rows of `messages`."""
     trust_remote_code: bool = False
@@ -95,7 +101,7 @@ def fit(
     if is_finished(output_dir, resumable):
         return output_dir
     config = drafter_config(_target_config(target_path, settings), **settings.drafter)
-    label_decay = _label_decay(settings, config)
+    label_decay, replay_share = _label_decay(settings, config), _replay_share(settings)
     rows = _usable_rows(target_path, data, config, settings, skipped)
     checkpoints = output_dir.with_name(f"{output_dir.name}.checkpoints")
     with processes().main_process_first():
@@ -109,10 +115,18 @@ def fit(
     split = split_rows(rows)
     hidden = _cached_hidden(settings.cache, target, target_path, split.trained, config.target_layers)
     dataset = AnchorDataset(
-        split.trained, config.label_length, settings.anchors_per_row, settings.seed, hidden, _min_labels(config)
+        split.trained,
+        config.label_length,
+        settings.anchors_per_row,
+        settings.seed,
+        hidden,
+        _min_labels(config),
+        replay_share,
     )
     if config.draft_vocab_size is not None:
-        drafter.draft_only(most_frequent(split.trained, config.vocab_size, config.draft_vocab_size))
+        drafter.draft_only(
+            most_frequent(split.trained, config.vocab_size, config.draft_vocab_size, drafter.draft_vocab)
+        )
     objective = DraftObjective(drafter, target, _frequent(split.trained, config), label_decay)
     training = _train(objective, dataset, checkpoints, settings)
     if processes().is_main_process:
@@ -145,9 +159,9 @@ def dry_run(
     settings = settings or FitSettings()
     config = drafter_config(_target_config(target_path, settings), **settings.drafter)
     _label_decay(settings, config)
+    _replay_share(settings)
     check_target(target_path, settings.trust_remote_code)
-    if data is not None:
-        _usable_rows(target_path, data, config, settings, skipped, DRY_RUN_LINES)
+    _usable_rows(target_path, data, config, settings, skipped, DRY_RUN_LINES)
     drafter = _first_drafter(config, settings)
     _check_disk(output_dir, drafter)
     loop_arguments(output_dir, settings.budget, settings.batch_size, **settings.trainer)
@@ -168,32 +182,50 @@ def _target_config(target_path: str, settings: FitSettings) -> PretrainedConfig:
     return AutoConfig.from_pretrained(target_path, trust_remote_code=settings.trust_remote_code)
 
 
+def _replay_share(settings: FitSettings) -> float:
+    """0 where nothing is replayed. Raises ValueError for a share that means nothing."""
+    given = settings.replay_share
+    if given is not None and settings.replay is None:
+        raise ValueError(f"replay_share={given}: there is nothing to replay. Name rows with replay, or leave it out.")
+    if given is not None and not 0 < given < 1:
+        raise ValueError(f"replay_share={given}: use a number above 0 and below 1.")
+    if settings.replay is None:
+        return 0.0
+    return REPLAY_SHARE if given is None else given
+
+
 def _usable_rows(
     target_path: str,
-    data: str | Path,
+    data: str | Path | None,
     config: CTCDrafterConfig,
     settings: FitSettings,
     skipped: list[str] | None,
     max_lines: int | None = None,
 ) -> list[TrainingRow]:
+    """The rows of `data`, if there is any yet, then those that are replayed."""
     tokenizer = AutoTokenizer.from_pretrained(target_path, trust_remote_code=settings.trust_remote_code)
-    rows = read_rows(
-        data,
-        tokenizer,
-        settings.max_length,
-        skipped,
-        vocab_size=config.vocab_size,
-        max_lines=max_lines,
-        chat_template_kwargs=settings.chat_template_kwargs,
-    )
     min_labels = _min_labels(config)
-    usable = with_anchors(rows, min_labels)
-    if not usable:
-        raise ValueError(
-            f"{str(data)!r} has no row with {min_labels + 1} trained tokens in sequence, as label_length="
-            f"{config.label_length} needs. Use longer rows or a smaller label_length."
+    rows: list[TrainingRow] = []
+    for source, is_replay in ((data, False), (settings.replay, True)):
+        if source is None:
+            continue
+        read = read_rows(
+            source,
+            tokenizer,
+            settings.max_length,
+            skipped,
+            vocab_size=config.vocab_size,
+            max_lines=max_lines,
+            chat_template_kwargs=settings.chat_template_kwargs,
         )
-    return usable
+        usable = with_anchors(read, min_labels)
+        if not usable:
+            raise ValueError(
+                f"{str(source)!r} has no row with {min_labels + 1} trained tokens in sequence, as label_length="
+                f"{config.label_length} needs. Use longer rows or a smaller label_length."
+            )
+        rows += [dataclasses.replace(row, is_replay=is_replay) for row in usable]
+    return rows
 
 
 def _min_labels(config: CTCDrafterConfig) -> int:

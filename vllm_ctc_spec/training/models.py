@@ -126,8 +126,9 @@ def start_like(drafter: CTCDrafter, target: PreTrainedModel) -> None:
 def start_from(drafter: CTCDrafter, folder: str | Path) -> None:
     """Copy into `drafter` the weights of the drafter in `folder`, which may read the target's last hidden state only.
 
-    The projection of the layers that only `drafter` reads then starts at zero, so that both draft alike at first.
-    `drafter` keeps its draft vocabulary. Raises ValueError that names the setting in which the two differ.
+    The projection of the layers that only `drafter` reads then starts at zero, so that both draft alike at first. Of
+    the tokens that the other drafts, `drafter` drafts as many as its draft vocabulary has room for. Raises ValueError
+    that names the setting in which the two differ.
     """
     other, config = check_drafter(str(folder)), drafter.config
     for field in ("target_layers", *SHAPE_FIELDS):
@@ -144,3 +145,7 @@ def start_from(drafter: CTCDrafter, folder: str | Path) -> None:
         own = {name: weight for name, weight in own.items() if not name.startswith(TARGET_LAYER_WEIGHTS)}
     for name, weight in own.items():
         weight.copy_(weights[name])
+    if drafter.draft_vocab is not None and DRAFT_VOCAB in weights:
+        theirs, every = weights[DRAFT_VOCAB], torch.arange(config.vocab_size)
+        others = every[~torch.isin(every, theirs)]
+        drafter.draft_vocab.copy_(torch.cat((theirs, others))[: len(drafter.draft_vocab)])

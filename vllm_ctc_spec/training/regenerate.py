@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from vllm_ctc_spec.files import claim_file
+from vllm_ctc_spec.files import claim_file, cut_incomplete_line
 from vllm_ctc_spec.kv_cache import context_length
 from vllm_ctc_spec.kv_cache import engine_options as complete_options
 from vllm_ctc_spec.training.prompts import Question, turn_prompt
@@ -152,10 +152,8 @@ def whole_lines(path: Path) -> list[bytes]:
     """The lines of `path`, none if it does not exist; an incomplete last line is cut off in the file."""
     if not path.exists():
         return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    os.truncate(path, len(whole))
-    return whole.splitlines()
+    cut_incomplete_line(path)
+    return path.read_bytes().splitlines()
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
