@@ -76,15 +76,18 @@ def test_commands_with_engines_run_it_only_with_the_option(
     target: Path, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "words.jsonl").write_text('{"prompt": "one two"}\n')
-    (tmp_path / "bench.yaml").write_text(
-        "{target: target, methods: {plain: null}, prompts: {words: words.jsonl}, engine: {max_model_len: %d}}" % TOO_LONG
-    )
+    (tmp_path / "bench.yaml").write_text("{target: target, methods: {plain: null}, prompts: {words: words.jsonl}}")
     engine = ["--engine", f"max_model_len={TOO_LONG}"]
     prompts = ["--prompts", str(tmp_path / "words.jsonl"), "--num-prompts=1"]
     arguments = {
         "verify": [str(target), "--speculative-config", '{"method": "ctc"}', *prompts, *engine],
         "chat": [str(target), str(target / "ctc-drafter"), *engine],
-        "bench": [str(tmp_path / "bench.yaml"), str(tmp_path / "out")],
+        "bench": [
+            str(tmp_path / "bench.yaml"),
+            str(tmp_path / "out"),
+            "--set",
+            f"engine={{max_model_len: {TOO_LONG}}}",
+        ],
     }[command]
     assert main([command, *arguments]) == 2
     assert "add --trust-remote-code" in capsys.readouterr().err

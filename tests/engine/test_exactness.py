@@ -83,10 +83,12 @@ def test_min_tokens_logit_bias_bad_words_and_allowed_tokens_are_honoured_inside_
         {"allowed_token_ids": list(range(256))},
     ]
     for temperature in (0.0, 0.9):
-        same([
-            SamplingParams(temperature=temperature, seed=index, max_tokens=40, **kinds[index % 4])
-            for index in range(NUM_PROMPTS)
-        ])
+        same(
+            [
+                SamplingParams(temperature=temperature, seed=index, max_tokens=40, **kinds[index % 4])
+                for index in range(NUM_PROMPTS)
+            ]
+        )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -37,8 +38,9 @@ def mixed(max_tokens: int) -> list[SamplingParams]:
 
 
 def test_seeded_requests_survive_chunked_prefill(pair, plain: LLM, prompts: list[list[int]]) -> None:
-    """Stock vLLM 0.32 dies here on CPU: it rolls back the draw of a discarded sample, which has no offset there. So ours
-    is compared with vLLM that reads each prompt in one step.
+    """Stock vLLM 0.32 dies here on CPU: it rolls back the draw of a discarded sample, which has no offset there.
+
+    So ours is compared with vLLM that reads each prompt in one step.
     """
     # Of prompts in the prefix cache there would be nothing to chunk the second time.
     options = {"max_num_batched_tokens": 64, "enable_chunked_prefill": True, "enable_prefix_caching": False}
@@ -136,7 +138,7 @@ def test_a_custom_logits_processor_works_and_processed_logprobs_are_equal(pair, 
     expected, got = answers
     assert_logprobs_are_equal(got, expected, 2)
     tokens = [each.outputs[0].token_ids for each in got]
-    assert all(left != right for answer in tokens for left, right in zip(answer, answer[1:]))
+    assert all(left != right for answer in tokens for left, right in itertools.pairwise(answer))
 
 
 @pytest.mark.parametrize(("threshold", "share"), [(0.1, 3 / 4), (0.5, 1 / 8)])

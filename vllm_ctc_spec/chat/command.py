@@ -91,9 +91,7 @@ def _chat(options: argparse.Namespace) -> int:
     return 0
 
 
-def _engine_settings(
-    options: argparse.Namespace, given: dict[str, Any], target: str, drafter: str
-) -> dict[str, Any]:
+def _engine_settings(options: argparse.Namespace, given: dict[str, Any], target: str, drafter: str) -> dict[str, Any]:
     """Options for `vllm.LLM`. given: those of the user."""
     from vllm_ctc_spec.kv_cache import engine_options
     from vllm_ctc_spec.machine import target_dtype
