@@ -124,7 +124,9 @@ def test_two_engines_of_a_data_parallel_server_answer_as_plain_vllm_does(
     assert tally.num_compared == 31 and tally.different == []
     assert tally.num_aborted > 10 and left == {}
     assert tally.resident[-1] - tally.resident[0] < TOUCHED_LATER
-    accepted = re.findall(r'^vllm:spec_decode_num_accepted_tokens_total{.*engine="(\d)".*} (\S+)$', metrics, re.MULTILINE)
+    accepted = re.findall(
+        r'^vllm:spec_decode_num_accepted_tokens_total{.*engine="(\d)".*} (\S+)$', metrics, re.MULTILINE
+    )
     assert {engine for engine, count in accepted if float(count) > 0} == {"0", "1"}
 
 

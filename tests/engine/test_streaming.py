@@ -101,6 +101,9 @@ def cut(tokens: Sequence[int], sizes: Iterator[int]) -> list[Sequence[int]]:
     ("thoughts", "calls", "text"),
     [
         ("qwen3", None, THOUGHT + SAID),
+        ("glm45", None, THOUGHT + SAID),
+        ("kimi_k2", None, THOUGHT + SAID),
+        ("nemotron_v3", None, THOUGHT + SAID),
         ("qwen3", "hermes", THOUGHT + HERMES),
         ("qwen3", "qwen3_coder", THOUGHT + CODER),
         ("deepseek_r1", "hermes", THOUGHT + HERMES),
@@ -108,7 +111,18 @@ def cut(tokens: Sequence[int], sizes: Iterator[int]) -> list[Sequence[int]]:
         (None, "llama3_json", LLAMA),
         (None, "qwen3_coder", CODER),
     ],
-    ids=["qwen3", "qwen3-hermes", "qwen3-coder", "deepseek-hermes", "hermes", "llama", "coder"],
+    ids=[
+        "qwen3",
+        "glm45",
+        "kimi",
+        "nemotron",
+        "qwen3-hermes",
+        "qwen3-coder",
+        "deepseek-hermes",
+        "hermes",
+        "llama",
+        "coder",
+    ],
 )
 def test_pieces_of_several_tokens_are_read_as_single_tokens(
     tokenizer: Any, thoughts: str | None, calls: str | None, text: str
