@@ -88,7 +88,7 @@ def make_asks(prompts: Sequence[Sequence[int]], count: int, most_tokens: int, co
     for number in range(count):
         prompt = list(draw.choice(prompts))
         length = draw.randint(1, most_tokens)
-        sampling = {**KINDS[number % len(KINDS)], "seed": number, "max_tokens": length}
+        sampling = {**draw.choice(KINDS), "seed": number, "max_tokens": length}
         sampling["min_tokens"] = min(sampling.get("min_tokens", 0), length)
         aborted = draw.random() < 0.2 * compare_every / (compare_every - 1) and number % compare_every
         asks[number] = Ask(prompt[: draw.randint(1, len(prompt))], sampling, draw.randint(0, 4) if aborted else None)
