@@ -91,7 +91,9 @@ def make_asks(prompts: Sequence[Sequence[int]], count: int, most_tokens: int, co
         sampling = {**draw.choice(KINDS), "seed": number, "max_tokens": length}
         sampling["min_tokens"] = min(sampling.get("min_tokens", 0), length)
         aborted = draw.random() < 0.2 * compare_every / (compare_every - 1) and number % compare_every
-        asks[number] = Ask(prompt[: draw.randint(1, len(prompt))], sampling, draw.randint(0, 4) if aborted else None)
+        # A step emits at most nine tokens, so that few of these end before.
+        after = draw.randint(0, min(4, length // 10)) if aborted else None
+        asks[number] = Ask(prompt[: draw.randint(1, len(prompt))], sampling, after)
     return asks
 
 
