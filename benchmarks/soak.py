@@ -158,7 +158,7 @@ async def _streamed(client: httpx.AsyncClient, ask: Ask) -> Answer | None:
 
 @dataclass
 class Tally:
-    """Counts what is done, compares answers, and reads memory at the `warm_up`-th request and every `every` ones."""
+    """Counts what is done, compares answers, prints a line every `every` requests."""
 
     expected: Mapping[int, Answer]
     pid: int
@@ -170,8 +170,8 @@ class Tally:
     num_compared: int = 0
     different: list[int] = field(default_factory=list)
     """Numbers of the requests."""
-    resident: list[int] = field(default_factory=list)
-    """Bytes of the engine's processes; the first entry is that after the warm-up."""
+    warm_bytes: int = 0
+    """Memory of the engine's processes after `warm_up` requests."""
 
     def __call__(self, number: int, answer: Answer | None) -> None:
         self.num_done += 1
@@ -180,8 +180,8 @@ class Tally:
             self.num_compared += 1
             if answer != self.expected[number]:
                 self.different.append(number)
-        if self.num_done == self.warm_up or (self.num_done > self.warm_up and self.num_done % self.every == 0):
-            self.resident.append(engine_bytes(self.pid))
+        if self.num_done == self.warm_up:
+            self.warm_bytes = engine_bytes(self.pid)
         if self.num_done % self.every == 0:
             print(self, flush=True)
 
@@ -192,10 +192,9 @@ class Tally:
             f"{psutil.Process(self.pid).memory_info().rss / 1e6:.0f} MB"
         )
 
-    @property
-    def growth(self) -> float:
-        """Of memory after the warm-up, as a share."""
-        return self.resident[-1] / self.resident[0] - 1
+    def growth(self) -> int:
+        """Bytes by which the engine's memory has grown since the warm-up. It must still run."""
+        return engine_bytes(self.pid) - self.warm_bytes
 
 
 def engine_bytes(pid: int) -> int:
@@ -283,11 +282,12 @@ def _answered(answers: Mapping[int, Answer | None]) -> dict[int, Answer]:
 
 
 def _problems(where: str, tally: Tally, left: Mapping[str, float]) -> list[str]:
-    print(f"{where}: {tally}; memory grew by {tally.growth:.1%} after the first {tally.warm_up}")
+    growth = tally.growth() / tally.warm_bytes
+    print(f"{where}: {tally}; memory grew by {growth:.1%} after the first {tally.warm_up}", flush=True)
     found = [f"{where}: answer {number} differs from plain vLLM's" for number in tally.different]
     found += [f"{where}: {name} is {value} at the end" for name, value in left.items()]
-    if tally.growth > ALLOWED_GROWTH:
-        found.append(f"{where}: memory grew by {tally.growth:.1%}, more than {ALLOWED_GROWTH:.0%}")
+    if growth > ALLOWED_GROWTH:
+        found.append(f"{where}: memory grew by {growth:.1%}, more than {ALLOWED_GROWTH:.0%}")
     return found
 
 
