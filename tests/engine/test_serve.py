@@ -122,7 +122,7 @@ def test_two_engines_of_a_data_parallel_server_answer_as_plain_vllm_does(
         metrics = httpx.get(f"{running.url}/metrics").text
         left, growth = left_over(gauges_at(running.url)), tally.growth()
     assert tally.num_compared == 31 and tally.different == []
-    assert tally.num_aborted > 10 and left == {}
+    assert tally.num_aborted > 5 and left == {}
     assert growth < TOUCHED_LATER
     accepted = re.findall(
         r'^vllm:spec_decode_num_accepted_tokens_total{.*engine="(\d)".*} (\S+)$', metrics, re.MULTILINE
