@@ -28,6 +28,6 @@ def test_a_mixed_load_is_answered_exactly_and_leaves_nothing_behind(
         ask_offline(llm, {0: asks[0]}, 1, tally)
         left, [known], growth = left_over(gauges_of(llm)), llm.collective_rpc(remembered), tally.growth()
     assert tally.num_compared == 31 and tally.different == []
-    assert tally.num_aborted > 20
+    assert tally.num_aborted > 10
     assert left == {} and max(known.values()) <= 1
     assert growth < TOUCHED_LATER
