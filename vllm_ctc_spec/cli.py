@@ -9,6 +9,7 @@ from pathlib import Path
 from vllm_ctc_spec import __version__
 from vllm_ctc_spec.bench.command import add_bench
 from vllm_ctc_spec.chat.command import add_chat
+from vllm_ctc_spec.command_line import add_trust_remote_code
 from vllm_ctc_spec.demo.command import add_demo
 from vllm_ctc_spec.push import add_push
 from vllm_ctc_spec.training.command import add_train
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "--skip", type=int, default=0, help="decoding steps before the one whose tree is drawn (default %(default)s)"
     )
     inspect.add_argument("--png", type=Path, metavar="PATH", help="also write a PNG (needs matplotlib)")
+    add_trust_remote_code(inspect)
     inspect.set_defaults(run=_inspect)
     return parser
 
@@ -71,6 +73,7 @@ def _inspect(options: argparse.Namespace) -> int:
         check_node_budget(options.nodes),
         SpecOptions(tree=options.tree, candidates=options.candidates),
         options.skip,
+        options.trust_remote_code,
     )
     terminal = console()
     terminal.print(to_terminal(drawn))

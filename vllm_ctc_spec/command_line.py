@@ -1,10 +1,22 @@
-"""Argument types that several commands share."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from typing import Any
+
+
+def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the target's folder or repository brings"
+    )
+
+
+def given_engine_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Options of `vllm.LLM` that were given with --engine and --trust-remote-code."""
+    trust = {"trust_remote_code": True} if options.trust_remote_code else {}
+    return {**dict(options.engine), **trust}
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -39,24 +39,34 @@ class DrawnTree:
 
 
 def draw(
-    target: str, drafter: str, prompt: str | list[int], num_nodes: int, options: SpecOptions, skip: int = 0
+    target: str,
+    drafter: str,
+    prompt: str | list[int],
+    num_nodes: int,
+    options: SpecOptions,
+    skip: int = 0,
+    trust_remote_code: bool = False,
 ) -> DrawnTree:
     """Run the reference loop on `prompt` (float32, greedy), and return the tree of step `skip + 1`.
 
-    target, drafter: model folders. prompt: text or token ids. Raises ValueError if the drafter is not the target's, or
-    if the prompt is empty.
+    target, drafter: model folders. prompt: text or token ids. trust_remote_code: run the code that the target brings.
+    Raises ValueError if the drafter is not the target's, or if the prompt is empty.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from vllm_ctc_spec.drafter.checkpoint import check_drafter, load_drafter
     from vllm_ctc_spec.reference import ReferenceStep, decode
+    from vllm_ctc_spec.target_files import read_text_config, read_tokenizer
 
     config = check_drafter(drafter)
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    text = read_text_config(target, trust_remote_code)
+    tokenizer = read_tokenizer(target, trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        target, dtype=torch.float32, trust_remote_code=trust_remote_code
+    ).eval()
     for size in ("hidden_size", "vocab_size"):
-        ours, theirs = getattr(config, size), getattr(model.config, size)
+        ours, theirs = getattr(config, size), getattr(text, size)
         if ours != theirs:
             raise ValueError(
                 f"drafter {drafter!r} has {size} {ours}, but the target {target!r} has {theirs}: it was trained for "

@@ -178,5 +178,5 @@ def test_a_drafter_of_another_target_is_refused(tmp_path: Path):
     (target / "config.json").write_text('{"model_type": "llama", "hidden_size": 64, "vocab_size": 33}')
     with pytest.raises(ValueError, match=r"has vocab_size 32, but the target .* has 33"):
         choose_pair(str(target), str(tmp_path / "drafter"))
-    with pytest.raises(ValueError, match=r"--target .* cannot be read"):
+    with pytest.raises(ValueError, match=r"target .* cannot be read"):
         choose_pair(str(tmp_path), str(tmp_path / "drafter"))

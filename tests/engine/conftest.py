@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,3 +135,25 @@ def same(plain: LLM, trees: LLM, prompts: list[list[int]]) -> SameCheck:
         return expected
 
     return check
+
+
+def assert_logprobs_are_equal(got: list[RequestOutput], expected: list[RequestOutput], number: int) -> None:
+    """Of the tokens returned, with the ranks of these and the `number` largest of each place."""
+    for ours, theirs in zip((each.outputs[0] for each in got), (each.outputs[0] for each in expected), strict=True):
+        assert ours.token_ids == theirs.token_ids and ours.logprobs and theirs.logprobs
+        for token, mine, reference in zip(ours.token_ids, ours.logprobs, theirs.logprobs, strict=True):
+            assert math.isclose(mine[token].logprob, reference[token].logprob, abs_tol=1e-4)
+            # By place, not by token: rounding may order two equally probable ones either way.
+            assert abs(mine[token].rank - reference[token].rank) <= 1
+            places = [sorted((entry.logprob for entry in each.values()), reverse=True) for each in (mine, reference)]
+            for value, other in zip(*(place[:number] for place in places), strict=True):
+                assert math.isclose(value, other, abs_tol=1e-4)
+
+
+def assert_prompt_logprobs_are_equal(got: list[RequestOutput], expected: list[RequestOutput]) -> None:
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.prompt_logprobs and theirs.prompt_logprobs
+        for mine, reference in zip(ours.prompt_logprobs, theirs.prompt_logprobs, strict=True):
+            assert (mine is None) == (reference is None)
+            for token, entry in (reference or {}).items():
+                assert math.isclose(mine[token].logprob, entry.logprob, abs_tol=1e-4)

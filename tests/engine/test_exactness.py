@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 from vllm import LLM, SamplingParams
 
-from tests.engine.conftest import NUM_PROMPTS, SameCheck, complete, engine, generate, seeded
+from tests.engine.conftest import (
+    NUM_PROMPTS,
+    SameCheck,
+    assert_logprobs_are_equal,
+    assert_prompt_logprobs_are_equal,
+    complete,
+    engine,
+    generate,
+    seeded,
+)
 
 SAMPLING = {
     "plain": {},
@@ -63,16 +71,24 @@ def test_min_tokens_logit_bias_bad_words_and_allowed_tokens_are_honoured_inside_
 ) -> None:
     common = [answer.tokens for answer in complete(plain, prompts, SamplingParams(temperature=0, max_tokens=8))]
     stop = common[0][0]
-    words = [plain.get_tokenizer().decode(tokens[:2]) for tokens in common]
-    # vLLM refuses a bad word of spaces alone.
-    word = next(word for word in words if word.strip())
+    encode, decode = plain.get_tokenizer().encode, plain.get_tokenizer().decode
+    # Of two tokens, so that a step may end within it. vLLM refuses one of spaces alone.
+    words = [decode(tokens[at : at + 2]) for tokens in common[2::4] for at in (0, 3)]
+    several = [word for word in words if word.strip() and len(encode(word)) > 1]
+    assert several
     kinds = [
         {"min_tokens": 7, "stop_token_ids": [stop, common[1][0], common[2][0]]},
         {"logit_bias": {common[3][0]: -100.0, common[4][0]: 2.0}},
-        {"bad_words": [word]},
+        {"bad_words": several},
         {"allowed_token_ids": list(range(256))},
     ]
-    same([SamplingParams(temperature=0, max_tokens=40, **kinds[index % 4]) for index in range(NUM_PROMPTS)])
+    for temperature in (0.0, 0.9):
+        same(
+            [
+                SamplingParams(temperature=temperature, seed=index, max_tokens=40, **kinds[index % 4])
+                for index in range(NUM_PROMPTS)
+            ]
+        )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -80,26 +96,12 @@ def test_logprobs_of_returned_tokens_are_equal(
     plain: LLM, trees: LLM, prompts: list[list[int]], temperature: float
 ) -> None:
     params = seeded(NUM_PROMPTS, temperature=temperature, max_tokens=40, logprobs=3)
-    for expected, got in zip(generate(plain, prompts, params), generate(trees, prompts, params)):
-        assert got.outputs[0].token_ids == expected.outputs[0].token_ids
-        assert len(got.outputs[0].logprobs) == len(got.outputs[0].token_ids)
-        for token, theirs, ours in zip(got.outputs[0].token_ids, expected.outputs[0].logprobs, got.outputs[0].logprobs):
-            assert math.isclose(ours[token].logprob, theirs[token].logprob, abs_tol=1e-4)
-            # By place, not by token: rounding may order two equally probable ones either way.
-            assert abs(ours[token].rank - theirs[token].rank) <= 1
-            places = [sorted((entry.logprob for entry in entries.values()), reverse=True) for entries in (ours, theirs)]
-            for mine, reference in zip(*(place[:3] for place in places), strict=True):
-                assert math.isclose(mine, reference, abs_tol=1e-4)
+    assert_logprobs_are_equal(generate(trees, prompts, params), generate(plain, prompts, params), 3)
 
 
 def test_prompt_logprobs_are_equal(plain: LLM, trees: LLM, prompts: list[list[int]]) -> None:
     params = SamplingParams(temperature=0, max_tokens=5, prompt_logprobs=1)
-    for expected, got in zip(generate(plain, prompts[:8], params), generate(trees, prompts[:8], params)):
-        for theirs, ours in zip(expected.prompt_logprobs, got.prompt_logprobs):
-            assert (theirs is None) == (ours is None)
-            if theirs is not None:
-                for token, entry in theirs.items():
-                    assert math.isclose(ours[token].logprob, entry.logprob, abs_tol=1e-4)
+    assert_prompt_logprobs_are_equal(generate(trees, prompts[:8], params), generate(plain, prompts[:8], params))
 
 
 def test_stop_strings_cut_inside_a_path(same: SameCheck, plain: LLM, prompts: list[list[int]]) -> None:

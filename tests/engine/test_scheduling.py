@@ -2,29 +2,62 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from typing import Any
 
 import pytest
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from tests.engine.conftest import NUM_NODES, NUM_PROMPTS, complete, engine, generate, seeded
+from tests.engine.conftest import (
+    NUM_NODES,
+    NUM_PROMPTS,
+    assert_logprobs_are_equal,
+    assert_prompt_logprobs_are_equal,
+    complete,
+    engine,
+    generate,
+    seeded,
+)
 from tests.engine.probe import forget_trees
 from vllm_ctc_spec.engine.metrics import read_tree_metrics
 
 
+def mixed(max_tokens: int) -> list[SamplingParams]:
+    """Seeded, each third one with penalties and each third one with words that it may not write, of several tokens."""
+    kinds: list[dict[str, Any]] = [
+        {"top_p": 0.9},
+        {"presence_penalty": 0.5, "repetition_penalty": 1.1},
+        {"bad_words": ["import os", "self.", "return ", "):"]},
+    ]
+    return [
+        SamplingParams(temperature=0.8, seed=index, max_tokens=max_tokens, ignore_eos=True, **kinds[index % 3])
+        for index in range(NUM_PROMPTS)
+    ]
+
+
 def test_seeded_requests_survive_chunked_prefill(pair, plain: LLM, prompts: list[list[int]]) -> None:
-    """Stock vLLM 0.32 dies here on CPU: it rolls back the draw of a discarded sample, which has no offset there."""
+    """Stock vLLM 0.32 dies here on CPU: it rolls back the draw of a discarded sample, which has no offset there.
+
+    So ours is compared with vLLM that reads each prompt in one step.
+    """
     # Of prompts in the prefix cache there would be nothing to chunk the second time.
     options = {"max_num_batched_tokens": 64, "enable_chunked_prefill": True, "enable_prefix_caching": False}
-    greedy, sampled = SamplingParams(temperature=0, max_tokens=20), seeded(NUM_PROMPTS, temperature=0.9, max_tokens=20)
     with engine(pair, {}, **options) as chunked:
-        for params in (greedy, sampled):
+        for params in (SamplingParams(temperature=0, max_tokens=20), mixed(20)):
             assert complete(chunked, prompts, params) == complete(plain, prompts, params)
+        for params in (
+            [SamplingParams(temperature=0, max_tokens=5, prompt_logprobs=2, logprobs=2)] * NUM_PROMPTS,
+            seeded(NUM_PROMPTS, temperature=0.9, max_tokens=5, prompt_logprobs=2, logprobs=2),
+        ):
+            got, expected = generate(chunked, prompts, params), generate(plain, prompts, params)
+            assert_prompt_logprobs_are_equal(got, expected)
+            assert_logprobs_are_equal(got, expected, 2)
 
 
 def test_preempted_requests_resume_exactly(pair, plain: LLM, prompts: list[list[int]]) -> None:
-    params = seeded(NUM_PROMPTS, temperature=0.8, max_tokens=120, ignore_eos=True)
+    params = mixed(120)
     with engine(pair, {}, num_gpu_blocks_override=24, block_size=32) as small:
         assert complete(small, prompts, params) == complete(plain, prompts, params)
         preemptions = [metric.value for metric in small.get_metrics() if metric.name == "vllm:num_preemptions"]
@@ -90,15 +123,22 @@ def test_several_choices_of_one_seeded_request_are_equal(plain: LLM, trees: LLM,
         assert [list(c.token_ids) for c in got.outputs] == [list(c.token_ids) for c in expected.outputs]
 
 
-def test_a_custom_logits_processor_works(pair, prompts: list[list[int]]) -> None:
+def test_a_custom_logits_processor_works_and_processed_logprobs_are_equal(pair, prompts: list[list[int]]) -> None:
     """vLLM refuses custom processors with its own speculative methods."""
-    params = [SamplingParams(temperature=0.8, seed=index, max_tokens=30) for index in range(NUM_PROMPTS)]
+    options = {"logits_processors": ["tests.engine.processors:AvoidRepeat"], "logprobs_mode": "processed_logprobs"}
+    kinds: list[dict[str, Any]] = [{}, {"top_k": 20}, {"top_p": 0.9, "presence_penalty": 0.5}]
+    params = [
+        SamplingParams(temperature=0.8, seed=index, max_tokens=30, logprobs=2, **kinds[index % 3])
+        for index in range(NUM_PROMPTS)
+    ]
     answers = []
     for spec in (None, {}):
-        with engine(pair, spec, logits_processors=["tests.engine.processors:AvoidRepeat"]) as llm:
-            answers.append(complete(llm, prompts, params))
-    assert answers[0] == answers[1]
-    assert all(left != right for answer in answers[1] for left, right in zip(answer.tokens, answer.tokens[1:]))
+        with engine(pair, spec, **options) as llm:
+            answers.append(generate(llm, prompts, params))
+    expected, got = answers
+    assert_logprobs_are_equal(got, expected, 2)
+    tokens = [each.outputs[0].token_ids for each in got]
+    assert all(left != right for answer in tokens for left, right in itertools.pairwise(answer))
 
 
 @pytest.mark.parametrize(("threshold", "share"), [(0.1, 3 / 4), (0.5, 1 / 8)])

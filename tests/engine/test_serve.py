@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,48 +15,13 @@ import openai
 import pytest
 from vllm import LLM, SamplingParams
 
+from benchmarks.server import BINARIES, NAME, server
+from benchmarks.soak import Answer, Tally, ask_offline, ask_server, gauges_at, left_over, make_asks
+from tests.engine.conftest import IN_CORE
+from tests.engine.test_soak import TOUCHED_LATER
 from tests.tiny_pair import TinyPair
 
-START_TIMEOUT = 900
-BINARIES = Path(sys.executable).parent
-
-
-@contextmanager
-def server(pair: TinyPair, log: Path, *arguments: str) -> Iterator[str]:
-    """Base URL of a running server."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(BINARIES / "vllm"), "serve", str(pair.target), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--served-model-name", "demo"]
-    command += ["--kv-cache-memory-bytes", str(1 << 27), *arguments]
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_LOG_STATS_INTERVAL": "1"}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
-        try:
-            _wait_until_healthy(process, f"http://127.0.0.1:{port}", log)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def _wait_until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            if httpx.get(f"{url}/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
-
-
+FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", str(1 << 27)]
 PROMPTS = ["import os\n\n\ndef ", "class Reader:\n    def __init__(self", "for line in ", "try:\n    import "]
 
 
@@ -85,20 +44,20 @@ async def ask_everything(url: str) -> dict[str, list[str]]:
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
 
     async def whole(prompt: str, **options: float) -> str:
-        answer = await client.completions.create(model="demo", prompt=prompt, max_tokens=40, **options)
+        answer = await client.completions.create(model=NAME, prompt=prompt, max_tokens=40, **options)
         assert answer.choices[0].finish_reason in ("stop", "length")
         return answer.choices[0].text
 
     async def streamed(prompt: str) -> str:
         pieces = []
-        stream = await client.completions.create(model="demo", prompt=prompt, max_tokens=40, temperature=0, stream=True)
+        stream = await client.completions.create(model=NAME, prompt=prompt, max_tokens=40, temperature=0, stream=True)
         async for chunk in stream:
             pieces.append(chunk.choices[0].text)
         return "".join(pieces)
 
     async def chat(prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
-        answer = await client.chat.completions.create(model="demo", messages=messages, max_tokens=40, temperature=0)
+        answer = await client.chat.completions.create(model=NAME, messages=messages, max_tokens=40, temperature=0)
         return answer.choices[0].message.content or ""
 
     return {
@@ -112,7 +71,7 @@ async def ask_everything(url: str) -> dict[str, list[str]]:
 def bench_serve(url: str, pair: TinyPair, folder: Path) -> dict[str, Any]:
     """What `vllm bench serve` measures with PROMPTS."""
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
-    command = [str(BINARIES / "vllm"), "bench", "serve", "--base-url", url, "--model", "demo"]
+    command = [str(BINARIES / "vllm"), "bench", "serve", "--base-url", url, "--model", NAME]
     command += ["--tokenizer", str(pair.target), "--dataset-name", "custom", "--num-prompts", str(len(PROMPTS))]
     command += ["--dataset-path", str(folder / "prompts.jsonl"), "--custom-output-len", "40", "--temperature", "0"]
     command += ["--save-result", "--result-dir", str(folder), "--result-filename", "result.json"]
@@ -126,7 +85,8 @@ def test_a_server_answers_as_plain_vllm_does_and_reports_its_trees(pair: TinyPai
     record = tmp_path / "rows.jsonl"
     spec = json.dumps({"adaptive_budget": False, "record": str(record)})
     trees = ["--speculative-model", str(pair.drafter), "--spec-tokens", "16", "-sc", spec]
-    with server(pair, tmp_path / "ctc.log", *trees) as url:
+    with server(pair.target, tmp_path / "ctc.log", *FLAGS, *trees) as running:
+        url = running.url
         assert asyncio.run(ask_everything(url)) == expected
         rows = [json.loads(line) for line in record.read_text().splitlines()]
         time.sleep(3)
@@ -148,6 +108,31 @@ def test_a_server_answers_as_plain_vllm_does_and_reports_its_trees(pair: TinyPai
     log = (tmp_path / "ctc.log").read_text()
     assert re.search(r"Mean acceptance length: [1-9]", log)
     assert re.search(r"CTC trees: acceptance length [1-9]", log)
+
+
+@pytest.mark.slow
+def test_two_engines_of_a_data_parallel_server_answer_as_plain_vllm_does(
+    pair: TinyPair, plain: LLM, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """Under the short form of the soak (benchmarks/soak.py)."""
+    asks, expected = make_asks(prompts, 90, 60, compare_every=3), dict[int, Answer | None]()
+    ask_offline(plain, {number: ask for number, ask in asks.items() if number % 3 == 0}, 1, expected.__setitem__)
+    spec = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": 16, "adaptive_budget": False}
+    # One API server, because each further one imports everything once more.
+    parallel = ["--data-parallel-size", "2", "--api-server-count", "1", "--distributed-executor-backend", IN_CORE]
+    with server(pair.target, tmp_path / "ctc.log", *FLAGS, *parallel, "-sc", json.dumps(spec)) as running:
+        tally = Tally(expected, running.pid, warm_up=30)
+        asyncio.run(ask_server(running.url, asks, 12, tally))
+        asyncio.run(ask_server(running.url, {0: asks[0]}, 1, tally))
+        metrics = httpx.get(f"{running.url}/metrics").text
+        left, growth = left_over(gauges_at(running.url)), tally.growth()
+    assert tally.num_compared == 31 and tally.different == []
+    assert tally.num_aborted > 5 and left == {}
+    assert growth < TOUCHED_LATER
+    accepted = re.findall(
+        r'^vllm:spec_decode_num_accepted_tokens_total{.*engine="(\d)".*} (\S+)$', metrics, re.MULTILINE
+    )
+    assert {engine for engine, count in accepted if float(count) > 0} == {"0", "1"}
 
 
 def test_a_bad_drafter_stops_the_server_with_one_clear_error(pair: TinyPair) -> None:

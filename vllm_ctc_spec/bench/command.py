@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vllm_ctc_spec.command_line import add_trust_remote_code
 
 if TYPE_CHECKING:
     from vllm_ctc_spec.bench.cells import Report
@@ -25,6 +28,7 @@ def add_bench(commands: Any) -> None:
         "--set", nargs="+", default=[], metavar="KEY=VALUE", action="extend",
         help="replace a value of the YAML: folder=PATH, methods.ngram.num_speculative_tokens=3",
     )  # fmt: skip
+    add_trust_remote_code(bench)
     bench.set_defaults(run=_bench)
 
 
@@ -41,6 +45,8 @@ def _bench(options: argparse.Namespace) -> int:
     from vllm_ctc_spec.tables import console
 
     config = load_config(options.config, options.set, options.only, options.preset)
+    if options.trust_remote_code:
+        config = dataclasses.replace(config, engine={**config.engine, "trust_remote_code": True})
     bench = Bench(config, options.output)
     results = _with_bar(bench) if sys.stdout.isatty() else bench.run(one_line_per_stage())
     plots = draw(results, options.output)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from vllm_ctc_spec.bench.cells import Cell, Measurement, Prompt, Report, spread, workload
 from vllm_ctc_spec.bench.config import PLAIN, BenchConfig, PromptSource
@@ -19,6 +19,7 @@ from vllm_ctc_spec.bench.records import Pass, Sampling
 from vllm_ctc_spec.files import claim, write_atomically
 from vllm_ctc_spec.kv_cache import engine_options, fitting_model_len
 from vllm_ctc_spec.machine import this_machine
+from vllm_ctc_spec.target_files import read_text_config, read_tokenizer
 from vllm_ctc_spec.training.prompts import Question, read_questions, turn_prompt
 from vllm_ctc_spec.training.sources import Line, read_dataset, read_lines
 from vllm_ctc_spec.vllm_keys import check_engine_keys, check_speculative_keys
@@ -39,16 +40,17 @@ class Bench:
 
     def __init__(self, config: BenchConfig, output: Path) -> None:
         self.config, self.output = config, output
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(config.target)
+        trust = bool(config.engine.get("trust_remote_code"))
+        self.tokenizer: PreTrainedTokenizerBase = read_tokenizer(config.target, trust)
         if config.chat_template is not None:
             self.tokenizer.chat_template = config.chat_template
-        text = AutoConfig.from_pretrained(config.target).get_text_config()
+        text = read_text_config(config.target, trust)
         self.context: int = config.engine.get("max_model_len", text.max_position_embeddings)
         self.questions = {name: select_questions(name, each, self.tokenizer) for name, each in config.prompts.items()}
         for name, questions in self.questions.items():
             self._check_prompts(name, questions)
         if "max_model_len" not in config.engine:
-            self.context = fitting_model_len(config.target, max(self._lengths()))
+            self.context = fitting_model_len(config.target, max(self._lengths()), trust)
         check_vllm_keys(config)
         claim(output / "cells", self._settings())
 

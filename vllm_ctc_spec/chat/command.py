@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_ctc_spec.command_line import setting
+from vllm_ctc_spec.command_line import add_trust_remote_code, given_engine_options, setting
 
 if TYPE_CHECKING:
     from vllm_ctc_spec.chat.screen import Screen
@@ -45,27 +45,32 @@ def add_chat(commands: Any) -> None:
         "--engine", type=setting, nargs="+", default=[], action="extend", metavar="KEY=VALUE",
         help="options of vllm.LLM, such as enforce_eager=true: starts sooner, answers more slowly",
     )  # fmt: skip
+    add_trust_remote_code(chat)
     chat.set_defaults(run=_chat)
 
 
 def _chat(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("vllm") is None:
         raise ValueError('chat needs vLLM: pip install "vllm-ctc-spec[cpu]".')
-    from vllm_ctc_spec.chat.conversation import Conversation, load_tokenizer
+    from vllm_ctc_spec.chat.conversation import Conversation
     from vllm_ctc_spec.chat.engine import ChatEngine
     from vllm_ctc_spec.chat.protocol import Sampling
     from vllm_ctc_spec.chat.screen import Screen, is_interactive, line_reader
     from vllm_ctc_spec.chat.session import Session
     from vllm_ctc_spec.config import check_node_budget
     from vllm_ctc_spec.demo.pair import choose_pair
+    from vllm_ctc_spec.target_files import read_tokenizer
 
     check_node_budget(options.nodes)
     sampling = Sampling(options.temperature, options.top_p, options.seed, options.max_tokens)
     screen = Screen(is_interactive())
-    pair = choose_pair(options.named_target or options.target, options.named_drafter or options.drafter, screen.note)
+    given = given_engine_options(options)
+    trust = bool(given.get("trust_remote_code"))
+    named = options.named_target or options.target, options.named_drafter or options.drafter
+    pair = choose_pair(*named, screen.note, trust)
     target, drafter = str(pair.target), str(pair.drafter)
-    conversation = Conversation(load_tokenizer(target), options.system)
-    settings = _engine_settings(options, target, drafter)
+    conversation = Conversation(read_tokenizer(target, trust), options.system)
+    settings = _engine_settings(options, given, target, drafter)
     engine = None
     try:
         log = _log_file()
@@ -86,12 +91,11 @@ def _chat(options: argparse.Namespace) -> int:
     return 0
 
 
-def _engine_settings(options: argparse.Namespace, target: str, drafter: str) -> dict[str, Any]:
-    """Options for `vllm.LLM`."""
+def _engine_settings(options: argparse.Namespace, given: dict[str, Any], target: str, drafter: str) -> dict[str, Any]:
+    """Options for `vllm.LLM`. given: those of the user."""
     from vllm_ctc_spec.kv_cache import engine_options
     from vllm_ctc_spec.machine import target_dtype
 
-    given = dict(options.engine)
     for key in ("speculative_config", "worker_extension_cls"):
         if key in given:
             raise ValueError(f"--engine {key}: chat sets it itself. See DRAFTER, --nodes and --no-adaptive-budget.")

@@ -49,17 +49,3 @@ class Conversation:
             raise ValueError(
                 f"the chat template of target {self.tokenizer.name_or_path!r} refuses the messages ({error}).{remedy}"
             ) from error
-
-
-def load_tokenizer(target: str) -> Any:
-    """target: folder or hub name. Raises ValueError if it has no tokenizer that can be loaded."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(target)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
-            f"target {target!r}: its tokenizer cannot be loaded ({reason}). Give a model folder, or a name "
-            "on the Hugging Face hub."
-        ) from error

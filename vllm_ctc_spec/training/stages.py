@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_ctc_spec.command_line import given_engine_options
+
 if TYPE_CHECKING:
     from vllm_ctc_spec.training.fit import FitSettings
     from vllm_ctc_spec.training.prompts import Question
@@ -41,11 +43,9 @@ def regenerate_stage(options: argparse.Namespace) -> None:
 def _engine(options: argparse.Namespace) -> dict[str, Any]:
     from vllm_ctc_spec.vllm_keys import check_engine_keys
 
-    engine = dict(options.engine)
-    if engine:
+    engine = given_engine_options(options)
+    if options.engine:
         check_engine_keys("--engine", engine)
-    if options.trust_remote_code:
-        engine["trust_remote_code"] = True
     if "seed" in engine:
         raise ValueError(f"--engine seed={engine['seed']}: use --seed {engine['seed']}.")
     return engine

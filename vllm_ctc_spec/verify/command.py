@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_ctc_spec.command_line import setting
+from vllm_ctc_spec.command_line import add_trust_remote_code, given_engine_options, setting
 
 if TYPE_CHECKING:
     from vllm_ctc_spec.verify.run import Task, Verification
@@ -45,6 +45,7 @@ def add_verify(commands: Any) -> None:
         "--engine", type=setting, nargs="+", default=[], action="extend", metavar="KEY=VALUE",
         help="options of vllm.LLM, such as dtype=bfloat16 (default float32) or enforce_eager=true",
     )  # fmt: skip
+    add_trust_remote_code(verify)
     verify.add_argument("--json", type=Path, metavar="PATH", help="also write every difference as JSON")
     verify.set_defaults(run=_verify)
 
@@ -71,6 +72,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _task(options: argparse.Namespace, console: Any) -> Task:
     """Raises ValueError for all that can be known before an engine starts."""
+    from vllm_ctc_spec.target_files import read_text_config, read_tokenizer
     from vllm_ctc_spec.verify.groups import MIN_MAX_TOKENS
     from vllm_ctc_spec.verify.prompts import read_verify_prompts
     from vllm_ctc_spec.verify.run import Task
@@ -80,15 +82,16 @@ def _task(options: argparse.Namespace, console: Any) -> Task:
         raise ValueError(f"--max-tokens {options.max_tokens}: use at least {MIN_MAX_TOKENS}.")
     if options.num_prompts < 1:
         raise ValueError(f"--num-prompts {options.num_prompts}: use at least 1.")
-    given = dict(options.engine)
+    given = given_engine_options(options)
     for key in RESERVED_KEYS:
         if key in given:
             raise ValueError(f"--engine {key}: verify sets it itself. See TARGET and --speculative-config.")
     check_engine_keys("--engine", given)
     target, config = _models(options, console)
     check_speculative_keys("--speculative-config", config, target)
-    tokenizer, context = _tokenizer_and_context(target)
-    prompts = read_verify_prompts(options.prompts, options.num_prompts, tokenizer)
+    trust = bool(given.get("trust_remote_code"))
+    context = read_text_config(target, trust).max_position_embeddings
+    prompts = read_verify_prompts(options.prompts, options.num_prompts, read_tokenizer(target, trust))
     return Task(target, config, _engine(target, given, prompts, options.max_tokens, context), prompts,
                 options.max_tokens)  # fmt: skip
 
@@ -118,19 +121,6 @@ def _parse(text: str) -> dict[str, Any]:
     if not isinstance(config, dict) or not config:
         raise ValueError(f"--speculative-config {text!r} must be a JSON object with settings. Write {EXAMPLE}.")
     return config
-
-
-def _tokenizer_and_context(target: str) -> tuple[Any, int]:
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        text = AutoConfig.from_pretrained(target).get_text_config()
-        return AutoTokenizer.from_pretrained(target), text.max_position_embeddings
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"target {target!r} cannot be read ({str(error).splitlines()[0]}). "
-            "Give a model folder, or a name on the Hugging Face hub."
-        ) from error
 
 
 def _engine(

@@ -1,0 +1,33 @@
+"""The short form of benchmarks/soak.py, offline; that of a server is in test_serve.py."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from vllm import LLM
+
+from benchmarks.soak import Answer, Tally, ask_offline, gauges_of, left_over, make_asks, remembered
+from tests.engine.conftest import engine
+from tests.tiny_pair import TinyPair
+
+TOUCHED_LATER = 1 << 28
+"""Bytes by which an engine may grow: an untouched page of its cache counts as no memory yet."""
+
+
+def test_a_mixed_load_is_answered_exactly_and_leaves_nothing_behind(
+    pair: TinyPair, plain: LLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    asks, expected = make_asks(prompts, 150, 60, compare_every=5), dict[int, Answer | None]()
+    ask_offline(plain, {number: ask for number, ask in asks.items() if number % 5 == 0}, 1, expected.__setitem__)
+    tally = Tally(expected, os.getpid(), warm_up=50)
+    with engine(pair, {}, max_num_seqs=12) as llm:
+        ask_offline(llm, asks, 12, tally)
+        # A worker forgets a request when it is given the next step.
+        ask_offline(llm, {0: asks[0]}, 1, tally)
+        left, [known], growth = left_over(gauges_of(llm)), llm.collective_rpc(remembered), tally.growth()
+    assert tally.num_compared == 31 and tally.different == []
+    assert tally.num_aborted > 10
+    assert left == {} and max(known.values()) <= 1
+    assert growth < TOUCHED_LATER
