@@ -91,14 +91,17 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
 
 
 class CPUTreeAttention(TreeAttention):
-    def __init__(self, layers: list[Any]) -> None:
-        super().__init__(layers)
+    def __init__(self, *groups: list[Any]) -> None:
+        super().__init__(*groups)
         self.isa: str = self.layer.isa
         self.is_tiled = self.isa == TILED_ISA
         # Compiled now, or a machine without a compiler would be found out by the first request.
         cpu_kernels.kernels()
         # Layers that share a cache must have their slots moved once.
-        self.target_caches = list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers}.values())
+        self.target_caches = {
+            group: list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers}.values())
+            for group, layers in self.groups.items()
+        }
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor
@@ -108,9 +111,9 @@ class CPUTreeAttention(TreeAttention):
     def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         write_cache(kv_cache, slots, key, value, self.isa)
 
-    def move(self, sources: Tensor, targets: Tensor) -> None:
+    def move(self, group: int, sources: Tensor, targets: Tensor) -> None:
         moves = sources >= 0
-        cpu_kernels.move_slots(self.target_caches, self.is_tiled, sources[moves], targets[moves])
+        cpu_kernels.move_slots(self.target_caches[group], self.is_tiled, sources[moves], targets[moves])
 
 
 def write_cache(kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor, isa: str) -> None:

@@ -120,10 +120,13 @@ def register() -> None:
 class TritonTreeAttention(TreeAttention):
     """Over caches [blocks, K, B, 2 * D]."""
 
-    def __init__(self, layers: list[Any]) -> None:
-        refuse_features({"scales of each head for its K/V cache": any(each._k_scale.numel() > 1 for each in layers)})
-        super().__init__(layers)
-        self.table = CacheTable.of([layer.kv_cache for layer in layers])
+    def __init__(self, *groups: list[Any]) -> None:
+        super().__init__(*groups)
+        has_scales = any(each._k_scale.numel() > 1 for each in self.layers)
+        refuse_features({"scales of each head for its K/V cache": has_scales})
+        self.tables = {
+            group: CacheTable.of([layer.kv_cache for layer in layers]) for group, layers in self.groups.items()
+        }
         self.device = self.layer.kv_cache.device
         self.chip = chip_of(self.device)
         unit = torch.ones((), device=self.device)
@@ -132,7 +135,7 @@ class TritonTreeAttention(TreeAttention):
         self._check_layout()
         # Compiled now, or the first accepted branch would wait for it.
         nothing = torch.full((1, 1), -1, dtype=torch.int64, device=self.device)
-        move_slots(self.table, nothing, nothing)
+        move_slots(self.tables[min(self.tables)], nothing, nothing)
 
     def warm_up(self, most_rows: int, num_heads: int, max_len: int) -> None:
         _, num_kv_heads, block_size, packed = self.layer.kv_cache.shape
@@ -176,8 +179,8 @@ class TritonTreeAttention(TreeAttention):
     def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         self.layer.impl.do_kv_cache_update(self.drafter_scales, key, value, kv_cache, slots)
 
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        move_slots(self.table, sources, targets)
+    def move(self, group: int, sources: Tensor, targets: Tensor) -> None:
+        move_slots(self.tables[group], sources, targets)
 
     def _check_layout(self) -> None:
         """Write a known pattern with vLLM's kernel and read it through our view. Raises RuntimeError.

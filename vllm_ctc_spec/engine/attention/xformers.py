@@ -12,14 +12,14 @@ from vllm_ctc_spec.ops.xformers import PaddedBatch, has_slots, pad_batch, tree_a
 
 
 class XformersTreeAttention(TritonTreeAttention):
-    def __init__(self, layers: list[Any]) -> None:
-        super().__init__(layers)
+    def __init__(self, *groups: list[Any]) -> None:
+        super().__init__(*groups)
         if not has_slots(self.layer.kv_cache):
             raise ValueError(
                 f"attention_kernel='xformers' needs a K/V cache in which heads lie inside of slots; this one has "
                 f"strides {self.layer.kv_cache.stride()}. Set VLLM_KV_CACHE_LAYOUT=NHD."
             )
-        for layer in layers:
+        for layer in self.layers:
             layer.impl.kernel = tree_attention
 
     def warm_up(self, *sizes: int) -> None:
