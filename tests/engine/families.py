@@ -20,15 +20,21 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     CohereConfig,
     FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GptOssConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     Olmo2Config,
+    Olmo3Config,
     OPTConfig,
     Phi3Config,
     PhiConfig,
@@ -56,6 +62,9 @@ SIZES = {
 }  # fmt: skip
 GATED = {**SIZES, "intermediate_size": INNER, "num_key_value_heads": 1}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+WINDOW = {"head_dim": 32, "sliding_window": 8}
+"""Positions, fewer than a block has and than most prompts have."""
+FULL, WINDOWED = "full_attention", "sliding_attention"
 
 EXACT: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**GATED),
@@ -77,12 +86,23 @@ EXACT: dict[str, PreTrainedConfig] = {
     ),
     "opt": OPTConfig(**SIZES | {"pad_token_id": 1}, ffn_dim=INNER, word_embed_proj_dim=HIDDEN, init_std=0.2),
     "falcon": FalconConfig(**SIZES, multi_query=True, alibi=False),
+    "gemma 2": Gemma2Config(**GATED, **WINDOW, attn_logit_softcapping=4.0, layer_types=[WINDOWED, FULL]),
+    # Two KV groups: two layers with a window, and the other beside the drafter's.
+    "gemma 3": Gemma3TextConfig(
+        **GATED | {"num_hidden_layers": 3}, **WINDOW, layer_types=[WINDOWED, FULL, WINDOWED]
+    ),
+    "mistral, window": MistralConfig(**GATED, **WINDOW),
+    "qwen2, window": Qwen2Config(**GATED, use_sliding_window=True, sliding_window=8, max_window_layers=0),
+    "cohere 2": Cohere2Config(**GATED, **WINDOW, layer_types=[WINDOWED, FULL], logit_scale=0.5),
+    "olmo 3": Olmo3Config(**GATED, **WINDOW, layer_types=[WINDOWED, FULL]),
+    "gpt-oss": GptOssConfig(**GATED, **WINDOW, num_experts_per_tok=2, num_local_experts=4),
     # vLLM's own model class; transformers has none, and its weights have Llama's names.
     "minicpm": LlamaConfig(**GATED, scale_emb=3, scale_depth=1.4, dim_model_base=32),
 }
 ARCHITECTURES = {"minicpm": "MiniCPMForCausalLM"}
 
-PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4, 6]]
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4, 6], [index * index % 61 for index in range(75)]]
+"""The last one is so long that a window of it leaves blocks."""
 LENGTH = 24
 # One for each prompt, in one batch.
 SAMPLING: list[dict[str, Any]] = [
@@ -90,6 +110,7 @@ SAMPLING: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_p": 0.9, "seed": 1, "repetition_penalty": 1.2, "presence_penalty": 0.3},
     {"temperature": 0.7, "top_k": 20, "min_p": 0.02, "seed": 2},
     {"temperature": 0, "ignore_eos": True},
+    {"temperature": 0.7, "seed": 3},
 ]
 
 
@@ -121,7 +142,7 @@ def serve(folder: Path, with_trees: bool) -> Served:
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True}
-    options |= {"max_model_len": CONTEXT, "max_num_seqs": len(PROMPTS), "kv_cache_memory_bytes": 1 << 25}
+    options |= {"max_model_len": CONTEXT, "block_size": 32, "max_num_seqs": len(PROMPTS), "kv_cache_memory_bytes": 1 << 25}
     if with_trees:
         options["speculative_config"] = {"method": "ctc", "model": str(folder / "drafter"), **TREES}
     llm = LLM(str(folder / "target"), **options)

@@ -19,12 +19,8 @@ from transformers import (
     BloomConfig,
     DeepseekV2Config,
     FalconConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GptOssConfig,
-    MistralConfig,
+    Llama4TextConfig,
     PreTrainedConfig,
-    Qwen2Config,
     Qwen3NextConfig,
 )
 from vllm.engine.arg_utils import EngineArgs
@@ -35,6 +31,7 @@ from tests.engine.families import (
     GATED,
     HEADS,
     HIDDEN,
+    INNER,
     LAYERS,
     NUM_NODES,
     PROMPTS,
@@ -52,14 +49,7 @@ from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of
 from vllm_ctc_spec.training.objective import DraftObjective
 
 REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
-    "gemma 2": (Gemma2Config(**GATED, head_dim=32), "sliding-window attention"),
-    "gemma 3": (Gemma3TextConfig(**GATED, head_dim=32), "sliding-window attention"),
-    "mistral, sliding window": (MistralConfig(**GATED, sliding_window=32), "sliding-window attention"),
-    "qwen2, sliding window": (
-        Qwen2Config(**GATED, use_sliding_window=True, sliding_window=32, max_window_layers=1),
-        "sliding-window attention",
-    ),
-    "gpt-oss": (GptOssConfig(**GATED, head_dim=32, num_local_experts=4), "sliding-window attention"),
+    "llama 4": (Llama4TextConfig(**GATED | {"intermediate_size_mlp": INNER}, num_local_experts=2), "chunked local attention"),
     "deepseek-v2": (DeepseekV2Config(**GATED), "MLA"),
     "qwen3-next": (Qwen3NextConfig(**GATED, head_dim=32), "hybrid or state-space"),
     "bloom": (BloomConfig(hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS, **TOKENS), "ALiBi"),

@@ -111,7 +111,7 @@ def test_a_backend_that_vllm_chose_itself_is_refused_by_name() -> None:
     chosen = SimpleNamespace(get_name=lambda: "FLASHINFER")
     layer = SimpleNamespace(impl=SimpleNamespace(), get_attn_backend=lambda: chosen)
     with pytest.raises(ValueError, match=r"attention backend FLASHINFER.*--attention-backend FLASH_ATTN"):
-        tree_attention_of([layer], "own")
+        tree_attention_of([[layer]], "own")
 
 
 @pytest.mark.parametrize(

@@ -138,15 +138,13 @@ def _refuse_connector(setting: str) -> None:
 
 
 def _check_target(target: ModelConfig) -> None:
-    text = target.hf_text_config
     unsupported = {
         "multi-head latent attention (MLA)": target.use_mla,
         "hybrid or state-space (mamba) layers": target.is_hybrid or target.is_attention_free,
         "M-RoPE positions": target.uses_mrope,
         "an encoder": target.is_encoder_decoder,
         "multimodal inputs (--language-model-only turns them off)": target.supports_multimodal_inputs,
-        "sliding-window attention": target.get_sliding_window() is not None,
-        "attention logit soft-capping": bool(getattr(text, "attn_logit_softcapping", None)),
+        "chunked local attention": target.attention_chunk_size is not None,
         "ALiBi positions": target.uses_alibi,
         "a pooling task instead of generation": target.runner_type != "generate",
     }

@@ -116,7 +116,7 @@ def test_tree_rows_see_their_ancestors_and_all_others_are_causal(slots_first: bo
 
     step = Step(slots_first)
     metadata, out = step.metadata(), torch.full_like(step.query, torch.nan)
-    step.attention.attach(metadata, StepTrees([1], [5], [CONTEXTS[1]], [TREE], sum(COUNTS)))
+    step.attention.attach([metadata], StepTrees([1], [5], [CONTEXTS[1]], [TREE], sum(COUNTS)))
     layer = step.layer
     layer.impl.do_kv_cache_update(layer, step.key, step.value, layer.kv_cache, step.slots)
     layer.impl.forward(layer, step.query, step.key, step.value, layer.kv_cache, metadata, out)
@@ -131,7 +131,7 @@ def test_a_step_of_trees_alone_needs_no_other_kernel(monkeypatch: pytest.MonkeyP
     step = Step()
     masks = [CAUSAL[:5], TREE, [0b1, 0b11, 0b101]]
     metadata, out = step.metadata(), torch.full_like(step.query, torch.nan)
-    step.attention.attach(metadata, StepTrees([0, 1, 2], STARTS, CONTEXTS, masks, sum(COUNTS)))
+    step.attention.attach([metadata], StepTrees([0, 1, 2], STARTS, CONTEXTS, masks, sum(COUNTS)))
     monkeypatch.setattr(TritonAttentionImpl, "forward", None)
     step.layer.impl.forward(step.layer, step.query, step.key, step.value, step.layer.kv_cache, metadata, out)
     torch.testing.assert_close(out, step.expected([mask for own in masks for mask in own]), rtol=1e-5, atol=1e-5)
@@ -157,7 +157,7 @@ def test_the_drafters_rows_see_their_context_and_one_another() -> None:
 def test_moved_rows_are_read_before_any_is_written() -> None:
     step = Step()
     before = step.layer.kv_cache.clone()
-    step.attention.move_rows(step.slots, [[2, 4], [], [14]], [[1, 2], [], [13]])
+    step.attention.move_rows([step.slots], [[2, 4], [], [14]], [[1, 2], [], [13]])
     for source, target in ((2, 1), (4, 2), (14, 13)):
         (at, offset), (to, place) = (divmod(int(step.slots[row]), BLOCK) for row in (source, target))
         assert torch.equal(step.layer.kv_cache[to, :, place], before[at, :, offset])
@@ -225,11 +225,11 @@ def test_xformers_reads_caches_in_which_heads_lie_inside_of_slots(slots_first: b
     layer = step.layer
     if not slots_first:
         with pytest.raises(ValueError, match=r"attention_kernel='xformers'.*Set VLLM_KV_CACHE_LAYOUT=NHD"):
-            tree_attention_of([layer], "xformers")
+            tree_attention_of([[layer]], "xformers")
         return
-    attention = tree_attention_of([layer], "xformers")
+    attention = tree_attention_of([[layer]], "xformers")
     metadata, out = step.metadata(), torch.full_like(step.query, torch.nan)
-    attention.attach(metadata, StepTrees([1, 2], [5, 12], CONTEXTS[1:], [TREE, [0b1, 0b11, 0b101]], sum(COUNTS)))
+    attention.attach([metadata], StepTrees([1, 2], [5, 12], CONTEXTS[1:], [TREE, [0b1, 0b11, 0b101]], sum(COUNTS)))
     layer.impl.do_kv_cache_update(layer, step.key, step.value, layer.kv_cache, step.slots)
     layer.impl.forward(layer, step.query, step.key, step.value, layer.kv_cache, metadata, out)
     expected = step.expected([*CAUSAL[:5], *TREE, 0b1, 0b11, 0b101])
