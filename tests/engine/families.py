@@ -22,10 +22,13 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     FalconConfig,
+    Gemma2Config,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
+    GraniteSWAConfig,
     LlamaConfig,
     MixtralConfig,
     Olmo2Config,
@@ -56,6 +59,9 @@ SIZES = {
 }  # fmt: skip
 GATED = {**SIZES, "intermediate_size": INNER, "num_key_value_heads": 1}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FULL = ["full_attention"] * LAYERS
+# The smaller window is shorter than paths of the trees.
+SMALL_WINDOW, WINDOW = 2, 9
 
 EXACT: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**GATED),
@@ -69,6 +75,15 @@ EXACT: dict[str, PreTrainedConfig] = {
     "granite": GraniteConfig(**GATED, logits_scaling=2.0, embedding_multiplier=3.0, residual_multiplier=0.5),
     "cohere": CohereConfig(**GATED, logit_scale=0.5),
     "gemma": GemmaConfig(**GATED, head_dim=32),
+    "gemma-2-full": Gemma2Config(**GATED, head_dim=32, layer_types=FULL, attn_logit_softcapping=2.0),
+    "gemma-2-one-group": Gemma2Config(
+        **GATED, head_dim=32, sliding_window=SMALL_WINDOW, attn_logit_softcapping=2.0, query_pre_attn_scalar=32
+    ),
+    "granite-swa-full": GraniteSWAConfig(**GATED, layer_types=FULL),
+    "granite-swa-one-group": GraniteSWAConfig(**GATED, sliding_window=WINDOW),
+    "gpt-oss-one-group": GptOssConfig(
+        **GATED, head_dim=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=SMALL_WINDOW
+    ),
     "starcoder2": Starcoder2Config(**GATED),
     "stablelm": StableLmConfig(**GATED),
     "gpt-neox": GPTNeoXConfig(**SIZES, intermediate_size=INNER),
@@ -81,6 +96,9 @@ EXACT: dict[str, PreTrainedConfig] = {
     "minicpm": LlamaConfig(**GATED, scale_emb=3, scale_depth=1.4, dim_model_base=32),
 }
 ARCHITECTURES = {"minicpm": "MiniCPMForCausalLM"}
+OF_ONE_GROUP = {"disable_hybrid_kv_cache_manager": True}
+OPTIONS = {name: OF_ONE_GROUP for name in EXACT if name.endswith("one-group")}
+"""What vLLM is told beside what all families have in common."""
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4, 6]]
 LENGTH = 24
@@ -105,7 +123,12 @@ class Served:
 
 def write_target(name: str, folder: Path) -> None:
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(EXACT[name]).save_pretrained(folder)
+    target = AutoModelForCausalLM.from_config(EXACT[name])
+    for parameter, weight in target.named_parameters():
+        # Where they are 0, as they often begin, all heads have the same one.
+        if parameter.endswith("sinks"):
+            torch.nn.init.normal_(weight)
+    target.save_pretrained(folder)
     if name in ARCHITECTURES:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"architectures": [ARCHITECTURES[name]]}))
@@ -122,6 +145,7 @@ def serve(folder: Path, with_trees: bool) -> Served:
 
     options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True}
     options |= {"max_model_len": CONTEXT, "max_num_seqs": len(PROMPTS), "kv_cache_memory_bytes": 1 << 25}
+    options |= OPTIONS.get(folder.name, {})
     if with_trees:
         options["speculative_config"] = {"method": "ctc", "model": str(folder / "drafter"), **TREES}
     llm = LLM(str(folder / "target"), **options)

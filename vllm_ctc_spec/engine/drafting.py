@@ -184,8 +184,8 @@ class CTCProposer:
     def warm_up_attention(self) -> None:
         """For trees and for the drafter's frames, before the first request; needs the caches."""
         max_len = self.vllm_config.model_config.max_model_len
-        self.attention.warm_up(1 + self.settings.num_nodes, self.attention.layer.num_heads, max_len)
-        self.attention.warm_up(1 + self.drafter.config.num_frames, self.num_heads, max_len)
+        self.attention.warm_up(1 + self.settings.num_nodes, self.attention.layer.num_heads, max_len, is_target=True)
+        self.attention.warm_up(1 + self.drafter.config.num_frames, self.num_heads, max_len, is_target=False)
 
     @torch.inference_mode()
     def capture(self, max_requests: int, capture: Capture) -> None:

@@ -52,7 +52,7 @@ def resolve_settings(
     num_nodes = check_node_budget(settings.pop("num_speculative_tokens", DEFAULT_NUM_NODES))
     options = SpecOptions.from_dict(settings)
     _check_engine(engine_args, parallel)
-    _check_target(target)
+    _check_target(target, bool(engine_args.disable_hybrid_kv_cache_manager))
     drafter = find_drafter(model, target.model, revision, target.revision, hub_of(engine_args))
     config = check_drafter(drafter)
     check_device(engine_args, target, parallel, options.attention_kernel)
@@ -137,16 +137,22 @@ def _refuse_connector(setting: str) -> None:
     )
 
 
-def _check_target(target: ModelConfig) -> None:
-    text = target.hf_text_config
+def _check_target(target: ModelConfig, has_one_group: bool) -> None:
+    """has_one_group: vLLM keeps the whole context of layers with a window, as that of other layers."""
+    layers = set(getattr(target.hf_text_config, "layer_types", None) or ["sliding_attention"])
+    has_window = target.get_sliding_window() is not None and "sliding_attention" in layers
+    has_others = layers != {"sliding_attention"}
     unsupported = {
         "multi-head latent attention (MLA)": target.use_mla,
         "hybrid or state-space (mamba) layers": target.is_hybrid or target.is_attention_free,
         "M-RoPE positions": target.uses_mrope,
         "an encoder": target.is_encoder_decoder,
         "multimodal inputs (--language-model-only turns them off)": target.supports_multimodal_inputs,
-        "sliding-window attention": target.get_sliding_window() is not None,
-        "attention logit soft-capping": bool(getattr(text, "attn_logit_softcapping", None)),
+        "sliding-window attention in some layers (--disable-hybrid-kv-cache-manager allows it)": (
+            has_window and has_others and not has_one_group
+        ),
+        "sliding-window attention in all layers": has_window and not has_others,
+        "chunked attention": "chunked_attention" in layers,
         "ALiBi positions": target.uses_alibi,
         "a pooling task instead of generation": target.runner_type != "generate",
     }

@@ -72,8 +72,11 @@ class TreeAttention(ABC):
         """layers: the target's attention layers."""
         self.layer = layers[0]
 
-    def warm_up(self, most_rows: int, num_heads: int, max_len: int) -> None:
-        """Compiles what is compiled for sizes: for up to so many rows of a request and positions of its context."""
+    def warm_up(self, most_rows: int, num_heads: int, max_len: int, is_target: bool) -> None:
+        """Compiles what is compiled for sizes: for up to so many rows of a request and positions of its context.
+
+        is_target: for the target's layers, with the windows, soft caps and sinks that they have.
+        """
         return None
 
     def attach(self, metadata: Any, trees: StepTrees) -> None:
@@ -167,13 +170,12 @@ class TreeAttention(ABC):
         """
 
 
-def features_of(impl: Any) -> dict[str, bool]:
+def unsupported_features(impl: Any) -> dict[str, bool]:
     """What `refuse_features` takes, of any of vLLM's attention implementations."""
     return {
-        "attention logit soft-capping": bool(impl.logits_soft_cap),
         "ALiBi": impl.alibi_slopes is not None,
-        "attention sinks": impl.sinks is not None,
-        "sliding-window attention": impl.sliding_window not in (-1, (-1, -1)),
+        # Only TRITON_ATTN has it.
+        "chunked attention": getattr(impl, "chunk_lookback", -1) >= 0,
     }
 
 
