@@ -80,7 +80,7 @@ COUNT = "use an integer of at least 1"
 FOLDER = r"drafter '[^']*/drafter'"
 TARGET = r"target '[^']*/target' has"
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
-GEMMA = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 50.0}
+GEMMA = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
 MAMBA = {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
 CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
 KEEPS_LAYERS = {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}
@@ -153,8 +153,8 @@ CASES = {
     "target's vocabulary": Case("has vocab_size .* trained for another target", target={"vocab_size": 320}),
     "target's heads": Case("has num_key_value_heads .* another target", target={"num_key_value_heads": 2}),
     "target's head size": Case("has head_dim .* trained for another target", target={"head_dim": 32}),
-    "sliding window": Case(f"{TARGET} sliding-window attention", target=MISTRAL),
-    "soft caps": Case(f"{TARGET} (attention logit soft-capping|sliding-window)", target=GEMMA),
+    "sliding window": Case(f"{TARGET} sliding-window attention in all layers", target=MISTRAL),
+    "sliding windows": Case(rf"{TARGET} sliding-window attention in some layers \(--disable-hybrid", target=GEMMA),
     "state space": Case("hybrid or state-space", target=MAMBA),
     "images": Case(rf"{TARGET} multimodal inputs \(--language-model-only turns them off\)", target=BLIP),
     "images with a limit": Case(f"{TARGET} multimodal inputs", target=BLIP, options=ONE_IMAGE),

@@ -195,6 +195,8 @@ class CTCProposer:
         `attention_of_target`.
         """
         self.attention = attention_of_target(self.vllm_config, kv_cache, self.settings.options.attention_kernel)
+        if window := self.cache_layers[0].like.sliding_window:
+            self.attention.frames_features = {"sliding_window": window}
         self.kv_group = self._only_group(kv_cache)
         self.defers = len(kv_cache.kv_cache_groups) == 1
         return self.attention
@@ -216,8 +218,8 @@ class CTCProposer:
     def warm_up_attention(self) -> None:
         """For trees and for the drafter's frames, before the first request; needs the caches."""
         max_len = self.vllm_config.model_config.max_model_len
-        self.attention.warm_up(1 + self.settings.num_nodes, self.attention.layer.num_heads, max_len)
-        self.attention.warm_up(1 + self.drafter.config.num_frames, self.num_heads, max_len)
+        self.attention.warm_up(1 + self.settings.num_nodes, self.attention.layer.num_heads, max_len, is_target=True)
+        self.attention.warm_up(1 + self.drafter.config.num_frames, self.num_heads, max_len, is_target=False)
 
     @torch.inference_mode()
     def capture(self, max_requests: int, capture: Capture) -> None:

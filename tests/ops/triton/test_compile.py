@@ -45,8 +45,15 @@ def test_on_hopper_nothing_is_spilled_and_the_planned_programs_are_resident(node
     assert used.resident * HOPPER.num_processors >= resident_programs(launch, HOPPER)
 
 
+def test_windows_soft_caps_and_sinks_spill_nothing_either() -> None:
+    launch = plan_launch(1, 64, 8192, 64, 8, 64, torch.bfloat16, HOPPER)
+    kind = {"sliding_window": 128, "has_soft_cap": True, "has_sinks": True}
+    assert usage(compile_attention(launch, 64, group=8, head_size=64, **kind)).spilled == 0
+
+
 def test_the_merge_compiles() -> None:
     constants = {"NUM_HEADS": 32, "HEAD_SIZE": 128, "MIN_TILES": 4, "BLOCK_N": 64, "BLOCK_S": 16, "BLOCK_D": 128}
+    constants["WINDOW"] = 0
     compile_kernel(attention._merge_kernel, constants, POINTEES | {"out_ptr": "bf16"}, 90, num_warps=1)
 
 

@@ -73,9 +73,14 @@ class TreeAttention(ABC):
         self.groups = {index: layers for index, layers in enumerate(groups) if layers}
         self.layers = [layer for layers in groups for layer in layers]
         self.layer = self.layers[0]
+        self.frames_features: dict[str, Any] = {}
+        """What the kernel takes beside, for the drafter's frames: a `sliding_window`, where they have one."""
 
-    def warm_up(self, most_rows: int, num_heads: int, max_len: int) -> None:
-        """Compiles what is compiled for sizes: for up to so many rows of a request and positions of its context."""
+    def warm_up(self, most_rows: int, num_heads: int, max_len: int, is_target: bool) -> None:
+        """Compiles what is compiled for sizes: for up to so many rows of a request and positions of its context.
+
+        is_target: for the target's layers, with the windows, soft caps and sinks that they have.
+        """
         return None
 
     def metadata_of(self, by_layer: dict[str, Any]) -> list[Any]:
@@ -130,7 +135,7 @@ class TreeAttention(ABC):
         batch = TreeBatch(
             row_starts=num_rows * torch.arange(num_requests, dtype=torch.int32, device=device),
             num_rows=torch.full((num_requests,), num_rows, dtype=torch.int32, device=device),
-            ancestor_masks=torch.full((num_requests * num_rows,), -1, dtype=torch.int64, device=device),
+            ancestor_masks=torch.full((num_requests * num_rows,), (1 << num_rows) - 1, device=device),
             context_lens=context.lens,
             block_table=context.block_table,
             max_rows=num_rows,
@@ -146,7 +151,7 @@ class TreeAttention(ABC):
         """
         query, key, value = (rows.flatten(0, 1) for rows in (query, key, value))
         out = torch.empty_like(query)
-        self._attend(query, key, value, kv_cache, frames, scale, out)
+        self._attend(query, key, value, kv_cache, frames, scale, out, **self.frames_features)
         return out.unflatten(0, (-1, frames.max_rows))
 
     def _planned(self, batch: TreeBatch, num_heads: int, dtype: torch.dtype) -> TreeBatch:
@@ -155,7 +160,15 @@ class TreeAttention(ABC):
 
     @abstractmethod
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        batch: TreeBatch,
+        scale: float,
+        out: Tensor,
+        **features: Any,
     ) -> None:
         """Of the drafter: query, out: [M, H, D]; key, value: [M, K, D]."""
 
@@ -182,13 +195,12 @@ class TreeAttention(ABC):
         """
 
 
-def features_of(impl: Any) -> dict[str, bool]:
+def unsupported_features(impl: Any) -> dict[str, bool]:
     """What `refuse_features` takes, of any of vLLM's attention implementations."""
     return {
-        "attention logit soft-capping": bool(impl.logits_soft_cap),
         "ALiBi": impl.alibi_slopes is not None,
-        "attention sinks": impl.sinks is not None,
-        "sliding-window attention": impl.sliding_window not in (-1, (-1, -1)),
+        # Only TRITON_ATTN has it.
+        "chunked attention": getattr(impl, "chunk_lookback", -1) >= 0,
     }
 
 

@@ -37,6 +37,16 @@ inline Vec exponential(Vec x) {
 
 inline float exponential(float x) { return exponential(Vec{} + x)[0]; }
 
+// cap * tanh(x / cap), in place; count is a multiple of LANES.
+inline void bound(float *scores, int64_t count, float cap) {
+    for (int64_t v = 0; v < count / LANES; v++) {
+        const Vec x = vectors(scores)[v];
+        const Vec fading = exponential((x < 0.0f ? x : -x) * (2.0f / cap));
+        const Vec bounded = cap * (1.0f - fading) / (1.0f + fading);
+        vectors(scores)[v] = x < 0.0f ? -bounded : bounded;
+    }
+}
+
 struct Matrix {
     float *data;
     int64_t stride;
