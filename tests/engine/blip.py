@@ -1,4 +1,4 @@
-"""The tiny target as the language model of a BLIP-2. What reads images is random: an image changes the answer."""
+"""The tiny target as the language model of a BLIP-2, whose other parts are random: an image changes the answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessorPil
+from transformers import (
+    AutoTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipImageProcessorPil,
+)
 
 from tests.tiny_pair.target import HEAD_DIM, HIDDEN, VOCAB
 

@@ -50,7 +50,10 @@ from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of
 from vllm_ctc_spec.training.objective import DraftObjective
 
 REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
-    "llama 4": (Llama4TextConfig(**GATED | {"intermediate_size_mlp": INNER}, num_local_experts=2), "chunked local attention"),
+    "llama 4": (
+        Llama4TextConfig(**GATED | {"intermediate_size_mlp": INNER}, num_local_experts=2),
+        "chunked local attention",
+    ),
     "deepseek-v2": (DeepseekV2Config(**GATED), "MLA"),
     "qwen3-next": (Qwen3NextConfig(**GATED, head_dim=32), "hybrid or state-space"),
     "bloom": (BloomConfig(hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS, **TOKENS), "ALiBi"),

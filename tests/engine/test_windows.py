@@ -23,7 +23,9 @@ FULL, WINDOWED = "full_attention", "sliding_attention"
 @contextmanager
 def windowed(pair: TinyPair, spec: dict[str, Any] | None, layers: tuple[str, str], **options: Any) -> Iterator[LLM]:
     overrides = {"layer_types": list(layers), "sliding_window": WINDOW}
-    options = {"block_size": 32, "max_num_batched_tokens": 96, **options}
+    # Plain vLLM fails on a CPU where the prompt of a seeded request is cut.
+    chunks = {} if spec is None else {"max_num_batched_tokens": 96}
+    options = {"block_size": 32, **chunks, **options}
     with engine(pair, spec, hf_overrides=overrides, **options) as llm:
         yield llm
 
@@ -45,9 +47,9 @@ def test_chunks_preemption_and_cached_prefixes_are_exact(
     with windowed(pair, {}, (WINDOWED, FULL), num_gpu_blocks_override=60) as llm:
         assert [complete(llm, prompts, each) for each in params(len(prompts))] == expected
         longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
-        [again] = generate(llm, [prompts[longest]], params(len(prompts))[0][longest])
-        assert list(again.outputs[0].token_ids) == expected[0][longest].tokens
-        assert again.num_cached_tokens >= 128
+        [first], [again] = (generate(llm, [prompts[longest]], params(len(prompts))[0][longest]) for _ in range(2))
+        assert list(first.outputs[0].token_ids) == list(again.outputs[0].token_ids) == expected[0][longest].tokens
+        assert again.num_cached_tokens >= 96
         assert sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions") > 0
         metrics = read_tree_metrics(llm)
     assert metrics is not None and metrics.acceptance_length > 1.3

@@ -210,8 +210,8 @@ class CTCProposer:
         ]
         if len(own) > 1:
             raise ValueError(
-                f"drafter {self.settings.drafter!r} has {len(self.cache_layers)} layers, which vLLM keeps in several KV "
-                "groups for this target, whose layers have different windows. Train a drafter of one layer for it."
+                f"drafter {self.settings.drafter!r} has {len(self.cache_layers)} layers, which vLLM keeps in several "
+                "KV groups for this target, whose layers have different windows. Train a drafter of one layer for it."
             )
         return own[0]
 

@@ -69,7 +69,7 @@ class TreeAttention(ABC):
     """
 
     def __init__(self, *groups: list[Any]) -> None:
-        """groups: the target's attention layers in each of vLLM's KV groups; none in one that is the drafter's alone."""
+        """groups: the target's attention layers in each of vLLM's KV groups; none in the drafter's own."""
         self.groups = {index: layers for index, layers in enumerate(groups) if layers}
         self.layers = [layer for layers in groups for layer in layers]
         self.layer = self.layers[0]
