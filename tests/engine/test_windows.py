@@ -25,14 +25,14 @@ def windowed(pair: TinyPair, spec: dict[str, Any] | None, layers: tuple[str, str
     overrides = {"layer_types": list(layers), "sliding_window": WINDOW}
     # Plain vLLM fails on a CPU where the prompt of a seeded request is cut.
     chunks = {} if spec is None else {"max_num_batched_tokens": 96}
-    options = {"block_size": 32, **chunks, **options}
+    options = {"block_size": 32, "max_model_len": 320, **chunks, **options}
     with engine(pair, spec, hf_overrides=overrides, **options) as llm:
         yield llm
 
 
 def params(count: int) -> list[list[SamplingParams]]:
     greedy = [SamplingParams(temperature=0, max_tokens=20 + 2 * index) for index in range(count)]
-    return [greedy, seeded(count, temperature=0.8, max_tokens=50)]
+    return [greedy, seeded(count, temperature=0.8, max_tokens=80, ignore_eos=True)]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def expected(pair: TinyPair, prompts: list[list[int]]) -> list[list[Completion]]
 def test_chunks_preemption_and_cached_prefixes_are_exact(
     pair: TinyPair, prompts: list[list[int]], expected: list[list[Completion]]
 ) -> None:
-    with windowed(pair, {}, (WINDOWED, FULL), num_gpu_blocks_override=60) as llm:
+    with windowed(pair, {}, (WINDOWED, FULL), num_gpu_blocks_override=32) as llm:
         assert [complete(llm, prompts, each) for each in params(len(prompts))] == expected
         longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
         [first], [again] = (generate(llm, [prompts[longest]], params(len(prompts))[0][longest]) for _ in range(2))
@@ -60,7 +60,7 @@ def test_steps_without_drafts_among_others_are_exact(
 ) -> None:
     """The drafter's keys and values may not wait here, because blocks go from group to group."""
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    with windowed(pair, {"adaptive_budget": True}, (WINDOWED, FULL), num_gpu_blocks_override=60) as llm:
+    with windowed(pair, {"adaptive_budget": True}, (WINDOWED, FULL), num_gpu_blocks_override=32) as llm:
         assert llm.collective_rpc(decide_by_rule) == [True]
         assert [complete(llm, prompts, each) for each in params(len(prompts))] == expected
 
@@ -71,6 +71,6 @@ def test_a_target_of_windows_alone_is_exact(pair: TinyPair, prompts: list[list[i
     for spec in (None, {}):
         with windowed(pair, spec, (WINDOWED, WINDOWED)) as llm:
             answers.append([complete(llm, prompts, each) for each in params(len(prompts))])
-            metrics = read_tree_metrics(llm)
+            acceptance = read_tree_metrics(llm) if spec is not None else None
     assert answers[0] == answers[1]
-    assert metrics is not None and metrics.acceptance_length > 1.1
+    assert acceptance is not None and acceptance.acceptance_length > 1.1
