@@ -60,6 +60,7 @@ SIZES = {
 GATED = {**SIZES, "intermediate_size": INNER, "num_key_value_heads": 1}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FULL = ["full_attention"] * LAYERS
+CAPPED = {**GATED, "head_dim": 32, "attn_logit_softcapping": 2.0}
 # The smaller window is shorter than paths of the trees.
 SMALL_WINDOW, WINDOW = 2, 9
 
@@ -75,10 +76,8 @@ EXACT: dict[str, PreTrainedConfig] = {
     "granite": GraniteConfig(**GATED, logits_scaling=2.0, embedding_multiplier=3.0, residual_multiplier=0.5),
     "cohere": CohereConfig(**GATED, logit_scale=0.5),
     "gemma": GemmaConfig(**GATED, head_dim=32),
-    "gemma-2-full": Gemma2Config(**GATED, head_dim=32, layer_types=FULL, attn_logit_softcapping=2.0),
-    "gemma-2-one-group": Gemma2Config(
-        **GATED, head_dim=32, sliding_window=SMALL_WINDOW, attn_logit_softcapping=2.0, query_pre_attn_scalar=32
-    ),
+    "gemma-2-full": Gemma2Config(**CAPPED, layer_types=FULL),
+    "gemma-2-one-group": Gemma2Config(**CAPPED, sliding_window=SMALL_WINDOW),
     "granite-swa-full": GraniteSWAConfig(**GATED, layer_types=FULL),
     "granite-swa-one-group": GraniteSWAConfig(**GATED, sliding_window=WINDOW),
     "gpt-oss-one-group": GptOssConfig(
@@ -128,6 +127,9 @@ def write_target(name: str, folder: Path) -> None:
         # Where they are 0, as they often begin, all heads have the same one.
         if parameter.endswith("sinks"):
             torch.nn.init.normal_(weight)
+        # Else a model with tied embeddings repeats its last token.
+        if name.startswith("gemma-2") and "post_" in parameter:
+            torch.nn.init.constant_(weight, 20.0)
     target.save_pretrained(folder)
     if name in ARCHITECTURES:
         config = json.loads((folder / "config.json").read_text())
