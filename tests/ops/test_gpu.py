@@ -28,7 +28,11 @@ def planned(shape: Shape, num_splits: int):
     return replace(launch, num_splits=num_splits)
 
 
-FEATURES: list[dict[str, Any]] = [{}, {"sliding_window": 100, "soft_cap": 1.5, "has_sinks": True}, {"sliding_window": 5}]
+FEATURES: list[dict[str, Any]] = [
+    {},
+    {"sliding_window": 100, "soft_cap": 1.5, "has_sinks": True},
+    {"sliding_window": 5},
+]
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
