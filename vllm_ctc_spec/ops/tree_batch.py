@@ -31,7 +31,7 @@ class TreeBatch:
     """[M] int64, bit j is set if the row sees row j of its request. For a sliding window, a row's depth below its
     request's first row is one less than the number of its bits."""
     context_lens: Tensor
-    """[R] int32, number of each request's positions in the cache. Its rows see all of them, or those in their windows."""
+    """[R] int32, number of each request's positions in the cache. Its rows see all of them, or their windows."""
     block_table: Tensor
     """[R, blocks] int32, entry i is the cache block of positions i * B to (i + 1) * B - 1."""
     max_rows: int

@@ -31,8 +31,8 @@ inline Vec exponential(Vec x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
-    const auto power = (__builtin_convertvector(n, Int) + 127) << 23;
-    return x < -87.0f ? Vec{} : y * reinterpret_cast<const Vec &>(power);
+    const Int power = (__builtin_convertvector(n, Int) + 127) << 23;
+    return x < -87.0f ? Vec{} : y * reinterpret_cast<Vec>(power);
 }
 
 inline float exponential(float x) { return exponential(Vec{} + x)[0]; }
