@@ -66,7 +66,7 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # The smaller window is shorter than paths of the trees.
 SMALL_WINDOW, WINDOW = {"sliding_window": 2}, {"sliding_window": 9}
 FULL, WINDOWED = "full_attention", "sliding_attention"
-SOFT_CAPS = {"head_dim": 32, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 32}
+SOFT_CAPS = {"head_dim": 32, "attn_logit_softcapping": 2.0}
 
 EXACT: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**GATED),
@@ -104,6 +104,8 @@ EXACT: dict[str, PreTrainedConfig] = {
     "minicpm": LlamaConfig(**GATED, scale_emb=3, scale_depth=1.4, dim_model_base=32),
 }
 ARCHITECTURES = {"minicpm": "MiniCPMForCausalLM"}
+OTHERWISE_IN_TRAINING = {*ARCHITECTURES, "mistral-window", "qwen2-window", "cohere-2"}
+"""Where all layers have a window, the drafter has it in the engine alone; Cohere's window is one longer in vLLM."""
 OF_ONE_GROUP = {"disable_hybrid_kv_cache_manager": True}
 OPTIONS = {name: OF_ONE_GROUP for name in EXACT if name.endswith("one-group")}
 """What vLLM is told beside what all families have in common."""
@@ -139,6 +141,9 @@ def write_target(name: str, folder: Path) -> None:
         # Where they are 0, as they often begin, all heads have the same one.
         if parameter.endswith("sinks"):
             torch.nn.init.normal_(weight)
+        # Else a model with tied embeddings repeats its last token.
+        if name.startswith(("gemma-2", "gemma-3")) and "post_" in parameter:
+            torch.nn.init.constant_(weight, 20.0)
     target.save_pretrained(folder)
     if name in ARCHITECTURES:
         config = json.loads((folder / "config.json").read_text())
