@@ -51,6 +51,8 @@ def _num_key_value_heads(text: PretrainedConfig, heads: int) -> int:
 
 def _rope_theta(text: PretrainedConfig) -> float:
     parameters = getattr(text, "rope_parameters", None) or {}
+    # Of layers with a window and without, the latter are like the drafter's.
+    parameters = parameters.get("full_attention") or parameters
     return float(parameters.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0)
 
 

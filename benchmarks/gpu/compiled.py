@@ -29,8 +29,9 @@ POINTEES = {
     "targets_ptr": "i64",
     "k_scale_ptr": "fp32",
     "v_scale_ptr": "fp32",
+    "sinks_ptr": "fp32",
 }
-SCALARS = {"scale": "fp32", "softcap": "fp32", "num_splits": "i32", "num_places": "i32"}
+SCALARS = {"scale": "fp32", "soft_cap": "fp32", "num_splits": "i32", "num_places": "i32"}
 
 SM90_SHARED_MEMORY, SM90_RESERVED, SM90_REGISTERS, SM90_THREADS = 228 * 1024, 1024, 65536, 2048
 """Of a processor of compute capability 9.0: bytes in all and per resident program, registers, threads (CUDA C++
@@ -85,6 +86,9 @@ def compile_attention(
     head_size: int = 128,
     dtype: str = "bf16",
     cache: str = "bf16",
+    sliding_window: int = 0,
+    has_soft_cap: bool = False,
+    has_sinks: bool = False,
 ) -> Any:
     """The attention kernel of a split context. dtype, cache: Triton's names of the model's and the cache's dtype."""
     constants = {
@@ -92,9 +96,10 @@ def compile_attention(
         "GROUP": group,
         "HEAD_SIZE": head_size,
         "BLOCK_SIZE": 16,
-        "HAS_SOFTCAP": False,
+        "HAS_SOFT_CAP": has_soft_cap,
         "FP8_MAX": 448.0 if cache != dtype else 0.0,
         "IS_SPLIT": True,
+        "WINDOW": sliding_window,
         "MIN_TILES": launch.min_tiles,
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
@@ -103,6 +108,8 @@ def compile_attention(
     }
     if cache == dtype:
         constants |= {"k_scale_ptr": None, "v_scale_ptr": None}
+    if not has_sinks:
+        constants |= {"sinks_ptr": None}
     pointees = POINTEES | dict.fromkeys(("out_ptr", "query_ptr", "key_ptr", "value_ptr"), dtype) | {"cache_ptr": cache}
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     return compile_kernel(attention._attend_kernel, constants, pointees, capability, **options)

@@ -76,14 +76,15 @@ def device_limits() -> dict[str, float]:
 def run(step: Step, launch: Launch) -> torch.Tensor:
     batch = dataclasses.replace(step.batch, launch=launch)
     own, out = (step.query, step.key, step.value), torch.empty_like(step.query)
-    return tree_attention(*own, step.kv_cache, batch, SCALE, out, 0.0, step.k_scale, step.v_scale)
+    return tree_attention(*own, step.kv_cache, batch, SCALE, out, k_scale=step.k_scale, v_scale=step.v_scale)
 
 
 def exact_attention(step: Step) -> torch.Tensor:
     """By the plain version, in float64."""
     own = step.query.double(), step.key, step.value
     out = torch.zeros_like(own[0])
-    return reference.tree_attention(*own, step.kv_cache, step.batch, SCALE, out, 0.0, step.k_scale, step.v_scale)
+    scales = {"k_scale": step.k_scale, "v_scale": step.v_scale}
+    return reference.tree_attention(*own, step.kv_cache, step.batch, SCALE, out, **scales)
 
 
 def verdict(case: str, found: torch.Tensor, exact: torch.Tensor) -> Row:

@@ -20,15 +20,22 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     CohereConfig,
     FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
+    GraniteSWAConfig,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     Olmo2Config,
+    Olmo3Config,
     OPTConfig,
     Phi3Config,
     PhiConfig,
@@ -56,6 +63,10 @@ SIZES = {
 }  # fmt: skip
 GATED = {**SIZES, "intermediate_size": INNER, "num_key_value_heads": 1}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# The smaller window is shorter than paths of the trees.
+SMALL_WINDOW, WINDOW = {"sliding_window": 2}, {"sliding_window": 9}
+FULL, WINDOWED = "full_attention", "sliding_attention"
+SOFT_CAPS = {"head_dim": 32, "attn_logit_softcapping": 2.0}
 
 EXACT: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**GATED),
@@ -69,6 +80,18 @@ EXACT: dict[str, PreTrainedConfig] = {
     "granite": GraniteConfig(**GATED, logits_scaling=2.0, embedding_multiplier=3.0, residual_multiplier=0.5),
     "cohere": CohereConfig(**GATED, logit_scale=0.5),
     "gemma": GemmaConfig(**GATED, head_dim=32),
+    "gemma-2": Gemma2Config(**GATED, **SMALL_WINDOW, **SOFT_CAPS),
+    "gemma-2-one-group": Gemma2Config(**GATED, **SMALL_WINDOW, **SOFT_CAPS),
+    # Two KV groups: the layers with a window, and the other one with the drafter's.
+    "gemma-3": Gemma3TextConfig(
+        **GATED | {"num_hidden_layers": 3}, **WINDOW, head_dim=32, layer_types=[WINDOWED, FULL, WINDOWED]
+    ),
+    "granite-swa": GraniteSWAConfig(**GATED, **WINDOW),
+    "gpt-oss": GptOssConfig(**GATED, **SMALL_WINDOW, head_dim=32, num_local_experts=4, num_experts_per_tok=2),
+    "mistral-window": MistralConfig(**GATED, **WINDOW),
+    "qwen2-window": Qwen2Config(**GATED, **WINDOW, use_sliding_window=True, max_window_layers=0),
+    "cohere-2": Cohere2Config(**GATED, **WINDOW, layer_types=[WINDOWED, FULL], logit_scale=0.5),
+    "olmo-3": Olmo3Config(**GATED, **WINDOW, layer_types=[WINDOWED, FULL]),
     "starcoder2": Starcoder2Config(**GATED),
     "stablelm": StableLmConfig(**GATED),
     "gpt-neox": GPTNeoXConfig(**SIZES, intermediate_size=INNER),
@@ -81,8 +104,15 @@ EXACT: dict[str, PreTrainedConfig] = {
     "minicpm": LlamaConfig(**GATED, scale_emb=3, scale_depth=1.4, dim_model_base=32),
 }
 ARCHITECTURES = {"minicpm": "MiniCPMForCausalLM"}
+OTHERWISE_IN_TRAINING = {*ARCHITECTURES, "mistral-window", "qwen2-window", "cohere-2"}
+"""Where all layers have a window, the drafter has it in the engine alone; Cohere's window is one longer in vLLM."""
+OF_ONE_GROUP = {"disable_hybrid_kv_cache_manager": True}
+OPTIONS = {name: OF_ONE_GROUP for name in EXACT if name.endswith("one-group")}
+"""What vLLM is told beside what all families have in common."""
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4, 6]]
+PROMPTS += [[index * index % 61 for index in range(75)]]
+"""The last one is so long that a window of it leaves blocks."""
 LENGTH = 24
 # One for each prompt, in one batch.
 SAMPLING: list[dict[str, Any]] = [
@@ -90,6 +120,7 @@ SAMPLING: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_p": 0.9, "seed": 1, "repetition_penalty": 1.2, "presence_penalty": 0.3},
     {"temperature": 0.7, "top_k": 20, "min_p": 0.02, "seed": 2},
     {"temperature": 0, "ignore_eos": True},
+    {"temperature": 0.7, "seed": 3},
 ]
 
 
@@ -105,7 +136,15 @@ class Served:
 
 def write_target(name: str, folder: Path) -> None:
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(EXACT[name]).save_pretrained(folder)
+    target = AutoModelForCausalLM.from_config(EXACT[name])
+    for parameter, weight in target.named_parameters():
+        # Where they are 0, as they often begin, all heads have the same one.
+        if parameter.endswith("sinks"):
+            torch.nn.init.normal_(weight)
+        # Else a model with tied embeddings repeats its last token.
+        if name.startswith(("gemma-2", "gemma-3")) and "post_" in parameter:
+            torch.nn.init.constant_(weight, 20.0)
+    target.save_pretrained(folder)
     if name in ARCHITECTURES:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"architectures": [ARCHITECTURES[name]]}))
@@ -121,7 +160,13 @@ def serve(folder: Path, with_trees: bool) -> Served:
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True}
-    options |= {"max_model_len": CONTEXT, "max_num_seqs": len(PROMPTS), "kv_cache_memory_bytes": 1 << 25}
+    options |= {
+        "max_model_len": CONTEXT,
+        "block_size": 32,
+        "max_num_seqs": len(PROMPTS),
+        "kv_cache_memory_bytes": 1 << 25,
+    }
+    options |= OPTIONS.get(folder.name, {})
     if with_trees:
         options["speculative_config"] = {"method": "ctc", "model": str(folder / "drafter"), **TREES}
     llm = LLM(str(folder / "target"), **options)

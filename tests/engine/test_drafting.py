@@ -23,7 +23,7 @@ def proposer() -> CTCProposer:
     made.drafter = CTCDrafter(config).eval().requires_grad_(False)
     made.cache_layers = [SimpleNamespace(kv_cache=torch.zeros(2, 1, BLOCK_SIZE, 64), isa=ISA)]
     made.attention = CPUTreeAttention(made.cache_layers)
-    made.deferred, made.num_deferred = [], 0
+    made.deferred, made.num_deferred, made.defers = [], 0, True
     return made
 
 
@@ -53,3 +53,11 @@ def test_deferred_rows_are_stored_at_the_limit() -> None:
         made.defer(rows)
     assert made.cache_layers[0].kv_cache.any()
     assert len(made.deferred) == 3
+
+
+def test_rows_are_stored_at_once_where_a_block_may_become_another_groups() -> None:
+    made = proposer()
+    made.defers = False
+    [rows] = steps([1])
+    made.defer(rows)
+    assert made.cache_layers[0].kv_cache.any() and not made.deferred

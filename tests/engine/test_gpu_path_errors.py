@@ -111,16 +111,14 @@ def test_a_backend_that_vllm_chose_itself_is_refused_by_name() -> None:
     chosen = SimpleNamespace(get_name=lambda: "FLASHINFER")
     layer = SimpleNamespace(impl=SimpleNamespace(), get_attn_backend=lambda: chosen)
     with pytest.raises(ValueError, match=r"attention backend FLASHINFER.*--attention-backend FLASH_ATTN"):
-        tree_attention_of([layer], "own")
+        tree_attention_of([[layer]], "own")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sliding_window": 64}, "sliding-window attention"),
         ({"alibi_slopes": [0.5, 0.25]}, "ALiBi"),
-        ({"logits_soft_cap": 30.0}, "soft-capping"),
-        ({"sinks": torch.zeros(2)}, "attention sinks"),
+        ({"sliding_window": 64, "chunk_lookback": 1}, "chunked attention"),
         ({"kv_sharing_target_layer_name": "model.layers.0"}, "share their keys and values"),
     ],
 )

@@ -79,14 +79,13 @@ OURS = "is an option of method 'ctc', and the method is"
 COUNT = "use an integer of at least 1"
 FOLDER = r"drafter '[^']*/drafter'"
 TARGET = r"target '[^']*/target' has"
-MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
-GEMMA = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 50.0}
+BOTH_WAYS = {**BLIP, "is_mm_prefix_lm": True}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 8, 8]}}
 MAMBA = {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
 CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
 KEEPS_LAYERS = {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}
 DECODE_CONTEXT = {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}
 UNEVEN = {"num_attention_heads": 3, "num_key_value_heads": 2}
-ONE_IMAGE = {"limit_mm_per_prompt": {"image": 1}}
 
 
 CASES = {
@@ -158,11 +157,10 @@ CASES = {
     "target's vocabulary": Case("has vocab_size .* trained for another target", target={"vocab_size": 320}),
     "target's heads": Case("has num_key_value_heads .* another target", target={"num_key_value_heads": 2}),
     "target's head size": Case("has head_dim .* trained for another target", target={"head_dim": 32}),
-    "sliding window": Case(f"{TARGET} sliding-window attention", target=MISTRAL),
-    "soft caps": Case(f"{TARGET} (attention logit soft-capping|sliding-window)", target=GEMMA),
+    "attention in chunks": Case(f"{TARGET} chunked local attention", target={"attention_chunk_size": 64}),
+    "positions of images": Case(f"{TARGET} M-RoPE positions", target=MROPE),
     "state space": Case("hybrid or state-space", target=MAMBA),
-    "images": Case(rf"{TARGET} multimodal inputs \(--language-model-only turns them off\)", target=BLIP),
-    "images with a limit": Case(f"{TARGET} multimodal inputs", target=BLIP, options=ONE_IMAGE),
+    "images both ways": Case(rf"{TARGET} images .* one another \(--language-model-only turns", target=BOTH_WAYS),
     "pipeline": Case("pipeline_parallel_size=2", options={"pipeline_parallel_size": 2}),
     "context of a decode": Case("decode_context_parallel_size=2: .* needs 1", options=DECODE_CONTEXT),
     "context of a prefill": Case("prefill_context_parallel_size=2", options={"prefill_context_parallel_size": 2}),

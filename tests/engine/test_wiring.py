@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -45,14 +47,16 @@ class Rows:
         self.key = random(1, num_rows, KV_HEADS, HEAD_SIZE)
         self.value = random(1, num_rows, KV_HEADS, HEAD_SIZE)
 
-    def attend(self, masks: list[int]) -> torch.Tensor:
+    def attend(self, masks: list[int], **features: Any) -> torch.Tensor:
         """[Q, H, D]"""
         start, count, context = torch.tensor([[0], [len(masks)], [CONTEXT]], dtype=torch.int32)
         batch = TreeBatch(start, count, torch.tensor(masks), context, self.blocks.int(), len(masks))
         rows = (self.query[0], self.key[0], self.value[0])
-        return tree_attention(*rows, self.cache, False, batch, SCALE, torch.empty_like(self.query[0]))
+        return tree_attention(*rows, self.cache, False, batch, SCALE, torch.empty_like(self.query[0]), **features)
 
-    def attend_causally(self, rows: list[int]) -> torch.Tensor:
+    def attend_causally(
+        self, rows: list[int], sliding_window: int = -1, soft_cap: float = 0.0, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """vLLM's own kernel over the context and then `rows`, one after the other."""
         cache = self.cache.clone()
         positions = torch.arange(CONTEXT, CONTEXT + len(rows))
@@ -68,7 +72,7 @@ class Rows:
             dtype=torch.float32,
             query_start_loc=starts,
             causal=True,
-            sliding_window_size=-1,
+            sliding_window_size=sliding_window,
             isa=ISA,
             enable_kv_split=False,
         )
@@ -84,11 +88,11 @@ class Rows:
             scale=SCALE,
             causal=True,
             alibi_slopes=None,
-            sliding_window=-1,
+            sliding_window=sliding_window,
             block_table=self.blocks.int(),
-            softcap=0,
+            softcap=soft_cap,
             scheduler_metadata=plan,
-            s_aux=None,
+            s_aux=sinks,
         )
         return output
 
@@ -101,12 +105,25 @@ def test_a_causal_mask_is_vllms_own_kernel() -> None:
     )
 
 
-def test_each_node_attends_as_if_its_ancestors_were_the_text() -> None:
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
+# With windows up to 3 the node of depth 3 does not see the anchor.
+FEATURES: list[dict[str, Any]] = [
+    {},
+    {"sliding_window": 1},
+    {"sliding_window": 3, "sinks": SINKS},
+    {"sliding_window": 40, "soft_cap": 0.7},
+    {"soft_cap": 0.7, "sinks": SINKS},
+]
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+def test_each_node_attends_as_if_its_ancestors_were_the_text(features: dict[str, Any]) -> None:
     rows = Rows()
-    attended = rows.attend(TREE.ancestor_masks())
+    attended = rows.attend(TREE.ancestor_masks(), **features)
     for node, mask in enumerate(TREE.ancestor_masks()):
         path = [other for other in range(7) if mask >> other & 1]
-        torch.testing.assert_close(attended[node], rows.attend_causally(path)[-1], rtol=1e-5, atol=1e-5)
+        expected = rows.attend_causally(path, **features)[-1]
+        torch.testing.assert_close(attended[node], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_hiding_one_ancestor_changes_that_node_and_no_other() -> None:

@@ -41,8 +41,10 @@ class Shape:
     block_size: int
     dtype: torch.dtype
     cache_dtype: torch.dtype
-    softcap: float
+    soft_cap: float
     seed: int
+    sliding_window: int = 0
+    has_sinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,15 @@ class Case:
     kv_cache: Tensor
     batch: TreeBatch
     scale: float
-    softcap: float
+    sliding_window: int
+    soft_cap: float
+    sinks: Tensor | None
     k_scale: Tensor | None
     v_scale: Tensor | None
 
     def run(self, attend: Callable[..., Tensor]) -> Tensor:
         out = torch.full_like(self.query, UNTOUCHED)
-        optional = {"softcap": self.softcap, "k_scale": self.k_scale, "v_scale": self.v_scale}
+        optional = {name: getattr(self, name) for name in ("sliding_window", "soft_cap", "sinks", "k_scale", "v_scale")}
         returned = attend(self.query, self.key, self.value, self.kv_cache, self.batch, self.scale, out=out, **optional)
         assert returned is out
         return out
@@ -79,12 +83,13 @@ class Case:
 def attend_with_xformers(
     query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, **optional: Any
 ) -> Tensor:
-    """An `attend` of `Case.check`, for cases without softcap and scales."""
+    """An `attend` of `Case.check`, for cases with nothing in `optional`."""
     from vllm_ctc_spec.ops.xformers import pad_batch, tree_attention
 
-    assert optional.pop("softcap") == 0.0 and optional.pop("k_scale") is optional.pop("v_scale") is None
+    out = optional.pop("out")
+    assert not any(optional.values())
     slots = kv_cache.transpose(1, 2).contiguous().transpose(1, 2)
-    return tree_attention(query, key, value, slots, pad_batch(batch, kv_cache.shape[2]), scale, **optional)
+    return tree_attention(query, key, value, slots, pad_batch(batch, kv_cache.shape[2]), scale, out)
 
 
 def make_case(shape: Shape, launch: Launch, device: str = "cpu") -> Case:
@@ -109,7 +114,9 @@ def make_case(shape: Shape, launch: Launch, device: str = "cpu") -> Case:
         launch=launch,
     )
     scale = shape.head_size**-0.5
-    case = Case(query, key, value, kv_cache, batch, scale, shape.softcap, k_scale, v_scale)
+    sinks = torch.randn(query.shape[1], generator=generator) if shape.has_sinks else None
+    features = shape.sliding_window, shape.soft_cap, sinks
+    case = Case(query, key, value, kv_cache, batch, scale, *features, k_scale, v_scale)
     return move_fields(case, device)
 
 
@@ -126,8 +133,8 @@ def _lay_out_rows(shape: Shape, rng: random.Random) -> tuple[list[int], list[int
     starts, masks = [0] * len(shape.num_rows), [0] * rng.randint(1, 3)
     for request in rng.sample(range(len(starts)), len(starts)):
         starts[request] = len(masks)
-        if rng.random() < 0.2:
-            # All rows of the drafter see each other.
+        if rng.random() < 0.2 and not shape.sliding_window:
+            # All rows of the drafter see each other, and have no depth.
             masks += [-1] * shape.num_rows[request]
         else:
             ancestors: list[int] = []
@@ -140,7 +147,10 @@ def _lay_out_rows(shape: Shape, rng: random.Random) -> tuple[list[int], list[int
 
 
 def _fill_cache(shape: Shape, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A cache [blocks, K, B, 2 * D] and a block table [R, blocks]. Block 0 and all slots outside contexts are NaN."""
+    """A cache [blocks, K, B, 2 * D] and a block table [R, blocks]. Block 0 and all slots outside contexts are NaN.
+
+    Blocks before a request's window are block 0, as if vLLM had freed them.
+    """
     num_blocks = [-(-length // shape.block_size) for length in shape.context_lens]
     free = list(range(1, 1 + sum(num_blocks)))
     rng.shuffle(free)
@@ -149,7 +159,8 @@ def _fill_cache(shape: Shape, rng: random.Random, generator: torch.Generator) ->
     slots_first = torch.full((1 + len(free), shape.block_size, shape.num_kv_heads, 2 * shape.head_size), torch.nan)
     cache = slots_first.transpose(1, 2) if rng.random() < 0.5 else slots_first.transpose(1, 2).contiguous()
     for request, length in enumerate(shape.context_lens):
-        for index in range(num_blocks[request]):
+        first_seen = max(0, length + 1 - shape.sliding_window) if shape.sliding_window else 0
+        for index in range(first_seen // shape.block_size, num_blocks[request]):
             block = table[request, index] = free.pop()
             filled = cache[block, :, : min(shape.block_size, length - index * shape.block_size)]
             filled.copy_(torch.randn(filled.shape, generator=generator))
@@ -170,8 +181,11 @@ def shapes(draw: st.DrawFn, dtypes: list[tuple[torch.dtype, torch.dtype]]) -> Sh
         block_size=draw(st.sampled_from([16, 48, 64])),
         dtype=dtype,
         cache_dtype=cache_dtype,
-        softcap=draw(st.sampled_from([0.0, 1.5])),
+        soft_cap=draw(st.sampled_from([0.0, 1.5])),
         seed=draw(st.integers(0, 2**32)),
+        # Shorter than paths of a tree, than a tile, than contexts, and longer than these.
+        sliding_window=draw(st.sampled_from([0, 0, 1, 2, 3, 7, 16, 40, 100, 300])),
+        has_sinks=draw(st.booleans()),
     )
 
 

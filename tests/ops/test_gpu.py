@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -27,18 +28,25 @@ def planned(shape: Shape, num_splits: int):
     return replace(launch, num_splits=num_splits)
 
 
+FEATURES: list[dict[str, Any]] = [
+    {},
+    {"sliding_window": 100, "soft_cap": 1.5, "has_sinks": True},
+    {"sliding_window": 5},
+]
+
+
 @pytest.mark.parametrize("num_splits", [1, 3])
-@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("features", FEATURES, ids=str)
 @pytest.mark.parametrize("head_size", [64, 80, 128, 256])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_compiled_attention_equals_its_plain_twin(
-    dtypes: tuple[torch.dtype, torch.dtype], head_size: int, softcap: float, num_splits: int
+    dtypes: tuple[torch.dtype, torch.dtype], head_size: int, features: dict[str, Any], num_splits: int
 ) -> None:
     from vllm_ctc_spec.ops.triton.attention import tree_attention
 
     if dtypes[1].itemsize == 1 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("a float8 cache needs compute capability 8.9")
-    shape = replace(SHAPE, dtype=dtypes[0], cache_dtype=dtypes[1], head_size=head_size, softcap=softcap)
+    shape = replace(SHAPE, dtype=dtypes[0], cache_dtype=dtypes[1], head_size=head_size, **features)
     make_case(shape, planned(shape, num_splits), "cuda").check(tree_attention)
 
 

@@ -6,6 +6,8 @@ from transformers import (
     CohereConfig,
     CohereForCausalLM,
     FalconConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GraniteConfig,
     GraniteForCausalLM,
@@ -119,6 +121,21 @@ def test_a_target_with_narrow_embeddings_is_refused(check, tmp_path):
     OPTForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="embeddings of 32 numbers and layers of 64"):
         check(str(tmp_path))
+
+
+def test_soft_caps_are_computed(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 64, "head_dim": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, initializer_range=0.5)).save_pretrained(tmp_path)
+    target = load_target(str(tmp_path))
+    tokens = torch.arange(20)[None]
+    every_cap = []
+    for soft_cap in (1.0, 1e6):
+        for layer in target.model.layers:
+            layer.self_attn.attn_logit_softcapping = soft_cap
+        with torch.inference_mode():
+            every_cap.append(target(tokens).logits)
+    assert (every_cap[0] - every_cap[1]).abs().max() > 0.1
 
 
 def test_a_dry_run_refuses_what_fit_refuses(tmp_path):

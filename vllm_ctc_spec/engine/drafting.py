@@ -1,7 +1,7 @@
 """Drafting inside vLLM: target hidden states -> drafter frames -> token trees.
 
-The drafter's keys and values live in vLLM's paged cache, in layers of their own that share the target's KV
-group; so prefix caching, chunked prefill and preemption hold for them as for the target. Its frames stay dense.
+The drafter's keys and values live in vLLM's paged cache, in layers of their own that belong to a KV group as the
+target's do; so prefix caching, chunked prefill and preemption hold for them as for the target. Its frames stay dense.
 
 Letters: n verified rows, R drafting requests, T frames, H hidden size, V vocabulary without blank.
 """
@@ -37,6 +37,9 @@ from vllm_ctc_spec.engine.tensor_parallel import split_layers
 MAX_DEFERRED_ROWS = 1024
 """Verified rows that are kept, in steps without drafts, before the drafter's keys and values of them are stored."""
 
+PREFIX = "ctc_drafter.layers"
+"""Of the names that vLLM knows the drafter's layers by."""
+
 
 @dataclass(frozen=True)
 class VerifiedRows:
@@ -65,7 +68,9 @@ class DraftRequests:
 
 
 class DrafterCacheLayer(AttentionLayerBase):
-    """A layer of paged cache for the drafter, of exactly the target's kind, so that vLLM keeps one KV group."""
+    """A layer of paged cache for the drafter, of exactly the kind of a target's layer, so that vLLM needs no group for
+    it.
+    """
 
     def __init__(self, like: Attention) -> None:
         self.like = like
@@ -89,6 +94,11 @@ class CTCProposer:
         self.num_deferred = 0
         """Rows of `deferred`, which are not stored yet."""
         self.graphs: DraftGraphs | None = None
+        self.kv_group = 0
+        """Index of the drafter's among vLLM's KV groups, once the layers have their caches."""
+        self.defers = True
+        """Whether verified rows of steps without drafts may wait. Not where KV groups share memory: a block that is
+        given back may be another group's in the next step."""
         self.attention: TreeAttention = cast(TreeAttention, NoAttention())
         """That of the target's backend, once the runner knows it: when the layers have their caches."""
 
@@ -105,14 +115,20 @@ class CTCProposer:
         self.num_heads = self.drafter.config.num_attention_heads // num_ranks
         forward_context = self.vllm_config.compilation_config.static_forward_context
         attention_layers = get_layers_from_vllm_config(self.vllm_config, Attention)
-        like = next(iter(attention_layers.values()))
+        # Of a target whose layers all have a window the drafter sees that window, too: a layer of another kind beside
+        # them would make vLLM give each of the target's layers a group of its own.
+        layers = list(attention_layers.values())
+        like = next((layer for layer in layers if layer.sliding_window is None), layers[0])
         self.cache_layers = [DrafterCacheLayer(like) for _ in self.drafter.layers]
-        for index, layer in enumerate(self.cache_layers, start=len(attention_layers)):
-            forward_context[f"ctc_drafter.layers.{index}.attn"] = layer
+        for index, layer in enumerate(self.cache_layers, start=len(layers)):
+            forward_context[f"{PREFIX}.{index}.attn"] = layer
         self.scale = self.drafter.config.head_dim**-0.5
 
     def defer(self, verified: VerifiedRows) -> None:
         """In place of `propose` in steps without drafts: the rows are stored later, those of many steps at once."""
+        if not self.defers:
+            self.store(verified)
+            return
         # The runner's buffers of positions and slots are overwritten by the next step; hidden states are not in them.
         kept = VerifiedRows(verified.hidden, verified.positions.clone(), verified.slots.clone())
         self.deferred.append(kept)
@@ -180,13 +196,31 @@ class CTCProposer:
         `attention_of_target`.
         """
         self.attention = attention_of_target(self.vllm_config, kv_cache, self.settings.options.attention_kernel)
+        if window := self.cache_layers[0].like.sliding_window:
+            self.attention.frames_features = {"sliding_window": window}
+        self.kv_group = self._only_group(kv_cache)
+        self.defers = len(kv_cache.kv_cache_groups) == 1
         return self.attention
+
+    def _only_group(self, kv_cache: KVCacheConfig) -> int:
+        """Of the drafter's layers. Raises ValueError where vLLM has put them into several."""
+        own = [
+            index
+            for index, group in enumerate(kv_cache.kv_cache_groups)
+            if any(name.startswith(PREFIX) for name in group.layer_names)
+        ]
+        if len(own) > 1:
+            raise ValueError(
+                f"drafter {self.settings.drafter!r} has {len(self.cache_layers)} layers, which vLLM keeps in several "
+                "KV groups for this target, whose layers have different windows. Train a drafter of one layer for it."
+            )
+        return own[0]
 
     def warm_up_attention(self) -> None:
         """For trees and for the drafter's frames, before the first request; needs the caches."""
         max_len = self.vllm_config.model_config.max_model_len
-        self.attention.warm_up(1 + self.settings.num_nodes, self.attention.layer.num_heads, max_len)
-        self.attention.warm_up(1 + self.drafter.config.num_frames, self.num_heads, max_len)
+        self.attention.warm_up(1 + self.settings.num_nodes, self.attention.layer.num_heads, max_len, is_target=True)
+        self.attention.warm_up(1 + self.drafter.config.num_frames, self.num_heads, max_len, is_target=False)
 
     @torch.inference_mode()
     def capture(self, max_requests: int, capture: Capture) -> None:

@@ -152,8 +152,7 @@ class TreeModelRunner(GPUModelRunner):
         attn_metadata, common = super()._build_attention_metadata(*args, **kwargs)
         trees = self.step.branching_trees() if self.step is not None else None
         if trees is not None:
-            for metadata in {id(metadata): metadata for metadata in attn_metadata.values()}.values():
-                self.attention.attach(metadata, trees)
+            self.attention.attach(self.attention.metadata_of(attn_metadata), trees)
         return attn_metadata, common
 
     def _sample(self, logits: Tensor | None, spec_decode_metadata: Any) -> SamplerOutput:
@@ -177,7 +176,8 @@ class TreeModelRunner(GPUModelRunner):
     def _move_accepted(self, step: Step) -> None:
         sources, targets = step.moves()
         if any(sources):
-            self.attention.move_rows(self.input_batch.block_table[0].slot_mapping.gpu, sources, targets)
+            slots = [table.slot_mapping.gpu for table in self.input_batch.block_table.block_tables]
+            self.attention.move_rows(slots, sources, targets)
 
     def _to_list(self, sampled_token_ids: Tensor) -> list[list[int]]:
         # The walk's tokens are on the host already; vLLM would wait for the device.
@@ -221,7 +221,7 @@ class TreeModelRunner(GPUModelRunner):
                     control.observe(step.ended(self.input_batch.req_ids, drafted=False))
                 return drafts
         drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
-        requests = self._draft_requests(step, drafting, sampled_token_ids, common_attn_metadata)
+        requests = self._draft_requests(step, drafting, sampled_token_ids)
         trees = self.drafter.propose(verified, requests)
         if control is not None and plan is not None:
             control.observe(step.ended(self.input_batch.req_ids, drafted=bool(trees)))
@@ -240,7 +240,7 @@ class TreeModelRunner(GPUModelRunner):
     def _verified_rows(self, step: Step, hidden_states: list[Tensor]) -> VerifiedRows:
         """hidden_states: [rows of the step, H] each, the last and those of the drafter's `target_layers`."""
         fuse = self.drafter.drafter.fuse
-        slots = self.input_batch.block_table[0].slot_mapping.gpu
+        slots = self.input_batch.block_table[self.drafter.kv_group].slot_mapping.gpu
         if not step.num_nodes:
             total = step.total_rows
             hidden = torch.cat([states[:total] for states in hidden_states], dim=-1)
@@ -249,9 +249,7 @@ class TreeModelRunner(GPUModelRunner):
         hidden = torch.cat([states[at] for states in hidden_states], dim=-1)
         return VerifiedRows(fuse(hidden), positions, slots[at_slots])
 
-    def _draft_requests(
-        self, step: Step, drafting: list[int], sampled: list[list[int]], common: Any
-    ) -> DraftRequests | None:
+    def _draft_requests(self, step: Step, drafting: list[int], sampled: list[list[int]]) -> DraftRequests | None:
         if not drafting:
             return None
         last = step.last_rows(drafting)
@@ -259,10 +257,11 @@ class TreeModelRunner(GPUModelRunner):
         packed = async_tensor_h2d([drafting, *last, anchors], self.device)
         at_request, at_row, at_verified, at_len, anchor = packed
         num_blocks = -(-max(last.lens) // self.cache_config.block_size)
+        table = self.input_batch.block_table[self.drafter.kv_group].block_table.gpu
         return DraftRequests(
             torch.stack((self.input_ids.gpu[at_row].long(), anchor), dim=1),
             at_verified,
-            self.attention.context(common.block_table_tensor[:, :num_blocks], at_request, at_len),
+            self.attention.context(table[:, :num_blocks], at_request, at_len),
             [self._sampling_params(index).structured_outputs is not None for index in drafting],
         )
 

@@ -84,6 +84,7 @@ def is_v2(engine_args: Any, target: ModelConfig, parallel: ParallelConfig, optio
     lacking = {
         "attention_kernel='xformers'": options.attention_kernel == "xformers",
         "enable_lora": engine_args.enable_lora,
+        "multimodal inputs": target.supports_multimodal_inputs,
         "return_sampling_mask": target.return_sampling_mask,
         "enable_trace_replay": target.enable_trace_replay,
     }
@@ -144,15 +145,13 @@ def _refuse_connector(setting: str) -> None:
 
 
 def _check_target(target: ModelConfig) -> None:
-    text = target.hf_text_config
     unsupported = {
         "multi-head latent attention (MLA)": target.use_mla,
         "hybrid or state-space (mamba) layers": target.is_hybrid or target.is_attention_free,
         "M-RoPE positions": target.uses_mrope,
         "an encoder": target.is_encoder_decoder,
-        "multimodal inputs (--language-model-only turns them off)": target.supports_multimodal_inputs,
-        "sliding-window attention": target.get_sliding_window() is not None,
-        "attention logit soft-capping": bool(getattr(text, "attn_logit_softcapping", None)),
+        "images whose tokens see one another (--language-model-only turns them off)": target.is_mm_prefix_lm,
+        "chunked local attention": target.attention_chunk_size is not None,
         "ALiBi positions": target.uses_alibi,
         "a pooling task instead of generation": target.runner_type != "generate",
     }

@@ -26,7 +26,9 @@ def tree_attention(
     batch: TreeBatch,
     scale: float,
     out: Tensor,
-    softcap: float = 0.0,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
@@ -35,18 +37,28 @@ def tree_attention(
     block_size, head_size = kv_cache.shape[2], query.shape[2]
     for request, (start, count, length) in enumerate(zip(starts, counts, lens)):
         own = slice(start, start + count)
-        positions = torch.arange(length, device=query.device)
-        blocks = batch.block_table[request][positions // block_size].long()
-        cached = kv_cache[blocks, :, positions % block_size].double()
+        # What the first row does not see, no row does, and it may not be in the cache any more.
+        unseen = max(0, length + 1 - sliding_window) if sliding_window else 0
+        context = torch.arange(unseen, length, device=query.device)
+        blocks = batch.block_table[request][context // block_size].long()
+        cached = kv_cache[blocks, :, context % block_size].double()
         keys = torch.cat((cached[..., :head_size], _as_cached(key[own], kv_cache.dtype, k_scale))).movedim(0, 1)
         values = torch.cat((cached[..., head_size:], _as_cached(value[own], kv_cache.dtype, v_scale))).movedim(0, 1)
         keys, values = keys * _factor(k_scale), values * _factor(v_scale)
         logits = scale * (query[own].double().unflatten(1, (len(keys), -1)).movedim(0, 2) @ keys[:, None].mT)
-        if softcap > 0:
-            logits = softcap * torch.tanh(logits / softcap)
-        logits[..., length:].masked_fill_(~unpack_ancestor_masks(batch.ancestor_masks[None, own], count)[0], -torch.inf)
+        if soft_cap:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        sees_rows = unpack_ancestor_masks(batch.ancestor_masks[None, own], count)[0]
+        sees = torch.cat((sees_rows.new_ones(count, len(context)), sees_rows), dim=1)
+        if sliding_window:
+            row_positions = length - 1 + sees_rows.sum(1)
+            sees &= torch.cat((context, row_positions)) > row_positions[:, None] - sliding_window
+        logits.masked_fill_(~sees, -torch.inf)
+        if sinks is not None:
+            sink = sinks.double().view(len(keys), -1, 1, 1).expand(-1, -1, count, 1)
+            logits = torch.cat((logits, sink), dim=-1)
         # Softmax gives NaN for a row that sees nothing; its result is 0.
-        weights = logits.softmax(-1).nan_to_num(0.0)
+        weights = logits.softmax(-1).nan_to_num(0.0)[..., : keys.shape[1]]
         out[own] = (weights @ values[:, None]).movedim(2, 0).flatten(1, 2).to(out.dtype)
     return out
 

@@ -28,9 +28,10 @@ class TreeBatch:
     num_rows: Tensor
     """[R] int32, rows of each request, at most `max_rows`; requests with 0 (padding, prefill) are skipped."""
     ancestor_masks: Tensor
-    """[M] int64, bit j is set if the row sees row j of its request."""
+    """[M] int64, bit j is set if the row sees row j of its request. For a sliding window, a row's depth below its
+    request's first row is one less than the number of its bits."""
     context_lens: Tensor
-    """[R] int32, number of each request's positions in the cache. Its rows see all of them."""
+    """[R] int32, number of each request's positions in the cache. Its rows see all of them, or their windows."""
     block_table: Tensor
     """[R, blocks] int32, entry i is the cache block of positions i * B to (i + 1) * B - 1."""
     max_rows: int

@@ -81,7 +81,7 @@ def pad_batch(batch: TreeBatch, block_size: int) -> PaddedBatch:
 def tree_attention(
     query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: PaddedBatch, scale: float, out: Tensor
 ) -> Tensor:
-    """As `ops.triton.attention.tree_attention`, for bfloat16 and float16, without softcap and scales.
+    """As `ops.triton.attention.tree_attention`, for bfloat16 and float16, without windows, soft caps, sinks and scales.
 
     kv_cache: [blocks, K, B, 2 * D] with `has_slots(kv_cache)`. batch: from `pad_batch`.
     """

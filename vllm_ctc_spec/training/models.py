@@ -25,7 +25,12 @@ def load_target(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
     trust_remote_code: run the code that its folder or repository brings.
     """
-    target = AutoModelForCausalLM.from_pretrained(path, dtype=target_dtype(), trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(path, **options)
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        # The default, by PyTorch's own function, leaves the soft caps out, which the engine does not.
+        options["attn_implementation"] = "eager"
+    target = AutoModelForCausalLM.from_pretrained(path, dtype=target_dtype(), **options)
     _check_head(path, target)
     return target
 

@@ -187,12 +187,15 @@ def test_the_kernels_for_a_gpu_are_exact_and_the_host_waits_for_nothing(
 def test_preempted_requests_and_cached_prefixes_are_exact(
     pair: TinyPair, prompts: list[list[int]], tmp_path: Path
 ) -> None:
-    # Two requests fit with their answers, all four without; they have most of one prompt before them.
+    """Of a target one of whose layers has a window, so that there are several KV groups."""
+    # Not all requests fit with their answers; they have most of one prompt before them.
     shared = [prompts[2] + prompts[0] + prompt[:3] for prompt in prompts]
     params = [
         {"temperature": 0.8 * (index % 2), "seed": index, "max_tokens": 40, "ignore_eos": True} for index in range(4)
     ]
-    fields = {"groups": {"first": params, "second": params}, "options": {"num_gpu_blocks_override": 7}}
+    windows = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+    options = {"num_gpu_blocks_override": 22, "hf_overrides": windows}
+    fields = {"groups": {"first": params, "second": params}, "options": options}
     plain = serve(tmp_path, job_of(pair, shared, tmp_path, "plain", **fields))
     trees = serve(tmp_path, job_of(pair, shared, tmp_path, "trees", spec=spec_of(pair), worker=WATCHED, **fields))
     for name in ("first", "second"):

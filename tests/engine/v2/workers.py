@@ -39,13 +39,13 @@ class WatchedWorkerV2(CTCCPUWorkerV2):
         attach, move = attention.attach_batch, attention.move
         at_once, levels = verifier._walk_at_once, verifier._walk_levels
 
-        def watched_attach(metadata: Any, batch: Any, are_whole_step: bool) -> None:
+        def watched_attach(metadata: Any, batch: Any, requests: Any, are_whole_step: bool) -> None:
             self.seen["whole" if are_whole_step else "mixed"] += 1
-            attach(metadata, batch, are_whole_step)
+            attach(metadata, batch, requests, are_whole_step)
 
-        def watched_move(sources: Any, targets: Any) -> None:
+        def watched_move(group: int, sources: Any, targets: Any) -> None:
             self.seen["moves"] += int((sources >= 0).any())
-            move(sources, targets)
+            move(group, sources, targets)
 
         def watched_at_once(*args: Any) -> Any:
             self.seen["at_once"] += 1

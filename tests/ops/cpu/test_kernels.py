@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,13 +48,16 @@ def attend(
     scale: float,
     out: Tensor,
     is_tiled: bool,
-    **_: None,
+    k_scale: None,
+    v_scale: None,
+    **features: Any,
 ) -> Tensor:
-    return kernels.tree_attention(query, key, value, as_on_a_cpu(kv_cache, is_tiled), is_tiled, batch, scale, out)
+    cache = as_on_a_cpu(kv_cache, is_tiled)
+    return kernels.tree_attention(query, key, value, cache, is_tiled, batch, scale, out, **features)
 
 
 def check(shape: Shape, is_tiled: bool = False, query_scale: float = 1.0) -> None:
-    case: Case = make_case(replace(shape, softcap=0.0), launch=None)
+    case: Case = make_case(shape, launch=None)
     replace(case, query=query_scale * case.query).check(partial(attend, is_tiled=is_tiled))
 
 
@@ -84,6 +88,7 @@ def check_split(dtype: torch.dtype, num_threads: int, is_tiled: bool) -> None:
     try:
         shape = Shape((33, 1, 0, 64), (700, 1, 90, 1030), 1, 3, 64, 32, dtype, dtype, 0.0, seed=num_threads)
         check(shape, is_tiled)
+        check(replace(shape, sliding_window=200, soft_cap=1.5, has_sinks=True), is_tiled)
     finally:
         torch.set_num_threads(before)
 
@@ -103,6 +108,7 @@ def test_the_context_may_be_split_between_cores_by_amx(num_threads: int) -> None
 def test_large_scores_neither_overflow_nor_vanish() -> None:
     shape = Shape((9, 17), (100, 0), 2, 2, 64, 16, torch.float32, torch.float32, 0.0, seed=1)
     check(shape, query_scale=60)
+    check(replace(shape, soft_cap=20.0), query_scale=60)
 
 
 @settings(max_examples=50, deadline=None)

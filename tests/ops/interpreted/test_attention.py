@@ -52,7 +52,13 @@ def test_a_row_that_sees_nothing_is_zero() -> None:
 def test_large_logits_overflow_nowhere() -> None:
     case = make_case(SMALL, Launch(16, 16, 4, 2, 3))
     replace(case, scale=300.0).check(tree_attention)
-    replace(case, scale=300.0, softcap=20.0).check(tree_attention)
+    replace(case, scale=300.0, soft_cap=20.0).check(tree_attention)
+
+
+def test_windows_of_long_contexts_are_split() -> None:
+    shape = replace(SMALL, context_lens=(1000, 300), sliding_window=500, has_sinks=True)
+    for num_splits in (1, 3, 40):
+        make_case(shape, Launch(16, 16, 4, 2, num_splits, min_tiles=2)).check(tree_attention)
 
 
 def test_places_beyond_two_billion_elements_are_reached() -> None:

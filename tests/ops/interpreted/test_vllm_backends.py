@@ -29,11 +29,25 @@ def vllms_kernels() -> None:
     interpret_vllms_kernels()
 
 
-def make_layer(slots_first: bool, dtype: str = "auto") -> Any:
+FEATURES: list[dict[str, Any]] = [
+    {},
+    {"sliding_window": 3, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    {"sliding_window": 30, "soft_cap": 0.7},
+]
+
+
+def make_layer(
+    slots_first: bool,
+    dtype: str = "auto",
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Any:
     """An attention layer with an empty cache, in one of the physical orders that vLLM has."""
     from vllm_ctc_spec.engine.attention.triton import TreeTritonAttentionBackend
 
-    impl = TreeTritonAttentionBackend.get_impl_cls()(HEADS, HEAD_SIZE, SCALE, KV_HEADS, None, None, dtype)
+    make = TreeTritonAttentionBackend.get_impl_cls()
+    impl = make(HEADS, HEAD_SIZE, SCALE, KV_HEADS, None, sliding_window, dtype, soft_cap, sinks=sinks)
     kv_cache = torch.zeros(10, BLOCK, KV_HEADS, 2 * HEAD_SIZE, dtype=torch.float32 if dtype == "auto" else torch.uint8)
     kv_cache = kv_cache.transpose(1, 2)
     scales = {name: torch.tensor(1.0) for name in ("_q_scale", "_k_scale", "_v_scale")}
@@ -59,11 +73,12 @@ def random_rows(count: int, heads: int, generator: torch.Generator) -> Tensor:
 class Step:
     """A prompt chunk, a tree and a chain, each after a context of its own."""
 
-    def __init__(self, slots_first: bool = True) -> None:
+    def __init__(self, slots_first: bool = True, **features: Any) -> None:
         from vllm_ctc_spec.engine.attention.triton import TritonTreeAttention
 
         generator = torch.Generator().manual_seed(5)
-        self.layer = make_layer(slots_first)
+        self.features = features
+        self.layer = make_layer(slots_first, **features)
         self.attention = TritonTreeAttention([self.layer])
         for request, count in enumerate(CONTEXTS):
             own = (random_rows(count, KV_HEADS, generator) for _ in range(2))
@@ -97,7 +112,7 @@ class Step:
         batch = make_batch(STARTS, COUNTS, masks, CONTEXTS, BLOCKS)
         own = self.query.double(), self.key, self.value
         out = torch.zeros_like(own[0])
-        return reference.tree_attention(*own, self.layer.kv_cache, batch, SCALE, out).float()
+        return reference.tree_attention(*own, self.layer.kv_cache, batch, SCALE, out, **self.features).float()
 
 
 def make_batch(
@@ -110,13 +125,14 @@ def make_batch(
     return TreeBatch(*rows, numbers(contexts), blocks, max(counts), Launch(16, 16, 4, 2))
 
 
+@pytest.mark.parametrize("features", FEATURES, ids=str)
 @pytest.mark.parametrize("slots_first", [True, False])
-def test_tree_rows_see_their_ancestors_and_all_others_are_causal(slots_first: bool) -> None:
+def test_tree_rows_see_their_ancestors_and_all_others_are_causal(slots_first: bool, features: dict[str, Any]) -> None:
     from vllm_ctc_spec.engine.attention.interface import StepTrees
 
-    step = Step(slots_first)
+    step = Step(slots_first, **features)
     metadata, out = step.metadata(), torch.full_like(step.query, torch.nan)
-    step.attention.attach(metadata, StepTrees([1], [5], [CONTEXTS[1]], [TREE], sum(COUNTS)))
+    step.attention.attach([metadata], StepTrees([1], [5], [CONTEXTS[1]], [TREE], sum(COUNTS)))
     layer = step.layer
     layer.impl.do_kv_cache_update(layer, step.key, step.value, layer.kv_cache, step.slots)
     layer.impl.forward(layer, step.query, step.key, step.value, layer.kv_cache, metadata, out)
@@ -131,7 +147,7 @@ def test_a_step_of_trees_alone_needs_no_other_kernel(monkeypatch: pytest.MonkeyP
     step = Step()
     masks = [CAUSAL[:5], TREE, [0b1, 0b11, 0b101]]
     metadata, out = step.metadata(), torch.full_like(step.query, torch.nan)
-    step.attention.attach(metadata, StepTrees([0, 1, 2], STARTS, CONTEXTS, masks, sum(COUNTS)))
+    step.attention.attach([metadata], StepTrees([0, 1, 2], STARTS, CONTEXTS, masks, sum(COUNTS)))
     monkeypatch.setattr(TritonAttentionImpl, "forward", None)
     step.layer.impl.forward(step.layer, step.query, step.key, step.value, step.layer.kv_cache, metadata, out)
     torch.testing.assert_close(out, step.expected([mask for own in masks for mask in own]), rtol=1e-5, atol=1e-5)
@@ -157,7 +173,7 @@ def test_the_drafters_rows_see_their_context_and_one_another() -> None:
 def test_moved_rows_are_read_before_any_is_written() -> None:
     step = Step()
     before = step.layer.kv_cache.clone()
-    step.attention.move_rows(step.slots, [[2, 4], [], [14]], [[1, 2], [], [13]])
+    step.attention.move_rows([step.slots], [[2, 4], [], [14]], [[1, 2], [], [13]])
     for source, target in ((2, 1), (4, 2), (14, 13)):
         (at, offset), (to, place) = (divmod(int(step.slots[row]), BLOCK) for row in (source, target))
         assert torch.equal(step.layer.kv_cache[to, :, place], before[at, :, offset])
@@ -192,7 +208,7 @@ def test_no_batch_needs_a_kernel_that_was_not_warmed_up() -> None:
     attention = Step().attention
     seen = []
     attention.layer.impl.kernel = lambda *arguments, **scales: seen.append(arguments[4])
-    attention.warm_up(40, HEADS, 5000)
+    attention.warm_up(40, HEADS, 5000, is_target=True)
     kernels = set().union(*(kernels_of(batch.launch, batch.max_rows) for batch in seen))
     assert len(seen) <= len(kernels)
     for num_requests in (1, 3, 50):
@@ -202,6 +218,20 @@ def test_no_batch_needs_a_kernel_that_was_not_warmed_up() -> None:
                 context = PagedContext(table, torch.full((num_requests,), length, dtype=torch.int32))
                 batch = attention.frames(context, num_rows, HEADS, torch.float32)
                 assert kernels_of(batch.launch, num_rows) <= kernels
+
+
+def test_each_kind_of_layer_is_warmed_up_once() -> None:
+    from vllm_ctc_spec.engine.attention.triton import TritonTreeAttention
+
+    layers = [make_layer(True, **features) for features in [{}, *FEATURES]]
+    seen: list[dict[str, Any]] = []
+    for layer in layers:
+        layer.impl.kernel = lambda *arguments, **features: seen.append(features)
+    attention = TritonTreeAttention(layers)
+    attention.warm_up(1, HEADS, 40, is_target=True)
+    assert seen == FEATURES
+    attention.warm_up(1, HEADS, 40, is_target=False)
+    assert seen == [*FEATURES, {}]
 
 
 def test_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,15 +255,25 @@ def test_xformers_reads_caches_in_which_heads_lie_inside_of_slots(slots_first: b
     layer = step.layer
     if not slots_first:
         with pytest.raises(ValueError, match=r"attention_kernel='xformers'.*Set VLLM_KV_CACHE_LAYOUT=NHD"):
-            tree_attention_of([layer], "xformers")
+            tree_attention_of([[layer]], "xformers")
         return
-    attention = tree_attention_of([layer], "xformers")
+    attention = tree_attention_of([[layer]], "xformers")
     metadata, out = step.metadata(), torch.full_like(step.query, torch.nan)
-    attention.attach(metadata, StepTrees([1, 2], [5, 12], CONTEXTS[1:], [TREE, [0b1, 0b11, 0b101]], sum(COUNTS)))
+    attention.attach([metadata], StepTrees([1, 2], [5, 12], CONTEXTS[1:], [TREE, [0b1, 0b11, 0b101]], sum(COUNTS)))
     layer.impl.do_kv_cache_update(layer, step.key, step.value, layer.kv_cache, step.slots)
     layer.impl.forward(layer, step.query, step.key, step.value, layer.kv_cache, metadata, out)
     expected = step.expected([*CAUSAL[:5], *TREE, 0b1, 0b11, 0b101])
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", FEATURES[1:], ids=str)
+def test_xformers_is_refused_for_what_it_does_not_compute(features: dict[str, Any]) -> None:
+    from tests.engine.interpreted import allow_xformers_on_a_cpu
+    from vllm_ctc_spec.engine.attention.choice import tree_attention_of
+
+    allow_xformers_on_a_cpu()
+    with pytest.raises(ValueError, match=r"attention_kernel='xformers': .* a sliding window.*Leave it out"):
+        tree_attention_of([make_layer(True), make_layer(True, **features)], "xformers")
 
 
 def test_scales_of_each_head_are_refused() -> None:

@@ -28,7 +28,9 @@ def test_ragged_batches_of_trees_attend_to_their_contexts_and_ancestors(shape: S
         "num_rows": tuple(max(1, rows) for rows in shape.num_rows),
         "context_lens": tuple(max(1, length) for length in shape.context_lens),
         "head_size": 64 if shape.head_size == 80 else shape.head_size,
-        "softcap": 0.0,
+        "soft_cap": 0.0,
+        "sliding_window": 0,
+        "has_sinks": False,
     }
     make_case(replace(shape, **some), Launch(16, 16, 4, 2)).check(attend_with_xformers)
 

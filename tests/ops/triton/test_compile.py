@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,8 +46,19 @@ def test_on_hopper_nothing_is_spilled_and_the_planned_programs_are_resident(node
     assert used.resident * HOPPER.num_processors >= resident_programs(launch, HOPPER)
 
 
+GPT_OSS: dict[str, Any] = {"group": 8, "head_size": 64, "sliding_window": 128, "has_sinks": True}
+GEMMA_2: dict[str, Any] = {"group": 2, "head_size": 256, "sliding_window": 4096, "has_soft_cap": True}
+
+
+@pytest.mark.parametrize("heads", [GPT_OSS, GEMMA_2], ids=str)
+def test_windows_soft_caps_and_sinks_spill_nothing_either(heads: dict[str, Any]) -> None:
+    launch = plan_launch(1, 64, 8192, 8 * heads["group"], 8, heads["head_size"], torch.bfloat16, HOPPER)
+    assert usage(compile_attention(launch, 64, **heads)).spilled == 0
+
+
 def test_the_merge_compiles() -> None:
     constants = {"NUM_HEADS": 32, "HEAD_SIZE": 128, "MIN_TILES": 4, "BLOCK_N": 64, "BLOCK_S": 16, "BLOCK_D": 128}
+    constants["WINDOW"] = 0
     compile_kernel(attention._merge_kernel, constants, POINTEES | {"out_ptr": "bf16"}, 90, num_warps=1)
 
 

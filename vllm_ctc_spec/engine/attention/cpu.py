@@ -25,7 +25,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from vllm_ctc_spec.engine.attention.interface import TreeAttention, features_of, refuse_features, tree_rows
+from vllm_ctc_spec.engine.attention.interface import TreeAttention, refuse_features, tree_rows, unsupported_features
 from vllm_ctc_spec.ops.cpu import kernels as cpu_kernels
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
 
@@ -63,7 +63,7 @@ class TreeCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse_features(features_of(self))
+        refuse_features(unsupported_features(self))
 
     @staticmethod
     def tree_attention() -> type[CPUTreeAttention]:
@@ -85,32 +85,55 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         if trees is None or not trees.are_whole_step:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if trees is not None:
-            is_tiled = layer.isa == TILED_ISA
-            cpu_kernels.tree_attention(query, key, value, kv_cache, is_tiled, trees.batch, self.scale, output)
+            cpu_kernels.tree_attention(
+                query,
+                key,
+                value,
+                kv_cache,
+                layer.isa == TILED_ISA,
+                trees.batch,
+                self.scale,
+                output,
+                # vLLM's is -1 where there is none.
+                max(self.sliding_window, 0),
+                self.logits_soft_cap,
+                self.sinks,
+            )
         return output
 
 
 class CPUTreeAttention(TreeAttention):
-    def __init__(self, layers: list[Any]) -> None:
-        super().__init__(layers)
+    def __init__(self, *groups: list[Any]) -> None:
+        super().__init__(*groups)
         self.isa: str = self.layer.isa
         self.is_tiled = self.isa == TILED_ISA
         # Compiled now, or a machine without a compiler would be found out by the first request.
         cpu_kernels.kernels()
         # Layers that share a cache must have their slots moved once.
-        self.target_caches = list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers}.values())
+        self.target_caches = {
+            group: list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers}.values())
+            for group, layers in self.groups.items()
+        }
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        batch: TreeBatch,
+        scale: float,
+        out: Tensor,
+        **features: Any,
     ) -> None:
-        cpu_kernels.tree_attention(query, key, value, kv_cache, self.is_tiled, batch, scale, out)
+        cpu_kernels.tree_attention(query, key, value, kv_cache, self.is_tiled, batch, scale, out, **features)
 
     def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         write_cache(kv_cache, slots, key, value, self.isa)
 
-    def move(self, sources: Tensor, targets: Tensor) -> None:
+    def move(self, group: int, sources: Tensor, targets: Tensor) -> None:
         moves = sources >= 0
-        cpu_kernels.move_slots(self.target_caches, self.is_tiled, sources[moves], targets[moves])
+        cpu_kernels.move_slots(self.target_caches[group], self.is_tiled, sources[moves], targets[moves])
 
 
 def write_cache(kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor, isa: str) -> None:

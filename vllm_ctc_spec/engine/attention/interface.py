@@ -7,7 +7,7 @@ D head size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,25 +68,37 @@ class TreeAttention(ABC):
     The caches' second-last dimension is the block size.
     """
 
-    def __init__(self, layers: list[Any]) -> None:
-        """layers: the target's attention layers."""
-        self.layer = layers[0]
+    def __init__(self, *groups: list[Any]) -> None:
+        """groups: the target's attention layers in each of vLLM's KV groups; none in the drafter's own."""
+        self.groups = {index: layers for index, layers in enumerate(groups) if layers}
+        self.layers = [layer for layers in groups for layer in layers]
+        self.layer = self.layers[0]
+        self.frames_features: dict[str, Any] = {}
+        """What the kernel takes beside, for the drafter's frames: a `sliding_window`, where they have one."""
 
-    def warm_up(self, most_rows: int, num_heads: int, max_len: int) -> None:
-        """Compiles what is compiled for sizes: for up to so many rows of a request and positions of its context."""
+    def warm_up(self, most_rows: int, num_heads: int, max_len: int, is_target: bool) -> None:
+        """Compiles what is compiled for sizes: for up to so many rows of a request and positions of its context.
+
+        is_target: for the target's layers, with the windows, soft caps and sinks that they have.
+        """
         return None
 
-    def attach(self, metadata: Any, trees: StepTrees) -> None:
+    def metadata_of(self, by_layer: dict[str, Any]) -> list[Any]:
+        """Of all layers' metadata that of the target's, each once: those of a KV group share one."""
+        own = (by_layer[layer.layer_name] for layer in self.layers)
+        return list({id(metadata): metadata for metadata in own}.values())
+
+    def attach(self, metadata: list[Any], trees: StepTrees) -> None:
         """Makes the rows of `trees` attend to their ancestors in the forward pass with vLLM's `metadata`.
 
-        Work that all layers share is done here, once.
+        Work that all layers share is done here, once. metadata: see `metadata_of`.
         """
         counts = [len(masks) for masks in trees.masks]
         ancestors = np.zeros(trees.num_rows, dtype=np.int64)
         for start, masks in zip(trees.starts, trees.masks):
             ancestors[start : start + len(masks)] = masks
         fields = np.array([trees.requests, trees.starts, counts, trees.context_lens])
-        packed = async_tensor_h2d(np.concatenate((fields.ravel(), ancestors)), metadata.block_table.device)
+        packed = async_tensor_h2d(np.concatenate((fields.ravel(), ancestors)), metadata[0].block_table.device)
         requests, starts, num_rows, lens = packed[: fields.size].view(fields.shape)
         num_blocks = -(-max(trees.context_lens) // self.layer.kv_cache.shape[2])
         batch = TreeBatch(
@@ -94,15 +106,22 @@ class TreeAttention(ABC):
             num_rows=num_rows.int(),
             ancestor_masks=packed[fields.size :],
             context_lens=lens.int(),
-            block_table=metadata.block_table[requests, :num_blocks],
+            block_table=metadata[0].block_table[requests, :num_blocks],
             max_rows=max(counts),
         )
-        self.attach_batch(metadata, batch, trees.are_whole_step)
+        self.attach_batch(metadata, batch, requests, trees.are_whole_step)
 
-    def attach_batch(self, metadata: Any, batch: TreeBatch, are_whole_step: bool) -> None:
-        """`attach` of rows that are on the device."""
-        planned = self._planned(batch, self.layer.num_heads, self.layer.dtype)
-        metadata.tree_rows = TreeRows(planned, are_whole_step)
+    def attach_batch(self, metadata: list[Any], batch: TreeBatch, requests: Tensor, are_whole_step: bool) -> None:
+        """`attach` of rows that are on the device.
+
+        batch: with the block table of the first of `metadata`; requests: [R] int64, see `StepTrees`.
+        """
+        for own in metadata:
+            if own is not metadata[0]:
+                table = own.block_table[requests, : batch.block_table.shape[1]]
+                batch = replace(batch, block_table=table)
+            planned = self._planned(batch, self.layer.num_heads, self.layer.dtype)
+            own.tree_rows = TreeRows(planned, are_whole_step)
 
     def context(self, block_table: Tensor, requests: Tensor, lens: Tensor) -> PagedContext:
         """Of rows `requests` [R] int64 of a block table [batch, blocks], which has no more blocks than are needed;
@@ -116,7 +135,7 @@ class TreeAttention(ABC):
         batch = TreeBatch(
             row_starts=num_rows * torch.arange(num_requests, dtype=torch.int32, device=device),
             num_rows=torch.full((num_requests,), num_rows, dtype=torch.int32, device=device),
-            ancestor_masks=torch.full((num_requests * num_rows,), -1, dtype=torch.int64, device=device),
+            ancestor_masks=torch.full((num_requests * num_rows,), (1 << num_rows) - 1, device=device),
             context_lens=context.lens,
             block_table=context.block_table,
             max_rows=num_rows,
@@ -132,7 +151,7 @@ class TreeAttention(ABC):
         """
         query, key, value = (rows.flatten(0, 1) for rows in (query, key, value))
         out = torch.empty_like(query)
-        self._attend(query, key, value, kv_cache, frames, scale, out)
+        self._attend(query, key, value, kv_cache, frames, scale, out, **self.frames_features)
         return out.unflatten(0, (-1, frames.max_rows))
 
     def _planned(self, batch: TreeBatch, num_heads: int, dtype: torch.dtype) -> TreeBatch:
@@ -141,7 +160,15 @@ class TreeAttention(ABC):
 
     @abstractmethod
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        batch: TreeBatch,
+        scale: float,
+        out: Tensor,
+        **features: Any,
     ) -> None:
         """Of the drafter: query, out: [M, H, D]; key, value: [M, K, D]."""
 
@@ -149,31 +176,31 @@ class TreeAttention(ABC):
     def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store key and value [n, K, D] at slots [n] int64 of a cache of the drafter."""
 
-    def move_rows(self, slots: Tensor, sources: list[list[int]], targets: list[list[int]]) -> None:
+    def move_rows(self, slots: list[Tensor], sources: list[list[int]], targets: list[list[int]]) -> None:
         """Copy the target's keys and values, in every layer, from the slots of rows `sources` to those of `targets`.
 
-        slots: [M] int64; sources, targets: for each request as many rows.
+        slots: [M] int64 of each KV group; sources, targets: for each request as many rows.
         """
         num_places = max(map(len, sources))
         padded = np.array([[[*path, *[-1] * (num_places - len(path))] for path in rows] for rows in (sources, targets)])
-        rows = async_tensor_h2d(padded, slots.device)
-        self.move(*torch.where(rows >= 0, slots[rows], -1))
+        rows = async_tensor_h2d(padded, slots[0].device)
+        for group in self.groups:
+            self.move(group, *torch.where(rows >= 0, slots[group][rows], -1))
 
     @abstractmethod
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy the target's keys and values, in every layer, from slots `sources` to slots `targets`.
+    def move(self, group: int, sources: Tensor, targets: Tensor) -> None:
+        """Copy the target's keys and values, in every layer of a KV group, from slots `sources` to slots `targets`.
 
         [R, P] int64 each, -1 where nothing moves. All of a request is read before anything of it is written.
         """
 
 
-def features_of(impl: Any) -> dict[str, bool]:
+def unsupported_features(impl: Any) -> dict[str, bool]:
     """What `refuse_features` takes, of any of vLLM's attention implementations."""
     return {
-        "attention logit soft-capping": bool(impl.logits_soft_cap),
         "ALiBi": impl.alibi_slopes is not None,
-        "attention sinks": impl.sinks is not None,
-        "sliding-window attention": impl.sliding_window not in (-1, (-1, -1)),
+        # Only TRITON_ATTN has it.
+        "chunked attention": getattr(impl, "chunk_lookback", -1) >= 0,
     }
 
 

@@ -28,9 +28,9 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from vllm_ctc_spec.engine.attention.interface import (
     PagedContext,
     TreeAttention,
-    features_of,
     refuse_features,
     tree_rows,
+    unsupported_features,
 )
 from vllm_ctc_spec.engine.row_counts import doublings
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
@@ -48,7 +48,10 @@ class TreeAttentionImpl(AttentionImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         shares = {"layers that share their keys and values": self.kv_sharing_target_layer_name is not None}
-        refuse_features(features_of(self) | shares)
+        refuse_features(unsupported_features(self) | shares)
+        features = {"sliding_window": self.sliding_window[0] + 1, "soft_cap": self.logits_soft_cap, "sinks": self.sinks}
+        self.features = {name: each for name, each in features.items() if isinstance(each, Tensor) or each}
+        """What the layer has of them, as the kernel takes it. vLLM's windows leave out the row's own position."""
 
     @staticmethod
     def tree_attention() -> type[TritonTreeAttention]:
@@ -78,7 +81,7 @@ class TreeAttentionImpl(AttentionImpl):
                 # vLLM quantizes queries for a float8 cache.
                 query, scale = query.to(key.dtype), scale * layer._q_scale_float
             cache, scales = self.kernel_cache(kv_cache, layer)
-            self.kernel(query, key, value, cache, trees.batch, scale, output, **scales)
+            self.kernel(query, key, value, cache, trees.batch, scale, output, **self.features, **scales)
         return output
 
     def kernel_cache(self, kv_cache: Tensor, layer: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -120,10 +123,15 @@ def register() -> None:
 class TritonTreeAttention(TreeAttention):
     """Over caches [blocks, K, B, 2 * D]."""
 
-    def __init__(self, layers: list[Any]) -> None:
-        refuse_features({"scales of each head for its K/V cache": any(each._k_scale.numel() > 1 for each in layers)})
-        super().__init__(layers)
-        self.table = CacheTable.of([layer.kv_cache for layer in layers])
+    def __init__(self, *groups: list[Any]) -> None:
+        super().__init__(*groups)
+        has_scales = any(each._k_scale.numel() > 1 for each in self.layers)
+        refuse_features({"scales of each head for its K/V cache": has_scales})
+        self.tables = {
+            group: CacheTable.of([layer.kv_cache for layer in layers]) for group, layers in self.groups.items()
+        }
+        self.kinds = list({_compiled_for(layer.impl.features): layer.impl.features for layer in self.layers}.values())
+        """`features` of the layers, of those that share their kernels once."""
         self.device = self.layer.kv_cache.device
         self.chip = chip_of(self.device)
         unit = torch.ones((), device=self.device)
@@ -132,9 +140,13 @@ class TritonTreeAttention(TreeAttention):
         self._check_layout()
         # Compiled now, or the first accepted branch would wait for it.
         nothing = torch.full((1, 1), -1, dtype=torch.int64, device=self.device)
-        move_slots(self.table, nothing, nothing)
+        move_slots(self.tables[min(self.tables)], nothing, nothing)
 
-    def warm_up(self, most_rows: int, num_heads: int, max_len: int) -> None:
+    def warm_up(self, most_rows: int, num_heads: int, max_len: int, is_target: bool) -> None:
+        for features in self.kinds if is_target else [self.frames_features]:
+            self._warm_up(most_rows, num_heads, max_len, features)
+
+    def _warm_up(self, most_rows: int, num_heads: int, max_len: int, features: dict[str, Any]) -> None:
         _, num_kv_heads, block_size, packed = self.layer.kv_cache.shape
         # One position of the block that vLLM keeps for padding.
         table = torch.zeros(1, -(-max_len // block_size), dtype=torch.int32, device=self.device)
@@ -152,10 +164,11 @@ class TritonTreeAttention(TreeAttention):
                     continue
                 compiled |= kernels
                 query, key = (
-                    torch.zeros(1, num_rows, heads, packed // 2, dtype=self.layer.dtype, device=self.device)
+                    torch.zeros(num_rows, heads, packed // 2, dtype=self.layer.dtype, device=self.device)
                     for heads in (num_heads, num_kv_heads)
                 )
-                self.attend_frames(query, key, key, self.layer.kv_cache, replace(frames, launch=launch), 1.0)
+                batch = replace(frames, launch=launch)
+                self._attend(query, key, key, self.layer.kv_cache, batch, 1.0, torch.empty_like(query), **features)
 
     def _planned(self, batch: TreeBatch, num_heads: int, dtype: torch.dtype) -> TreeBatch:
         _, num_kv_heads, _, packed = self.layer.kv_cache.shape
@@ -168,16 +181,24 @@ class TritonTreeAttention(TreeAttention):
         return int(self.layer.kv_cache.shape[2]) * next_power_of_2(block_table.shape[1])
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: TreeBatch, scale: float, out: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        batch: TreeBatch,
+        scale: float,
+        out: Tensor,
+        **features: Any,
     ) -> None:
         cache, scales = self.layer.impl.kernel_cache(kv_cache, self.drafter_scales)
-        self.layer.impl.kernel(query, key, value, cache, batch, scale, out, **scales)
+        self.layer.impl.kernel(query, key, value, cache, batch, scale, out, **features, **scales)
 
     def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         self.layer.impl.do_kv_cache_update(self.drafter_scales, key, value, kv_cache, slots)
 
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        move_slots(self.table, sources, targets)
+    def move(self, group: int, sources: Tensor, targets: Tensor) -> None:
+        move_slots(self.tables[group], sources, targets)
 
     def _check_layout(self) -> None:
         """Write a known pattern with vLLM's kernel and read it through our view. Raises RuntimeError.
@@ -201,3 +222,8 @@ class TritonTreeAttention(TreeAttention):
                 f'{kv_cache.stride()}, is not laid out as speculative method "ctc" expects. '
                 f"Serve without speculative_config and report this."
             )
+
+
+def _compiled_for(features: dict[str, Any]) -> Hashable:
+    """What Triton compiles the kernels for: the window itself, and whether there are the others."""
+    return features.get("sliding_window"), "soft_cap" in features, "sinks" in features

@@ -152,8 +152,9 @@ class DeviceTrees:
         sizes = torch.minimum(self.sizes[slots], self.step.num_nodes)
         return self._trees(tokens, self.parents[slots], self.depths[slots], sizes)
 
-    def tree_batch(self, block_table: Tensor, block_size: int) -> tuple[TreeBatch, bool]:
-        """For attention, the rows that must not go to vLLM's kernel, and whether these are all rows of the step.
+    def tree_batch(self, block_table: Tensor, block_size: int) -> tuple[TreeBatch, Tensor, bool]:
+        """For attention, the rows that must not go to vLLM's kernel, their requests, and whether these are all rows of
+        the step.
 
         In steps without prompts plain decode rows are included, so that one kernel reads all contexts.
         """
@@ -175,4 +176,4 @@ class DeviceTrees:
             block_table=block_table[at_request, : most_blocks(batch, block_size)],
             max_rows=int(counts.max()) + 1,
         )
-        return tree_batch, is_decode
+        return tree_batch, at_request, is_decode

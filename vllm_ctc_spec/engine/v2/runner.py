@@ -68,16 +68,18 @@ class TreeModelRunnerV2(GPUModelRunner):
         by_layer: dict[str, Any] = self._prepare_vllms_attention(input_batch, *args, **kwargs)
         trees = self.speculator.trees
         if trees.step is not None and trees.step.input_batch is input_batch:
-            for metadata in {id(metadata): metadata for metadata in by_layer.values()}.values():
-                batch, are_whole_step = trees.tree_batch(metadata.block_table, self.cache_config.block_size)
-                self.attention.attach_batch(metadata, batch, are_whole_step)
+            metadata = self.attention.metadata_of(by_layer)
+            rows = trees.tree_batch(metadata[0].block_table, self.cache_config.block_size)
+            self.attention.attach_batch(metadata, *rows)
         return by_layer
 
     def sample(self, *args: Any, **kwargs: Any) -> Any:
         sampled = super().sample(*args, **kwargs)
         step = self.speculator.trees.step
         if step is not None:
-            self.attention.move(*step.moves(self.block_tables.slot_mappings[0][: step.num_rows]))
+            for group in self.attention.groups:
+                slots = self.block_tables.slot_mappings[group, : step.num_rows]
+                self.attention.move(group, *step.moves(slots))
         return sampled
 
     @property

@@ -76,7 +76,8 @@ class CTCSpeculator(BaseSpeculator):
                 # vLLM measures the memory of a step. There is no cache yet.
                 self.drafter.profile(input_batch.num_reqs)
             return nothing
-        slots = next(iter(slot_mappings.values()))[: input_batch.num_tokens]
+        group = self.drafter.kv_group
+        slots = self.block_tables.slot_mappings[group, : input_batch.num_tokens]
         states = [last_hidden_states, *(aux_hidden_states or ())]
         verified, last_rows, last_tokens = self._verified(input_batch, states, slots)
         self.drafter.store(verified)
@@ -89,8 +90,8 @@ class CTCSpeculator(BaseSpeculator):
                 return nothing
         request_slots = input_batch.idx_mapping.long()
         lens = input_batch.seq_lens[: input_batch.num_reqs].long() - num_rejected
-        num_blocks = most_blocks(input_batch, self.block_tables.block_sizes[0])
-        table = self.block_tables.input_block_tables[0][: input_batch.num_reqs, :num_blocks]
+        num_blocks = most_blocks(input_batch, self.block_tables.block_sizes[group])
+        table = self.block_tables.input_block_tables[group][: input_batch.num_reqs, :num_blocks]
         inputs = DraftInputs(
             torch.stack((last_tokens, last_sampled[request_slots, 0]), dim=1),
             verified.hidden[last_rows],

@@ -46,12 +46,13 @@ class _TreeAttention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("cache_block_stride", "cache_head_stride")),
         ("block_table", ctypes.c_void_p),
         ("block_table_stride", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("row_starts", "num_rows", "context_lens", "ancestor_masks")),
+        *((name, ctypes.c_void_p) for name in ("row_starts", "num_rows", "context_lens", "ancestor_masks", "sinks")),
         *(
             (name, ctypes.c_int64)
             for name in ("num_requests", "max_rows", "num_heads", "num_kv_heads", "head_size", "block_size")
         ),
-        ("scale", ctypes.c_float),
+        ("sliding_window", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("scale", "soft_cap")),
     )
 
 
@@ -73,14 +74,20 @@ def tree_attention(
     batch: TreeBatch,
     scale: float,
     out: Tensor,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of the tree rows of a step. Writes these rows of `out` and returns it.
 
     query, out: [M, H, D]; key, value: [M, K, D], of the step's rows; any strides over rows and heads.
     kv_cache: [blocks, K, B, 2 * D], of the same dtype, one of DTYPES. D and B are multiples of LANES.
     is_tiled: the cache is in AMX's layout. Needs `multiplies_tiles()`, bfloat16, and multiples of 2 * LANES.
+    sliding_window, soft_cap, sinks: as `ops.triton.attention.tree_attention` takes them.
     """
     (_, num_heads, head_size), num_kv_heads = query.shape, key.shape[1]
+    # Here, because it must live until the kernel has read it.
+    sinks = None if sinks is None else sinks.float()
     step = _TreeAttention(
         *(_Rows.of(rows) for rows in (out, query, key, value)),
         kv_cache.data_ptr(),
@@ -88,13 +95,16 @@ def tree_attention(
         batch.block_table.data_ptr(),
         batch.block_table.stride(0),
         *(each.data_ptr() for each in (batch.row_starts, batch.num_rows, batch.context_lens, batch.ancestor_masks)),
+        None if sinks is None else sinks.data_ptr(),
         len(batch.row_starts),
         batch.max_rows,
         num_heads,
         num_kv_heads,
         head_size,
         kv_cache.shape[2],
+        sliding_window,
         scale,
+        soft_cap,
     )
     kernels()["tree_attention_" + ("tiled" if is_tiled else DTYPES[query.dtype])](ctypes.byref(step))
     return out

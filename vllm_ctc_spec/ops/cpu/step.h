@@ -22,8 +22,13 @@ struct TreeAttention {
     int64_t block_table_stride;
     const int32_t *row_starts, *num_rows, *context_lens;
     const int64_t *ancestor_masks;
+    // [H], one more logit of each head, or null.
+    const float *sinks;
     int64_t num_requests, max_rows, num_heads, num_kv_heads, head_size, block_size;
-    float scale;
+    // Positions that a row sees, its own among them; 0: all.
+    int64_t sliding_window;
+    // The bound of the logits; 0: none.
+    float scale, soft_cap;
 };
 
 namespace {

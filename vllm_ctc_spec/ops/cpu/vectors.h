@@ -31,11 +31,21 @@ inline Vec exponential(Vec x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
-    const auto power = (__builtin_convertvector(n, Int) + 127) << 23;
-    return x < -87.0f ? Vec{} : y * reinterpret_cast<const Vec &>(power);
+    const Int power = (__builtin_convertvector(n, Int) + 127) << 23;
+    return x < -87.0f ? Vec{} : y * reinterpret_cast<Vec>(power);
 }
 
 inline float exponential(float x) { return exponential(Vec{} + x)[0]; }
+
+// cap * tanh(x / cap), in place; count is a multiple of LANES.
+inline void bound(float *scores, int64_t count, float cap) {
+    for (int64_t v = 0; v < count / LANES; v++) {
+        const Vec x = vectors(scores)[v];
+        const Vec fading = exponential((x < 0.0f ? x : -x) * (2.0f / cap));
+        const Vec bounded = cap * (1.0f - fading) / (1.0f + fading);
+        vectors(scores)[v] = x < 0.0f ? -bounded : bounded;
+    }
+}
 
 struct Matrix {
     float *data;

@@ -5,6 +5,9 @@ key-value head. A program takes up to `block_m` of these rows and one split of t
 softmax over its tiles. The step's own keys and values, under the ancestor masks, are the last tile of the last split.
 With more than one split, a second kernel merges their results.
 
+A row stands at the position of its depth, which is the number of its ancestors: its first row right behind the
+context. With a sliding window, tiles before that of the first row are not read.
+
 All that changes from step to step is read on the device, so a launch can be captured in a CUDA graph. The plain twin
 is `ops.reference.tree_attention`.
 
@@ -26,7 +29,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_ctc_spec.ops.tree_batch import TreeBatch
-from vllm_ctc_spec.ops.triton.launch import MERGE_WARPS, Launch
+from vllm_ctc_spec.ops.triton.launch import MERGE_WARPS, Launch, splits_of_window
+from vllm_ctc_spec.ops.triton.tiles import LOG2_E, as_cached, attend_tile, count_bits, first_seen, tiles_of_split
 
 
 def tree_attention(
@@ -37,7 +41,9 @@ def tree_attention(
     batch: TreeBatch,
     scale: float,
     out: Tensor,
-    softcap: float = 0.0,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
@@ -46,26 +52,32 @@ def tree_attention(
     query, out: [M, H, D]; key, value: [M, K, D], of the step's rows; any strides over rows and heads.
     kv_cache: [blocks, K, B, 2 * D], keys before values in the last dimension, of query's dtype or float8.
     batch: with a `launch`.
-    scale multiplies the logits; softcap > 0 then bounds them to softcap * tanh(logit / softcap).
+    scale multiplies the logits.
+    sliding_window: number of positions that a row sees, its own among them; 0: all. The row's depth counts, so that a
+    node sees what it would see as text.
+    soft_cap > 0 bounds the scaled logits to soft_cap * tanh(logit / soft_cap).
+    sinks: [H], of any dtype, one more logit of each head in the softmax, whose value is zero.
     k_scale, v_scale: [1] float32, the factors of a float8 cache. The step's own keys and values are rounded as the
     cache will store them, so that a row's result does not depend on whether its ancestors are already in the cache.
     """
     num_heads, num_kv_heads, head_size = query.shape[1], key.shape[1], query.shape[2]
     group, launch, num_requests = num_heads // num_kv_heads, batch.launch, batch.row_starts.shape[0]
     assert launch is not None
-    is_split = launch.num_splits > 1
+    num_splits = splits_of_window(launch, sliding_window)
+    is_split = num_splits > 1
     partial = lse = None
     if is_split:
-        partial = query.new_empty((query.shape[0], num_heads, launch.num_splits, head_size), dtype=torch.float32)
+        partial = query.new_empty((query.shape[0], num_heads, num_splits, head_size), dtype=torch.float32)
         lse = partial.new_empty(partial.shape[:3])
     sizes = {
-        "num_splits": launch.num_splits,
+        "num_splits": num_splits,
         "MIN_TILES": launch.min_tiles,
         "BLOCK_N": launch.block_n,
         "HEAD_SIZE": head_size,
         "BLOCK_D": triton.next_power_of_2(head_size),
+        "WINDOW": sliding_window,
     }
-    grid = (triton.cdiv(batch.max_rows * group, launch.block_m), num_kv_heads * launch.num_splits, num_requests)
+    grid = (triton.cdiv(batch.max_rows * group, launch.block_m), num_kv_heads * num_splits, num_requests)
     _attend_kernel[grid](
         out,
         partial,
@@ -76,13 +88,14 @@ def tree_attention(
         kv_cache,
         k_scale,
         v_scale,
+        sinks,
         batch.row_starts,
         batch.num_rows,
         batch.ancestor_masks,
         batch.context_lens,
         batch.block_table,
         scale,
-        softcap,
+        soft_cap,
         *out.stride()[:2],
         *query.stride()[:2],
         *key.stride()[:2],
@@ -92,7 +105,7 @@ def tree_attention(
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         BLOCK_SIZE=kv_cache.shape[2],
-        HAS_SOFTCAP=softcap > 0,
+        HAS_SOFT_CAP=soft_cap > 0,
         FP8_MAX=torch.finfo(kv_cache.dtype).max if kv_cache.dtype.itemsize == 1 else 0.0,
         IS_SPLIT=is_split,
         BLOCK_M=launch.block_m,
@@ -111,7 +124,7 @@ def tree_attention(
             batch.context_lens,
             *out.stride()[:2],
             NUM_HEADS=num_heads,
-            BLOCK_S=triton.next_power_of_2(launch.num_splits),
+            BLOCK_S=triton.next_power_of_2(num_splits),
             num_warps=MERGE_WARPS,
             **sizes,
         )
@@ -131,37 +144,6 @@ def _block_t(max_rows: int) -> int:
     return max(16, triton.next_power_of_2(max_rows))
 
 
-@triton.jit
-def _tiles_of_split(context_len, num_splits, MIN_TILES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Number of context tiles, and number of tiles per split. The step's own keys are one tile after the context."""
-    num_tiles = tl.cdiv(context_len, BLOCK_N)
-    return num_tiles, tl.maximum(tl.cdiv(num_tiles + 1, num_splits), MIN_TILES)
-
-
-@triton.jit
-def _attend_tile(query, keys, values, allowed, scale, softcap, top, total, acc, HAS_SOFTCAP: tl.constexpr):
-    """One tile of the online softmax, in base 2. top, total: [rows] largest logit and sum of weights so far."""
-    logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
-    if HAS_SOFTCAP:
-        logits = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))
-    logits = tl.where(allowed, logits * 1.4426950408889634, float("-inf"))
-    new_top = tl.maximum(top, tl.max(logits, 1))
-    # While a row has seen no key, -inf - -inf would be NaN.
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(logits - shift[:, None])
-    decay = tl.exp2(top - shift)
-    total = total * decay + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
-    return new_top, total, acc
-
-
-@triton.jit
-def _as_cached(tile, scale_ptr, like, element: tl.constexpr, FP8_MAX: tl.constexpr):
-    """A tile as a float8 cache will store it, as vLLM does: divide, saturate, round."""
-    scaled = tile.to(tl.float32) / tl.load(scale_ptr)
-    return tl.clamp(scaled, -FP8_MAX, FP8_MAX).to(element).to(like.dtype)
-
-
 @triton.jit(do_not_specialize=["num_splits", "block_table_row"])
 def _attend_kernel(
     out_ptr,
@@ -173,13 +155,14 @@ def _attend_kernel(
     cache_ptr,
     k_scale_ptr,
     v_scale_ptr,
+    sinks_ptr,
     row_starts_ptr,
     num_rows_ptr,
     masks_ptr,
     context_lens_ptr,
     block_table_ptr,
     scale,
-    softcap,
+    soft_cap,
     out_row: tl.int64,
     out_head: tl.int64,
     query_row: tl.int64,
@@ -197,9 +180,10 @@ def _attend_kernel(
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
     FP8_MAX: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
     MIN_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -212,8 +196,8 @@ def _attend_kernel(
     request = tl.program_id(2)
     num_rows = tl.load(num_rows_ptr + request)
     context_len = tl.load(context_lens_ptr + request)
-    num_tiles, tiles_per_split = _tiles_of_split(context_len, num_splits, MIN_TILES, BLOCK_N)
-    first_tile = split * tiles_per_split
+    first_read, num_tiles, tiles_per_split = tiles_of_split(context_len, num_splits, MIN_TILES, BLOCK_N, WINDOW)
+    first_tile = first_read + split * tiles_per_split
     folded = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     if (tl.program_id(0) * BLOCK_M >= num_rows * GROUP) | (first_tile > num_tiles):
         return
@@ -232,6 +216,13 @@ def _attend_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if sinks_ptr is not None:
+        # In one of the splits, or the merge would count them more than once.
+        sinks = tl.load(sinks_ptr + heads, mask=is_row, other=float("-inf")).to(tl.float32) * LOG2_E
+        top = tl.where(split == 0, sinks, top)
+        total = tl.where(split == 0, 1.0, total)
+    if WINDOW > 0:
+        seen_from = context_len + count_bits(tl.load(masks_ptr + rows, mask=is_row, other=0)) - WINDOW
     # The block table is read one tile ahead: loads of keys and values then depend on no other load of their
     # iteration, which Triton needs to pipeline them.
     table_at = block_table_ptr + request * block_table_row
@@ -244,12 +235,16 @@ def _attend_kernel(
         following = positions + BLOCK_N
         blocks = tl.load(table_at + following // BLOCK_SIZE, mask=following < context_len, other=0)
         keys_at = cache_ptr + slots[:, None] + dims[None, :]
+        if WINDOW > 0:
+            # The cache may hold anything where no row looks.
+            in_context &= positions >= first_seen(context_len, WINDOW)
         exists = in_context[:, None] & is_dim[None, :]
         keys = tl.load(keys_at, mask=exists, other=0.0).to(query.dtype)
         values = tl.load(keys_at + HEAD_SIZE, mask=exists, other=0.0).to(query.dtype)
-        top, total, acc = _attend_tile(
-            query, keys, values, in_context[None, :], scale, softcap, top, total, acc, HAS_SOFTCAP
-        )
+        allowed = in_context[None, :]
+        if WINDOW > 0:
+            allowed &= positions[None, :] >= seen_from[:, None]
+        top, total, acc = attend_tile(query, keys, values, allowed, scale, soft_cap, top, total, acc, HAS_SOFT_CAP)
 
     if first_tile + tiles_per_split > num_tiles:
         tail = tl.arange(0, BLOCK_T)
@@ -261,11 +256,15 @@ def _attend_kernel(
             value_ptr + tail_rows * value_row + kv_head * value_head + dims[None, :], mask=exists, other=0.0
         )
         if FP8_MAX > 0:
-            keys = _as_cached(keys, k_scale_ptr, query, cache_ptr.dtype.element_ty, FP8_MAX)
-            values = _as_cached(values, v_scale_ptr, query, cache_ptr.dtype.element_ty, FP8_MAX)
+            keys = as_cached(keys, k_scale_ptr, query, cache_ptr.dtype.element_ty, FP8_MAX)
+            values = as_cached(values, v_scale_ptr, query, cache_ptr.dtype.element_ty, FP8_MAX)
         masks = tl.load(masks_ptr + rows, mask=is_row, other=0)
         allowed = (((masks[:, None] >> tail[None, :].to(tl.int64)) & 1) != 0) & in_tail[None, :]
-        top, total, acc = _attend_tile(query, keys, values, allowed, scale, softcap, top, total, acc, HAS_SOFTCAP)
+        if (WINDOW > 0) & (WINDOW < BLOCK_T):
+            # A larger window reaches from any row to all of its ancestors.
+            tail_counts = count_bits(tl.load(masks_ptr + row_start + tail, mask=in_tail, other=0))
+            allowed &= tail_counts[None, :] > (count_bits(masks) - WINDOW)[:, None]
+        top, total, acc = attend_tile(query, keys, values, allowed, scale, soft_cap, top, total, acc, HAS_SOFT_CAP)
 
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     if FP8_MAX > 0:
@@ -298,6 +297,7 @@ def _merge_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     """Merges the splits' results of one row and head, weighted by their shares of the softmax."""
     head = tl.program_id(0)
@@ -305,10 +305,11 @@ def _merge_kernel(
     if tl.program_id(1) >= tl.load(num_rows_ptr + request):
         return
     row = tl.load(row_starts_ptr + request).to(tl.int64) + tl.program_id(1)
-    num_tiles, tiles_per_split = _tiles_of_split(tl.load(context_lens_ptr + request), num_splits, MIN_TILES, BLOCK_N)
+    context_len = tl.load(context_lens_ptr + request)
+    first_read, num_tiles, tiles_per_split = tiles_of_split(context_len, num_splits, MIN_TILES, BLOCK_N, WINDOW)
     splits = tl.arange(0, BLOCK_S)
     # Splits that would begin after the last tile have written nothing.
-    is_split = splits * tiles_per_split <= num_tiles
+    is_split = first_read + splits * tiles_per_split <= num_tiles
     dims = tl.arange(0, BLOCK_D)
     is_dim = dims < HEAD_SIZE
     partials = (row * NUM_HEADS + head) * num_splits + splits

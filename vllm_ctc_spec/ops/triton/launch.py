@@ -90,6 +90,15 @@ def most_splits(tile: Launch, max_context: int, chip: Chip) -> int:
     return max(1, min(-(-max_context // (tile.block_n * tile.min_tiles)), resident_programs(tile, chip)))
 
 
+def splits_of_window(launch: Launch, sliding_window: int) -> int:
+    """Splits of the launch that have tiles to read in layers with a window; sliding_window: 0 for none."""
+    if not sliding_window:
+        return launch.num_splits
+    # One more where the window begins inside of a tile, and one for the step's own keys.
+    num_tiles = -(-sliding_window // launch.block_n) + 2
+    return min(launch.num_splits, -(-num_tiles // launch.min_tiles))
+
+
 def plan_tile(num_folded_rows: int, head_size: int, dtype: torch.dtype, shared_memory: int) -> Launch:
     """Tile sizes for G * rows folded rows that need at most `shared_memory` bytes per program."""
     row_bytes = next_power_of_2(head_size) * dtype.itemsize
