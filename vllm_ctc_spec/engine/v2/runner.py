@@ -89,7 +89,9 @@ class TreeModelRunnerV2(GPUModelRunner):
         """Before the first request; needs the compiled model."""
         if self.adapts:
             control = measured_control(self, self._run_target)
-            self.speculator.budget = None if control is None else HostBudget(control)
+            if control is not None:
+                is_async = self.vllm_config.scheduler_config.async_scheduling
+                self.speculator.budget = HostBudget(control, self.drafter.settings.num_nodes, is_async)
 
     @torch.inference_mode()
     def _run_target(self, num_rows: int) -> None:
@@ -100,6 +102,12 @@ class TreeModelRunnerV2(GPUModelRunner):
         drafts = super().take_draft_token_ids()
         budget = self.speculator.budget
         return drafts if budget is None or drafts is None else budget.cut(drafts)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().sample_tokens(*args, **kwargs)
+        if output is not None and self.speculator.budget is not None:
+            output.model_runner_output.node_counts = self.speculator.budget.node_counts
+        return output
 
     def warm_up_drafting(self) -> None:
         capture_drafting(self)

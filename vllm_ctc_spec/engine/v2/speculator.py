@@ -34,8 +34,7 @@ class CTCSpeculator(BaseSpeculator):
         self.device = device
         self.chain_only = np.zeros(self.num_slots, dtype=bool)
         """[S] requests with structured output: the grammar's mask is made for a chain."""
-        is_async = vllm_config.scheduler_config.async_scheduling
-        self.adapts = self.drafter.settings.options.adapts and not is_async
+        self.adapts = self.drafter.settings.options.adapts
         """Whether the node budget is adaptive."""
         self.budget: HostBudget | None = None
         """On the first rank, which decides for all, if it is."""
