@@ -47,6 +47,7 @@ TOUCHED: dict[str, tuple[str, ...]] = {
         "add_requests",
         "initialize_kv_cache",
         "load_model",
+        "lora_state",
         "prepare_attn",
         "rejection_sampler",
         "sample",
@@ -57,6 +58,7 @@ TOUCHED: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator": ("capture", "init_cudagraph_manager", "propose"),
     "vllm.v1.worker.gpu.input_batch:InputBatch": (
         "cu_num_logits",
+        "cu_num_logits_np",
         "expanded_idx_mapping",
         "idx_mapping",
         "idx_mapping_np",
@@ -72,6 +74,7 @@ TOUCHED: dict[str, tuple[str, ...]] = {
         "seq_lens",
         "seq_lens_cpu_upper_bound",
     ),
+    "vllm.v1.worker.gpu.lora_utils:LoraState": ("lora_ids", "make_lora_inputs"),
     "vllm.v1.worker.gpu.block_table:BlockTables": ("block_sizes", "input_block_tables", "slot_mappings"),
     "vllm.v1.worker.gpu.states:RequestState": (
         "all_token_ids",

@@ -62,11 +62,11 @@ def resolve_settings(
         num_nodes,
         options,
         tuple(config.target_layers),
-        is_v2(engine_args, target, parallel, options),
+        is_v2(target, options),
     )
 
 
-def is_v2(engine_args: Any, target: ModelConfig, parallel: ParallelConfig, options: SpecOptions) -> bool:
+def is_v2(target: ModelConfig, options: SpecOptions) -> bool:
     """As vLLM chooses (`VllmConfig.use_v2_model_runner`), with what our runner of V2 cannot do.
 
     Raises ValueError where the user asks for V2 and for something that is not possible with it.
@@ -77,7 +77,6 @@ def is_v2(engine_args: Any, target: ModelConfig, parallel: ParallelConfig, optio
 
     lacking = {
         "attention_kernel='xformers'": options.attention_kernel == "xformers",
-        "enable_lora": engine_args.enable_lora,
         "return_sampling_mask": target.return_sampling_mask,
         "enable_trace_replay": target.enable_trace_replay,
     }

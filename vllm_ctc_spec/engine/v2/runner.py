@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
@@ -17,6 +18,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_ctc_spec.engine.adaptive.control import measured_control
 from vllm_ctc_spec.engine.graphs import capture_drafting
+from vllm_ctc_spec.engine.v2.adapters import TreeLoraState
 from vllm_ctc_spec.engine.v2.host_budget import HostBudget
 from vllm_ctc_spec.engine.v2.speculator import CTCSpeculator
 from vllm_ctc_spec.engine.v2.verifier import TreeVerifier
@@ -40,6 +42,7 @@ class TreeModelRunnerV2(GPUModelRunner):
         if layers := self.drafter.settings.target_layers:
             self.model.set_aux_hidden_state_layers(layers)
             self.use_aux_hidden_state_outputs = True
+        self.lora_state = TreeLoraState(self.max_num_reqs)
         self.rejection_sampler = TreeVerifier(self.sampler, self.speculator.trees)
         self._prepare_vllms_attention = self.model_state.prepare_attn
         # vLLM makes attention's metadata in the model's state, and has no hook of the runner after it.
@@ -62,6 +65,7 @@ class TreeModelRunnerV2(GPUModelRunner):
     def prepare_attn(self, input_batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
         prepared: tuple[tuple[Tensor, ...], Tensor] = super().prepare_attn(input_batch)
         self.speculator.trees.begin(input_batch)
+        self.lora_state.num_logits = np.diff(input_batch.cu_num_logits_np)
         return prepared
 
     def _prepare_tree_attention(self, input_batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -95,7 +99,8 @@ class TreeModelRunnerV2(GPUModelRunner):
 
     @torch.inference_mode()
     def _run_target(self, num_rows: int) -> None:
-        self.model.compute_logits(self._dummy_run(num_rows)[0])
+        # With LoRA layers vLLM computes the logits of one row per request.
+        self.drafter.target.compute_logits(self._dummy_run(num_rows)[0])
         torch.accelerator.synchronize()
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
