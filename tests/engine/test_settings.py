@@ -109,8 +109,9 @@ def test_with_an_adaptive_budget_and_asynchronous_scheduling_the_scheduler_is_ou
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     # On a CPU vLLM turns off what it has decided.
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", lambda config: None)
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", lambda *arguments: None)
     theirs = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
     for spec, options, expected in (
         ({}, {}, SCHEDULER),
@@ -120,8 +121,13 @@ def test_with_an_adaptive_budget_and_asynchronous_scheduling_the_scheduler_is_ou
         ({"adaptive_budget": False}, {"scheduler_cls": theirs}, theirs),
     ):
         scheduler = configure(pair, spec, **options).scheduler_config
-        assert (scheduler.async_scheduling, scheduler.scheduler_cls) == (options != {"async_scheduling": False}, expected)
-    with pytest.raises(ValueError, match=r"scheduler_cls=.*AsyncScheduler': .*Remove scheduler_cls, set adaptive_budget"):
+        assert (scheduler.async_scheduling, scheduler.scheduler_cls) == (
+            options != {"async_scheduling": False},
+            expected,
+        )
+    with pytest.raises(
+        ValueError, match=r"scheduler_cls=.*AsyncScheduler': .*Remove scheduler_cls, set adaptive_budget"
+    ):
         configure(pair, {}, scheduler_cls=theirs)
     logger = logging.getLogger("vllm.config.scheduler")
     logger.addHandler(caplog.handler)

@@ -180,8 +180,8 @@ def _decide_on_async_scheduling(original: Any, self: Any) -> None:
     if scheduler.async_scheduling and settings.options.adapts:
         if scheduler.scheduler_cls not in (None, SCHEDULER):
             raise ValueError(
-                f"scheduler_cls={scheduler.scheduler_cls!r}: speculative method \"ctc\" with an adaptive node budget has an "
-                "asynchronous scheduler of its own. Remove scheduler_cls, set adaptive_budget to false, or turn "
+                f'scheduler_cls={scheduler.scheduler_cls!r}: speculative method "ctc" with an adaptive node budget has '
+                "an asynchronous scheduler of its own. Remove scheduler_cls, set adaptive_budget to false, or turn "
                 "async_scheduling off."
             )
         scheduler.scheduler_cls = SCHEDULER

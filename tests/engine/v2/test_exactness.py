@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import made_once
 from tests.engine.adapters import LORA, write_adapter
+from tests.engine.conftest import made_once
 from tests.engine.v2.serve import Job
 from tests.tiny_pair import TinyPair
 
@@ -63,10 +63,8 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
     ),
 }
 
-SHARED: dict[str, list[dict[str, Any]]] = dict.fromkeys(
-    ("first", "second"),
-    [{"temperature": 0.8 * (index % 2), "seed": index, "max_tokens": 40, "ignore_eos": True} for index in range(4)],
-)
+LONG = [{"temperature": 0.8 * (index % 2), "seed": index, "max_tokens": 40, "ignore_eos": True} for index in range(4)]
+SHARED = {"first": LONG, "second": LONG}
 """Two groups of long answers."""
 
 
@@ -127,7 +125,8 @@ def spec_of(pair: TinyPair, **spec: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def shared(prompts: list[list[int]]) -> dict[str, list[list[int]]]:
     """Prompts of two groups, of which the larger part is the same."""
-    return dict.fromkeys(SHARED, [prompts[2] + prompts[0] + prompt[:3] for prompt in prompts])
+    prompts = [prompts[2] + prompts[0] + prompt[:3] for prompt in prompts]
+    return {"first": prompts, "second": prompts}
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +215,7 @@ def test_trees_were_verified(trees: Served) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", [*GROUPS, "aborts", "misled"])
-def test_asynchronous_scheduling_with_an_adaptive_budget_is_exact(
-    plain: Served, adaptive: Served, group: str
-) -> None:
+def test_asynchronous_scheduling_with_an_adaptive_budget_is_exact(plain: Served, adaptive: Served, group: str) -> None:
     assert_equal(adaptive.answers[group], plain.answers["first" if group == "misled" else group])
 
 
@@ -270,7 +267,9 @@ def test_adapters_thinking_budgets_and_processors_of_a_user_are_exact(
     adapters = [None, *(write_adapter(tmp_path / f"adapter-{seed}", seed).lora_path for seed in (1, 2))]
     fields = {
         "groups": {
-            "thoughts": kinds(*({"temperature": 0.7 * (size % 2), "thinking_token_budget": size} for size in (0, 1, 3))),
+            "thoughts": kinds(
+                *({"temperature": 0.7 * (size % 2), "thinking_token_budget": size} for size in (0, 1, 3))
+            ),
             "adapters": kinds({"temperature": 0, "logprobs": 1}, {"temperature": 0.8}),
         },
         "adapters": adapters,
