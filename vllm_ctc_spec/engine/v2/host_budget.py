@@ -51,14 +51,17 @@ class _Results:
         lens = batch.num_computed_tokens_np + batch.num_scheduled_tokens
         drafting = np.flatnonzero(lens >= batch.prefill_len_np).tolist() if packed is not None else []
         counts = np.zeros(batch.num_reqs, int) if step is None else step.counts
-        copies = [
-            None if tensor is None else tensor.to("cpu", non_blocking=True, copy=True)
-            for tensor in (packed, None if step is None else step.accepted.num_accepted)
-        ]
+        num_accepted = None if step is None else _copied(step.accepted.num_accepted)
+        copied = None if packed is None else _copied(packed)
         arrived = torch.cuda.Event(blocking=True)
         arrived.record()
         is_decode = batch.num_tokens == batch.num_reqs + int(counts.sum())
-        return cls(batch.req_ids, drafting, counts, is_decode, *copies, arrived)
+        return cls(batch.req_ids, drafting, counts, is_decode, copied, num_accepted, arrived)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """On the host, when the device has come so far."""
+    return tensor.to("cpu", non_blocking=True, copy=True)
 
 
 class HostBudget:
@@ -83,6 +86,7 @@ class HostBudget:
             # The engine may have been idle since, and how long the step took is not known.
             self._unread.clear()
         self._unread.append(_Results.of(batch, step, packed))
+        # One step stays unread where the next one is under way.
         if len(self._unread) > self.is_async:
             self._read(self._unread.popleft())
         if self.is_async:
@@ -113,7 +117,7 @@ class HostBudget:
         if plan is None:
             self.node_counts = NodeCounts({}, 0)
             return
-        counts = self.control.choose(plan, list(self._means.values()))
+        counts = self.control.choose(plan, [mean.tolist() for mean in self._means.values()])
         if counts:
             self._typical = round(sum(counts) / len(counts))
         self.node_counts = NodeCounts(dict(zip(self._means, counts)), self._typical)
