@@ -82,7 +82,6 @@ def register() -> None:
     _replace_once(VllmConfig, "__post_init__", _decide_on_async_scheduling)
     _replace_once(EngineArgs, "add_cli_args", _add_cli_args)
     _replace_once(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
-    # In the engine core's process, which makes the scheduler.
     logging.getLogger("vllm.config.scheduler").addFilter(_is_not_about_our_scheduler)
     if supports_installed_vllm():
         _mend_cpu_engines()
@@ -231,6 +230,7 @@ def _is_not_about_classes(record: logging.LogRecord) -> bool:
 
 
 def _is_not_about_our_scheduler(record: logging.LogRecord) -> bool:
+    """In the engine core vLLM warns of every scheduler class that is not its own."""
     return SCHEDULER not in record.getMessage()
 
 

@@ -2,8 +2,8 @@
 
 One step, in the order of vLLM's `execute_model` and `sample_tokens` (vllm/v1/worker/gpu/model_runner.py): take up the
 drafted trees and set their positions (`prepare_attn`), give attention their ancestor masks, walk them (`TreeVerifier`)
-and move the accepted keys and values (`sample`), draft the next trees (`CTCSpeculator.propose`). The host schedules the
-node budget for every request and is told how many tokens came; it never sees a tree.
+and move the accepted keys and values (`sample`), draft the next trees (`CTCSpeculator.propose`). The host schedules
+nodes for every request and is told how many tokens came; it sees trees for an adaptive node budget only.
 """
 
 from __future__ import annotations
