@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from filelock import FileLock
@@ -35,6 +36,20 @@ def pair(request: pytest.FixtureRequest) -> TinyPair:
     # `make test` has several processes, of which one trains.
     with FileLock(f"{folder}.lock"):
         return build_tiny_pair(folder)
+
+
+Made = TypeVar("Made")
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[], Made]) -> Made:
+    """What `make` returns, which can be pickled: one of the processes of `make test` makes it for all of them."""
+    folder = tmp_path_factory.getbasetemp()
+    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / f"{name}.pickle"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            path.write_bytes(pickle.dumps(make()))
+    made: Made = pickle.loads(path.read_bytes())
+    return made
 
 
 @contextmanager

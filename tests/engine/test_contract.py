@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from tests.engine import surface
 from vllm_ctc_spec.engine import compat, device_runners, runner, worker
 from vllm_ctc_spec.engine.v2 import runner as v2_runner
+from vllm_ctc_spec.engine.v2 import scheduler as v2_scheduler
 from vllm_ctc_spec.engine.v2 import worker as v2_worker
 
 WITH_ENGINE = {"vllm_ctc_spec.__main__"}
@@ -44,6 +45,7 @@ def test_everything_that_we_import_exists_and_comes_from_the_engine_package_alon
         ("engine/v2/runner.py", v2_runner.TreeModelRunnerV2),
         ("engine/v2/runner.py", v2_runner.TreeCPUModelRunnerV2),
         ("engine/v2/worker.py", v2_worker.CTCGPUWorkerV2),
+        ("engine/v2/scheduler.py", v2_scheduler.CTCScheduler),
     ],
 )
 def test_what_our_subclasses_read_of_themselves_is_theirs_or_vllms(path: str, ours: type) -> None:

@@ -10,59 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.lora.request import LoRARequest
 
+from tests.engine.adapters import LORA, write_adapter
 from tests.engine.conftest import NUM_PROMPTS, engine
 from tests.engine.probe import embeddings_and_unit_logits
 from tests.tiny_pair import TinyPair
-from tests.tiny_pair.target import HEAD_DIM, HIDDEN, VOCAB
 from vllm_ctc_spec.engine.metrics import read_tree_metrics
 
-RANK = 8
-INPUTS_AND_OUTPUTS = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.v_proj": (HIDDEN, HEAD_DIM),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (HIDDEN, 2 * HIDDEN),
-    "mlp.down_proj": (2 * HIDDEN, HIDDEN),
-}
-LORA = {
-    "enable_lora": True,
-    "max_lora_rank": RANK,
-    # One more than there are adapters: on a CPU vLLM 0.32 gives requests without one what is in the last slot.
-    "max_loras": 3,
-    "enable_prefix_caching": True,
-    "max_num_batched_tokens": 8192,
-}
-
-
-def write_adapter(folder: Path, seed: int) -> LoRARequest:
-    """Of all layers, the embedding and the LM head, in the files that peft writes."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(rows: int, columns: int, scale: float) -> Tensor:
-        return scale * torch.randn(rows, columns, generator=generator)
-
-    weights = {
-        "model.embed_tokens.lora_embedding_A": random(RANK, VOCAB, 0.1),
-        "model.embed_tokens.lora_embedding_B": random(HIDDEN, RANK, 0.1),
-        "lm_head.lora_A.weight": random(RANK, HIDDEN, HIDDEN**-0.5),
-        "lm_head.lora_B.weight": random(VOCAB, RANK, 0.1),
-    }
-    for layer in range(2):
-        for name, (num_inputs, num_outputs) in INPUTS_AND_OUTPUTS.items():
-            weights[f"model.layers.{layer}.{name}.lora_A.weight"] = random(RANK, num_inputs, num_inputs**-0.5)
-            weights[f"model.layers.{layer}.{name}.lora_B.weight"] = random(num_outputs, RANK, 0.1)
-    modules = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in weights})
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": modules, "bias": "none"}
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file({f"base_model.model.{name}": weight for name, weight in weights.items()},
-              folder / "adapter_model.safetensors")  # fmt: skip
-    return LoRARequest(folder.name, seed, str(folder))
+OPTIONS = {**LORA, "enable_prefix_caching": True, "max_num_batched_tokens": 8192}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +32,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[LoRARequest | Non
 
 @pytest.fixture(scope="module")
 def plain_lora(pair: TinyPair) -> Iterator[LLM]:
-    with engine(pair, None, **LORA) as llm:
+    with engine(pair, None, **OPTIONS) as llm:
         yield llm
 
 
@@ -88,7 +46,7 @@ def rows_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trees_lora(pair: TinyPair, rows_lora: Path) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-        with engine(pair, {"record": str(rows_lora)}, **LORA) as llm:
+        with engine(pair, {"record": str(rows_lora)}, **OPTIONS) as llm:
             yield llm
 
 
@@ -174,5 +132,5 @@ def test_the_cost_of_steps_is_measured_with_adapters(
     pair: TinyPair, plain_lora: LLM, prompts: list[list[int]], adapters: list[LoRARequest | None]
 ) -> None:
     expected = tokens_of(ask(plain_lora, prompts, mixed_params(), adapters))
-    with engine(pair, {"adaptive_budget": True}, **LORA) as llm:
+    with engine(pair, {"adaptive_budget": True}, **OPTIONS) as llm:
         assert tokens_of(ask(llm, prompts, mixed_params(), adapters)) == expected

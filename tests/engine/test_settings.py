@@ -10,12 +10,14 @@ import pytest
 import vllm
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.cpu import CpuPlatform
 
 from tests.tiny_pair import TinyPair
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.engine import compat, settings
-from vllm_ctc_spec.engine.plugin import EXECUTOR
+from vllm_ctc_spec.engine.plugin import EXECUTOR, SCHEDULER
 from vllm_ctc_spec.engine.settings import EngineSettings, check_final
+from vllm_ctc_spec.engine.v2.scheduler import CTCScheduler
 from vllm_ctc_spec.engine.worker import CTCWorker, summary
 
 
@@ -103,6 +105,39 @@ def test_vllm_does_not_warn_of_our_own_class(pair: TinyPair, caplog: pytest.LogC
         speculative.removeHandler(caplog.handler)
 
 
+def test_with_an_adaptive_budget_and_asynchronous_scheduling_the_scheduler_is_ours_alone(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    # On a CPU vLLM turns off what it has decided.
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", lambda *arguments: None)
+    theirs = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
+    for spec, options, expected in (
+        ({}, {}, SCHEDULER),
+        ({}, {"async_scheduling": True}, SCHEDULER),
+        ({}, {"async_scheduling": False}, None),
+        ({"adaptive_budget": False}, {}, None),
+        ({"adaptive_budget": False}, {"scheduler_cls": theirs}, theirs),
+    ):
+        scheduler = configure(pair, spec, **options).scheduler_config
+        assert (scheduler.async_scheduling, scheduler.scheduler_cls) == (
+            options != {"async_scheduling": False},
+            expected,
+        )
+    with pytest.raises(
+        ValueError, match=r"scheduler_cls=.*AsyncScheduler': .*Remove scheduler_cls, set adaptive_budget"
+    ):
+        configure(pair, {}, scheduler_cls=theirs)
+    logger = logging.getLogger("vllm.config.scheduler")
+    logger.addHandler(caplog.handler)
+    try:
+        assert configure(pair, {}).scheduler_config.get_scheduler_cls() is CTCScheduler
+        assert "custom scheduler" not in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
 def test_a_connector_that_vllm_adds_later_is_refused_in_the_worker(pair: TinyPair) -> None:
     config = configure(pair, {})
     check_final(config)
@@ -131,9 +166,7 @@ def test_on_a_gpu_the_runner_is_vllms_choice(
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", asked)
     monkeypatch.setattr("vllm.platforms.current_platform.is_cuda", lambda: True)
     monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
-    arguments = EngineArgs(model=str(pair.target))
-    options = SpecOptions(attention_kernel=kernel)
-    assert settings.is_v2(arguments, config.model_config, config.parallel_config, options) == expected
+    assert settings.is_v2(config.model_config, SpecOptions(attention_kernel=kernel)) == expected
 
 
 def test_another_runner_than_was_set_up_is_refused(pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:

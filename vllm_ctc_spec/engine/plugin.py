@@ -21,6 +21,7 @@ Ledger of what is replaced in vLLM, why, and when it can go:
 * `VllmConfig._get_v2_model_runner_unsupported_features`: Model Runner V2 refuses "custom_class".
   Goes when vLLM lets a plugin register a speculator.
 * `VllmConfig.__post_init__`, with Model Runner V2: vLLM schedules asynchronously with methods that it knows by name.
+  An adaptive node budget then gets a scheduler class of ours (v2/scheduler.py), by vLLM's own setting.
   Goes when the check asks the method.
 * `gpu.model_runner.init_speculator` and `cpu.model_runner.CPUModelRunner` (in the worker, with Model Runner V2): our
   speculator and runner. Go with the former.
@@ -65,6 +66,7 @@ V2_WORKERS = {
 }
 """Of Model Runner V2."""
 EXECUTOR = "vllm_ctc_spec.engine.executor.CTCExecutor"
+SCHEDULER = "vllm_ctc_spec.engine.v2.scheduler.CTCScheduler"
 
 
 def is_ctc(speculative_config: SpeculativeConfig | None) -> bool:
@@ -82,6 +84,7 @@ def register() -> None:
     _replace_once(VllmConfig, "__post_init__", _decide_on_async_scheduling)
     _replace_once(EngineArgs, "add_cli_args", _add_cli_args)
     _replace_once(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
+    logging.getLogger("vllm.config.scheduler").addFilter(_is_not_about_our_scheduler)
     if supports_installed_vllm():
         _mend_cpu_engines()
 
@@ -161,13 +164,11 @@ def _settings_on_v2(config: VllmConfig) -> EngineSettings | None:
 def _decide_on_async_scheduling(original: Any, self: Any) -> None:
     """Whether to schedule asynchronously stays vLLM's decision; it knows which methods can be by their names alone.
 
-    An adaptive node budget needs a scheduler that waits, so that it is asynchronous only where the user asks for it.
+    An adaptive node budget then takes a scheduler of ours.
     """
     settings = _settings_on_v2(self)
     if settings is None:
         return original(self)
-    if self.scheduler_config.async_scheduling is None and settings.options.adapts:
-        self.scheduler_config.async_scheduling = False
     from vllm.config import vllm as module
 
     names = module.NgramGPUTypes
@@ -176,6 +177,15 @@ def _decide_on_async_scheduling(original: Any, self: Any) -> None:
         original(self)
     finally:
         module.NgramGPUTypes = names
+    scheduler = self.scheduler_config
+    if scheduler.async_scheduling and settings.options.adapts:
+        if scheduler.scheduler_cls not in (None, SCHEDULER):
+            raise ValueError(
+                f'scheduler_cls={scheduler.scheduler_cls!r}: speculative method "ctc" with an adaptive node budget has '
+                "an asynchronous scheduler of its own. Remove scheduler_cls, set adaptive_budget to false, or turn "
+                "async_scheduling off."
+            )
+        scheduler.scheduler_cls = SCHEDULER
 
 
 def _create_speculative_config(
@@ -232,6 +242,11 @@ def _record_answers() -> None:
 def _is_not_about_classes(record: logging.LogRecord) -> bool:
     """vLLM warns of proposers that a user wrote against its interface; the version check answers for ours."""
     return "custom class-based proposer" not in record.getMessage()
+
+
+def _is_not_about_our_scheduler(record: logging.LogRecord) -> bool:
+    """In the engine core vLLM warns of every scheduler class that is not its own."""
+    return SCHEDULER not in record.getMessage()
 
 
 def _has_process_per_worker(parallel: Any) -> bool:

@@ -57,7 +57,7 @@ def resolve_settings(
     config = check_drafter(drafter)
     check_device(engine_args, target, parallel, options.attention_kernel)
     _check_fit(config, drafter, target, parallel)
-    runs_on_v2 = is_v2(engine_args, target, parallel, options)
+    runs_on_v2 = is_v2(target, options)
     if options.record is not None:
         # Last, because it makes the file.
         from vllm_ctc_spec.engine.recording import check_record
@@ -72,7 +72,7 @@ def resolve_settings(
     )
 
 
-def is_v2(engine_args: Any, target: ModelConfig, parallel: ParallelConfig, options: SpecOptions) -> bool:
+def is_v2(target: ModelConfig, options: SpecOptions) -> bool:
     """As vLLM chooses (`VllmConfig.use_v2_model_runner`), with what our runner of V2 cannot do.
 
     Raises ValueError where the user asks for V2 and for something that is not possible with it.
@@ -83,7 +83,6 @@ def is_v2(engine_args: Any, target: ModelConfig, parallel: ParallelConfig, optio
 
     lacking = {
         "attention_kernel='xformers'": options.attention_kernel == "xformers",
-        "enable_lora": engine_args.enable_lora,
         "multimodal inputs": target.supports_multimodal_inputs,
         "return_sampling_mask": target.return_sampling_mask,
         "enable_trace_replay": target.enable_trace_replay,

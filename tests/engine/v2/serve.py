@@ -23,9 +23,15 @@ class Job:
     prompts: list[list[int]]
     """Token ids."""
     groups: dict[str, list[dict[str, Any]]]
-    """Of each group one set of sampling parameters per prompt, served as one batch; None in place of one: left out."""
+    """Of each group one set of sampling parameters per prompt, served as one batch."""
     answers: str
     """File to write."""
+    other_prompts: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Of groups that have not `prompts`."""
+    adapters: list[str | None] = field(default_factory=list)
+    """Folders of LoRA adapters, for the requests of the group "adapters" in turn."""
+    before: dict[str, str] = field(default_factory=dict)
+    """Of a group, the method of the worker that is called before it."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of the engine."""
     aborts: bool = False
@@ -58,7 +64,7 @@ def main(job: Job) -> None:
     llm = LLM(job.target, speculative_config=job.spec, **{**settings, **job.options})
     config = llm.llm_engine.vllm_config
     assert config.use_v2_model_runner and config.scheduler_config.async_scheduling == job.async_scheduling
-    answers = {name: _serve(llm, job.prompts, group) for name, group in job.groups.items()}
+    answers = {name: _serve(llm, job, name) for name in job.groups}
     if job.aborts:
         answers["aborts"] = _serve_with_aborts(llm, job.prompts)
     seen = {}
@@ -68,10 +74,20 @@ def main(job: Job) -> None:
     Path(job.answers).write_text(json.dumps({"answers": answers, "seen": seen, "metrics": metrics}), encoding="utf-8")
 
 
-def _serve(llm: Any, prompts: list[list[int]], group: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
-    chosen = [(prompt, params) for prompt, params in zip(prompts, group, strict=True) if params is not None]
-    inputs = [{"prompt_token_ids": prompt} for prompt, _ in chosen]
-    outputs = llm.generate(inputs, [_params(params) for _, params in chosen], use_tqdm=False)
+def _serve(llm: Any, job: Job, name: str) -> list[dict[str, Any]]:
+    from vllm.lora.request import LoRARequest
+
+    if name in job.before:
+        llm.collective_rpc(job.before[name])
+    prompts = job.other_prompts.get(name, job.prompts)
+    folders = job.adapters if name == "adapters" else [None]
+    adapters = [folder and LoRARequest(folder, index, folder) for index, folder in enumerate(folders)]
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        [_params(params) for params in job.groups[name]],
+        lora_request=[adapters[index % len(adapters)] for index in range(len(prompts))],
+        use_tqdm=False,
+    )
     return [_answer(output.outputs[0]) for output in outputs]
 
 

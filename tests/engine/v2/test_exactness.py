@@ -7,16 +7,20 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.engine.adapters import LORA, write_adapter
+from tests.engine.conftest import made_once
 from tests.engine.v2.serve import Job
 from tests.tiny_pair import TinyPair
 
 WATCHED = "tests.engine.v2.workers.WatchedWorkerV2"
 TRITON = "tests.engine.v2.workers.TritonWorkerV2"
+RULED = "tests.engine.v2.workers.RuledWorkerV2"
 NUM_PROMPTS = 4
 NUM_NODES = 8
 
@@ -59,6 +63,10 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
     ),
 }
 
+LONG = [{"temperature": 0.8 * (index % 2), "seed": index, "max_tokens": 40, "ignore_eos": True} for index in range(4)]
+SHARED = {"first": LONG, "second": LONG}
+"""Two groups of long answers."""
+
 
 @pytest.fixture(scope="module")
 def prompts(pair: TinyPair) -> list[list[int]]:
@@ -97,6 +105,11 @@ def serve(folder: Path, job: Job) -> Served:
     return Served(json.loads(Path(job.answers).read_text(encoding="utf-8")))
 
 
+def serve_once(tmp_path_factory: pytest.TempPathFactory, job: partial[Job]) -> Served:
+    folder = tmp_path_factory.mktemp("served")
+    return made_once(tmp_path_factory, f"v2-{job.keywords['name']}", lambda: serve(folder, job(folder=folder)))
+
+
 def job_of(pair: TinyPair, prompts: list[list[int]], folder: Path, name: str, **fields: Any) -> Job:
     options = {"max_model_len": 128, "max_num_seqs": NUM_PROMPTS, "max_num_batched_tokens": 48, "block_size": 32}
     fields = {"groups": GROUPS, "spec": None, **fields}
@@ -110,34 +123,66 @@ def spec_of(pair: TinyPair, **spec: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def plain(pair: TinyPair, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Served:
-    folder = tmp_path_factory.mktemp("plain")
-    return serve(folder, job_of(pair, prompts, folder, "plain", aborts=True))
+def shared(prompts: list[list[int]]) -> dict[str, list[list[int]]]:
+    """Prompts of two groups, of which the larger part is the same."""
+    prompts = [prompts[2] + prompts[0] + prompt[:3] for prompt in prompts]
+    return {"first": prompts, "second": prompts}
+
+
+@pytest.fixture(scope="module")
+def plain(
+    pair: TinyPair,
+    prompts: list[list[int]],
+    shared: dict[str, list[list[int]]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Served:
+    groups = {"groups": GROUPS | SHARED, "other_prompts": shared}
+    job = partial(job_of, pair, prompts, name="plain", aborts=True, **groups)
+    return serve_once(tmp_path_factory, job)
 
 
 @pytest.fixture(scope="module")
 def trees(pair: TinyPair, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Served:
-    folder = tmp_path_factory.mktemp("trees")
-    return serve(folder, job_of(pair, prompts, folder, "trees", spec=spec_of(pair), worker=WATCHED, aborts=True))
+    job = partial(job_of, pair, prompts, name="trees", spec=spec_of(pair), worker=WATCHED, aborts=True)
+    return serve_once(tmp_path_factory, job)
+
+
+@pytest.fixture(scope="module")
+def adaptive(
+    pair: TinyPair,
+    prompts: list[list[int]],
+    shared: dict[str, list[list[int]]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Served:
+    """Asynchronous; at last with a drafter that is always wrong."""
+    fields = {
+        "spec": spec_of(pair, adaptive_budget=True),
+        "groups": {**GROUPS, "misled": SHARED["first"]},
+        "other_prompts": {"misled": shared["first"]},
+        "before": {"misled": "mislead"},
+        "aborts": True,
+        "async_scheduling": True,
+    }
+    return serve_once(tmp_path_factory, partial(job_of, pair, prompts, name="adaptive", worker=RULED, **fields))
 
 
 SHORT: dict[str, Any] = {
     "groups": {
         "short": kinds(
             {"temperature": 0, "max_tokens": 100, "ignore_eos": True},
-            {"temperature": 0.8, "max_tokens": 30, "logprobs": 1},
-            {"temperature": 0.8, "max_tokens": 20, "presence_penalty": 0.4},
-        )
+            {"temperature": 0.8, "max_tokens": 30, "logprobs": 1, "top_k": 20},
+            {"temperature": 0.8, "max_tokens": 20, "logprobs": 2, "presence_penalty": 0.4},
+        ),
+        "at once": kinds({"temperature": 0.8, "max_tokens": 8, "logprobs": 2, "top_k": 20}),
     },
-    "options": {"max_model_len": 64, "max_num_batched_tokens": 300},
+    "options": {"max_model_len": 64, "max_num_batched_tokens": 300, "logprobs_mode": "processed_logprobs"},
 }
 """Of an engine with so little context that an answer ends with it."""
 
 
 @pytest.fixture(scope="module")
 def short_plain(pair: TinyPair, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Served:
-    folder = tmp_path_factory.mktemp("short")
-    return serve(folder, job_of(pair, prompts, folder, "plain", **SHORT))
+    return serve_once(tmp_path_factory, partial(job_of, pair, prompts, name="short", **SHORT))
 
 
 def assert_equal(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -169,10 +214,27 @@ def test_trees_were_verified(trees: Served) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("group", [*GROUPS, "aborts", "misled"])
+def test_asynchronous_scheduling_with_an_adaptive_budget_is_exact(plain: Served, adaptive: Served, group: str) -> None:
+    assert_equal(adaptive.answers[group], plain.answers["first" if group == "misled" else group])
+
+
+@pytest.mark.slow
+def test_an_asynchronous_budget_follows_the_drafter(adaptive: Served) -> None:
+    nodes, useful_steps = adaptive.seen["nodes"], adaptive.seen["useful_steps"]
+    useful, misled = nodes[:useful_steps], nodes[useful_steps:]
+    assert adaptive.seen["moves"] > 0
+    # Of one request and of four: none, some, all.
+    assert useful.count(0) > 10 and useful.count(NUM_NODES * NUM_PROMPTS) > 10
+    assert len(set(useful)) > 6
+    assert max(misled) > 0 and not any(misled[-5:])
+
+
+@pytest.mark.slow
 def test_the_kernels_for_a_gpu_are_exact_and_the_host_waits_for_nothing(
     pair: TinyPair, prompts: list[list[int]], tmp_path: Path, plain: Served
 ) -> None:
-    names = ("greedy", "top-p and top-k", "penalties")
+    names = ("top-p and top-k", "penalties")
     groups = {name: GROUPS[name] for name in names}
     served = serve(
         tmp_path, job_of(pair, prompts, tmp_path, "triton", spec=spec_of(pair), worker=TRITON, groups=groups)
@@ -184,10 +246,10 @@ def test_the_kernels_for_a_gpu_are_exact_and_the_host_waits_for_nothing(
 
 
 @pytest.mark.slow
-def test_preempted_requests_and_cached_prefixes_are_exact(
+def test_several_kv_groups_are_exact_with_preemption_and_cached_prefixes(
     pair: TinyPair, prompts: list[list[int]], tmp_path: Path
 ) -> None:
-    """Of a target one of whose layers has a window, so that there are several KV groups."""
+    """One layer of the target has a window."""
     # Not all requests fit with their answers; they have most of one prompt before them.
     shared = [prompts[2] + prompts[0] + prompt[:3] for prompt in prompts]
     params = [
@@ -196,83 +258,85 @@ def test_preempted_requests_and_cached_prefixes_are_exact(
     windows = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
     options = {"num_gpu_blocks_override": 22, "hf_overrides": windows}
     fields = {"groups": {"first": params, "second": params}, "options": options}
-    plain = serve(tmp_path, job_of(pair, shared, tmp_path, "plain", **fields))
-    trees = serve(tmp_path, job_of(pair, shared, tmp_path, "trees", spec=spec_of(pair), worker=WATCHED, **fields))
+    plain = serve(tmp_path, job_of(pair, shared, tmp_path, "plain-groups", **fields))
+    trees = serve(tmp_path, job_of(pair, shared, tmp_path, "groups", spec=spec_of(pair), worker=WATCHED, **fields))
     for name in ("first", "second"):
         assert_equal(trees.answers[name], plain.answers[name])
     assert trees.metrics["vllm:num_preemptions"] > 0 and trees.metrics["vllm:prefix_cache_hits"] > 0
 
 
 @pytest.mark.slow
-def test_asynchronous_scheduling_is_exact(
-    pair: TinyPair, prompts: list[list[int]], tmp_path: Path, plain: Served
+def test_preempted_requests_and_cached_prefixes_are_exact_with_an_adaptive_budget(
+    pair: TinyPair, prompts: list[list[int]], shared: dict[str, list[list[int]]], tmp_path: Path, plain: Served
 ) -> None:
-    spec = spec_of(pair)
-    served = serve(tmp_path, job_of(pair, prompts, tmp_path, "async", spec=spec, worker=WATCHED, async_scheduling=True))
-    for name in GROUPS:
-        assert_equal(served.answers[name], plain.answers[name])
-    assert served.seen["moves"] > 0
+    # Two requests fit with their answers, all four without.
+    fields = {"groups": SHARED, "other_prompts": shared, "options": {"num_gpu_blocks_override": 7}}
+    spec = spec_of(pair, adaptive_budget=True)
+    trees = serve(tmp_path, job_of(pair, prompts, tmp_path, "trees", spec=spec, worker=RULED, **fields))
+    for name in SHARED:
+        assert_equal(trees.answers[name], plain.answers[name])
+    metrics = trees.metrics
+    assert metrics["vllm:num_preemptions"] > 0 and metrics["vllm:prefix_cache_hits"] > 0
+    assert 0 < metrics["vllm:spec_decode_num_draft_tokens"] < NUM_NODES * metrics["vllm:spec_decode_num_drafts"]
 
 
 @pytest.mark.slow
-def test_thinking_budgets_processors_of_a_user_and_processed_log_probabilities_are_exact(
+def test_adapters_thinking_budgets_and_processors_of_a_user_are_exact(
     pair: TinyPair, prompts: list[list[int]], tmp_path: Path
 ) -> None:
-    # Text that the tiny target writes by itself, so that thoughts begin and end in prompts and in answers.
-    thoughts = {"reasoning_start_str": "(", "reasoning_end_str": "):\n"}
-    processors = ["tests.engine.v2.processors:AvoidRepeat"]
-    budgets = kinds(*({"temperature": 0.7 * (budget % 2), "thinking_token_budget": budget} for budget in (0, 1, 3)))
-    for name, options, group in (
-        ("thoughts", {"reasoning_config": thoughts}, budgets),
-        ("processors", {"logits_processors": processors}, per_prompt(temperature=0.8)),
-        (
-            "processed",
-            {"logprobs_mode": "processed_logprobs"},
-            kinds({"temperature": 0.8, "top_k": 20, "logprobs": 2}, {"temperature": 0.8, "logprobs": 1}),
-        ),
-    ):
-        fields = {"groups": {name: group}, "options": options}
-        plain = serve(tmp_path, job_of(pair, prompts, tmp_path, f"plain-{name}", **fields))
-        spec = spec_of(pair)
-        trees = serve(tmp_path, job_of(pair, prompts, tmp_path, f"trees-{name}", spec=spec, worker=WATCHED, **fields))
+    adapters = [None, *(write_adapter(tmp_path / f"adapter-{seed}", seed).lora_path for seed in (1, 2))]
+    fields = {
+        "groups": {
+            "thoughts": kinds(
+                *({"temperature": 0.7 * (size % 2), "thinking_token_budget": size} for size in (0, 1, 3))
+            ),
+            "adapters": kinds({"temperature": 0, "logprobs": 1}, {"temperature": 0.8}),
+        },
+        "adapters": adapters,
+        "options": {
+            # Text that the tiny target writes by itself, so that thoughts begin and end in prompts and in answers.
+            "reasoning_config": {"reasoning_start_str": "(", "reasoning_end_str": "):\n"},
+            "logits_processors": ["tests.engine.v2.processors:AvoidRepeat"],
+            **LORA,
+        },
+    }
+    plain = serve(tmp_path, job_of(pair, prompts, tmp_path, "plain", **fields))
+    trees = serve(tmp_path, job_of(pair, prompts, tmp_path, "trees", spec=spec_of(pair), worker=WATCHED, **fields))
+    for name in fields["groups"]:
         assert_equal(trees.answers[name], plain.answers[name])
-        assert trees.seen["at_once" if name == "processed" else "levels"] > 0 and trees.seen["moves"] > 0
+    assert trees.seen["levels"] > 0 and trees.seen["moves"] > 0
 
 
 @pytest.mark.slow
-def test_an_adaptive_budget_verifies_fewer_nodes_and_changes_no_answer(
+def test_two_ranks_of_tensor_parallel_answer_as_one_rank_without_us(
     pair: TinyPair, prompts: list[list[int]], tmp_path: Path, plain: Served
 ) -> None:
-    spec = spec_of(pair, adaptive_budget=True)
-    served = serve(tmp_path, job_of(pair, prompts, tmp_path, "adaptive", spec=spec, worker=WATCHED))
-    for name in GROUPS:
-        assert_equal(served.answers[name], plain.answers[name])
-    drafts, nodes = (served.metrics[f"vllm:spec_decode_num_{what}"] for what in ("drafts", "draft_tokens"))
-    assert 0 < nodes < NUM_NODES * drafts
-
-
-@pytest.mark.slow
-def test_two_ranks_of_tensor_parallel_are_exact(pair: TinyPair, prompts: list[list[int]], tmp_path: Path) -> None:
-    names = ("greedy", "penalties", "log probabilities")
+    names = ("penalties", "log probabilities")
     fields = {
         "groups": {name: GROUPS[name] for name in names},
         "options": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
     }
-    plain = serve(tmp_path, job_of(pair, prompts, tmp_path, "plain", **fields))
     # Adaptive, because ranks that decide differently would wait for each other.
     spec = spec_of(pair, adaptive_budget=True)
-    trees = serve(tmp_path, job_of(pair, prompts, tmp_path, "trees", spec=spec, worker=WATCHED, **fields))
+    trees = serve(
+        tmp_path, job_of(pair, prompts, tmp_path, "trees", spec=spec, worker=RULED, async_scheduling=True, **fields)
+    )
     for name in names:
         assert_equal(trees.answers[name], plain.answers[name])
     assert trees.metrics["vllm:spec_decode_num_accepted_tokens"] > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [{"num_speculative_tokens": 63}, {"tree": "chain"}, {"tree": "template"}], ids=str)
-def test_every_kind_of_tree_is_exact_up_to_the_end_of_the_context(
-    pair: TinyPair, prompts: list[list[int]], tmp_path: Path, short_plain: Served, spec: dict[str, Any]
+@pytest.mark.parametrize(
+    ("spec", "is_async"), [({"num_speculative_tokens": 63}, False), ({"tree": "template"}, True)], ids=str
+)
+def test_trees_are_exact_up_to_the_end_of_the_context(
+    pair: TinyPair, prompts: list[list[int]], tmp_path: Path, short_plain: Served, spec: dict[str, Any], is_async: bool
 ) -> None:
     ours = spec_of(pair, **spec)
-    trees = serve(tmp_path, job_of(pair, prompts, tmp_path, "trees", spec=ours, worker=WATCHED, **SHORT))
-    assert_equal(trees.answers["short"], short_plain.answers["short"])
+    job = job_of(pair, prompts, tmp_path, "trees", spec=ours, worker=WATCHED, async_scheduling=is_async, **SHORT)
+    trees = serve(tmp_path, job)
+    for name in SHORT["groups"]:
+        assert_equal(trees.answers[name], short_plain.answers[name])
     assert trees.answers["short"][0]["finish_reason"] == "length"
+    assert trees.seen["levels"] > 0 and trees.seen["at_once"] > 0

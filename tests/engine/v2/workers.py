@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_ctc_spec.engine.adaptive.budget import DraftPlan, NodeBudget
 from vllm_ctc_spec.engine.v2.cpu_worker import CTCCPUWorkerV2
 
 WAITING = {
@@ -60,7 +63,9 @@ class WatchedWorkerV2(CTCCPUWorkerV2):
         return times
 
     def what_was_seen(self) -> dict[str, Any]:
-        """The class that attends; steps of trees alone, of other rows beside trees; K/V moves; kinds of walks."""
+        """The class that attends; steps of trees alone, of other rows beside trees; K/V moves; kinds of walks; with a
+        rule, nodes by step, and how many steps came before `mislead`.
+        """
         return self.seen
 
 
@@ -98,3 +103,52 @@ class TritonWorkerV2(WatchedWorkerV2):
 
         runner.sample, speculator.propose = counted(sample), counted(propose)
         return times
+
+
+class RuledWorkerV2(WatchedWorkerV2):
+    """With an adaptive budget that decides by a rule, and not by how long steps take."""
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        speculator = self.model_runner.speculator
+        self.seen["nodes"] = nodes = []
+        self.decide(lambda step: None if step % 5 == 0 else float(step % 3 == 0))
+        begin = speculator.trees.begin
+
+        def watched_begin(batch: Any) -> None:
+            nodes.append(batch.num_draft_tokens)
+            begin(batch)
+
+        speculator.trees.begin = watched_begin
+        return times
+
+    def decide(self, cost: Callable[[int], float | None]) -> None:
+        """cost: by step, what a node costs more than most are worth; None where nothing is drafted."""
+        budget, steps = self.model_runner.speculator.budget, count()
+        # On other ranks than the first there is none.
+        if budget is None:
+            return
+
+        def plan(num_requests: int) -> DraftPlan | None:
+            chosen = cost(next(steps))
+            # So little a second that what steps take is nothing beside it.
+            return None if chosen is None else DraftPlan(num_requests, 1e-4 * chosen, 3e3)
+
+        budget.control.budget.plan = plan
+
+    def mislead(self) -> None:
+        """From now on every step drafts, and each drafted token is the one after that which was meant."""
+        drafter = self.model_runner.drafter
+        draft, num_nodes = drafter.draft, drafter.settings.num_nodes
+
+        def misled(*args: Any) -> Any:
+            packed = draft(*args).clone()
+            packed[:, :num_nodes] = (packed[:, :num_nodes] + 1) % drafter.drafter.config.vocab_size
+            return packed
+
+        drafter.draft = misled
+        control = self.model_runner.speculator.budget.control
+        # One that has not seen the drafter being right.
+        control.budget = NodeBudget(control.budget._target, control.budget._drafting)
+        self.decide(lambda step: 1.0)
+        self.seen["useful_steps"] = len(self.seen["nodes"])

@@ -44,12 +44,14 @@ class BudgetControl:
         """None where the step after one of so many requests is to verify nothing."""
         return self.budget.plan(num_requests)
 
+    def choose(self, plan: DraftPlan, trees: Sequence[Sequence[float]]) -> list[int]:
+        """See `NodeBudget.choose`."""
+        return self.budget.choose(plan, trees) if trees else []
+
     def cut(self, plan: DraftPlan, trees: list[HostTree]) -> list[HostTree]:
         """Each tree with the nodes that the budget chooses of it."""
-        if not trees:
-            return []
-        counts = self.budget.choose(plan, [tree.probabilities for tree in trees])
-        return [tree.cut(count) for tree, count in zip(trees, counts)]
+        counts = self.choose(plan, [tree.probabilities for tree in trees])
+        return [tree.cut(count) for tree, count in zip(trees, counts, strict=True)]
 
     def observe(self, step: EndedStep) -> None:
         """At the end of a step."""

@@ -3,8 +3,8 @@
 vLLM keeps the drafted tokens themselves in `RequestState.draft_tokens` (vllm/v1/worker/gpu/states.py); this keeps their
 structure beside them. Nothing here waits for the device: what decides about shapes is known on the host.
 
-Letters: S request slots (`max_num_reqs`), R requests of a step, M rows of a step, K drafted rows of a step, N node
-budget, D largest depth of a tree.
+Letters: S request slots (`max_num_reqs`), R requests of a step, M rows of a step, K drafted rows of a step, P rows of a
+step that may be verified, N node budget, D largest depth of a tree.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class TreeStep:
     """[R] int64, `counts` on the device."""
     anchors: Tensor
     """[R] int64, row of each request's anchor: of a prompt its last row."""
+    kept: Tensor
+    """[P] int64, all rows but drafted ones beyond the longest path"""
+    kept_anchors: Tensor
+    """[R] int64, place of each request's anchor among `kept`"""
     positions: Tensor
     """[M] int64, in the order of the cache's slots; those of vLLM's batch follow the depth."""
     paths: AcceptedPaths | None = None
@@ -138,12 +142,18 @@ class DeviceTrees:
         device = self.parents.device
         packed = async_tensor_h2d(np.stack((anchors[requests] + nodes, requests, nodes)), device=device)
         rows, at_request, at_node = packed.long()
-        at_anchor, num_nodes = async_tensor_h2d(np.stack((anchors, counts)), device=device).long()
+        is_kept = np.ones(input_batch.num_tokens, dtype=bool)
+        is_kept[(anchors[requests] + nodes)[nodes > self.max_depth]] = False
+        kept = async_tensor_h2d(is_kept.nonzero()[0], device=device)
+        of_requests = np.stack((anchors, counts, is_kept.cumsum()[anchors] - 1))
+        at_anchor, num_nodes, kept_anchors = async_tensor_h2d(of_requests, device=device).long()
         positions = input_batch.positions[: input_batch.num_tokens]
         sequential = positions.clone()
         slot = input_batch.idx_mapping[at_request].long()
         positions[rows] = sequential[at_anchor[at_request]] + self.depths[slot, at_node - 1]
-        self.step = TreeStep(input_batch, counts, rows, at_request, at_node, num_nodes, at_anchor, sequential)
+        self.step = TreeStep(
+            input_batch, counts, rows, at_request, at_node, num_nodes, at_anchor, kept, kept_anchors, sequential
+        )
 
     def of_step(self, tokens: Tensor) -> TokenTrees:
         """The trees of the step's requests, cut to the rows that were scheduled; tokens: [R, N]."""

@@ -2,14 +2,15 @@
 
 One step, in the order of vLLM's `execute_model` and `sample_tokens` (vllm/v1/worker/gpu/model_runner.py): take up the
 drafted trees and set their positions (`prepare_attn`), give attention their ancestor masks, walk them (`TreeVerifier`)
-and move the accepted keys and values (`sample`), draft the next trees (`CTCSpeculator.propose`). The host schedules the
-node budget for every request and is told how many tokens came; it never sees a tree.
+and move the accepted keys and values (`sample`), draft the next trees (`CTCSpeculator.propose`). The host schedules
+nodes for every request and is told how many tokens came; it sees trees for an adaptive node budget only.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
@@ -17,6 +18,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_ctc_spec.engine.adaptive.control import measured_control
 from vllm_ctc_spec.engine.graphs import capture_drafting
+from vllm_ctc_spec.engine.v2.adapters import TreeLoraState
 from vllm_ctc_spec.engine.v2.host_budget import HostBudget
 from vllm_ctc_spec.engine.v2.speculator import CTCSpeculator
 from vllm_ctc_spec.engine.v2.verifier import TreeVerifier
@@ -40,6 +42,7 @@ class TreeModelRunnerV2(GPUModelRunner):
         if layers := self.drafter.settings.target_layers:
             self.model.set_aux_hidden_state_layers(layers)
             self.use_aux_hidden_state_outputs = True
+        self.lora_state = TreeLoraState(self.max_num_reqs)
         self.rejection_sampler = TreeVerifier(self.sampler, self.speculator.trees)
         self._prepare_vllms_attention = self.model_state.prepare_attn
         # vLLM makes attention's metadata in the model's state, and has no hook of the runner after it.
@@ -62,6 +65,7 @@ class TreeModelRunnerV2(GPUModelRunner):
     def prepare_attn(self, input_batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
         prepared: tuple[tuple[Tensor, ...], Tensor] = super().prepare_attn(input_batch)
         self.speculator.trees.begin(input_batch)
+        self.lora_state.num_logits = np.diff(input_batch.cu_num_logits_np)
         return prepared
 
     def _prepare_tree_attention(self, input_batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -91,17 +95,26 @@ class TreeModelRunnerV2(GPUModelRunner):
         """Before the first request; needs the compiled model."""
         if self.adapts:
             control = measured_control(self, self._run_target)
-            self.speculator.budget = None if control is None else HostBudget(control)
+            if control is not None:
+                is_async = self.vllm_config.scheduler_config.async_scheduling
+                self.speculator.budget = HostBudget(control, self.drafter.settings.num_nodes, is_async)
 
     @torch.inference_mode()
     def _run_target(self, num_rows: int) -> None:
-        self.model.compute_logits(self._dummy_run(num_rows)[0])
+        # With LoRA layers vLLM computes the logits of one row per request.
+        self.drafter.target.compute_logits(self._dummy_run(num_rows)[0])
         torch.accelerator.synchronize()
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         drafts = super().take_draft_token_ids()
         budget = self.speculator.budget
         return drafts if budget is None or drafts is None else budget.cut(drafts)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().sample_tokens(*args, **kwargs)
+        if output is not None and self.speculator.budget is not None:
+            output.model_runner_output.node_counts = self.speculator.budget.node_counts
+        return output
 
     def warm_up_drafting(self) -> None:
         capture_drafting(self)

@@ -34,8 +34,7 @@ class CTCSpeculator(BaseSpeculator):
         self.device = device
         self.chain_only = np.zeros(self.num_slots, dtype=bool)
         """[S] requests with structured output: the grammar's mask is made for a chain."""
-        is_async = vllm_config.scheduler_config.async_scheduling
-        self.adapts = self.drafter.settings.options.adapts and not is_async
+        self.adapts = self.drafter.settings.options.adapts
         """Whether the node budget is adaptive."""
         self.budget: HostBudget | None = None
         """On the first rank, which decides for all, if it is."""
@@ -104,8 +103,8 @@ class CTCSpeculator(BaseSpeculator):
         return self.trees.store(request_slots, packed)
 
     def _verified(self, batch: Any, hidden_states: list[Tensor], slots: Tensor) -> tuple[VerifiedRows, Tensor, Tensor]:
-        """All rows of the step, those that are not verified without a slot; and of each request the row of its last
-        verified position among them, and that position's token.
+        """Rows of the step that may be verified, those that are not without a slot; and of each request the row of its
+        last verified position among them, and that position's token.
         """
         total, step = batch.num_tokens, self.trees.step
         tokens = batch.input_ids[:total].long()
@@ -114,7 +113,7 @@ class CTCSpeculator(BaseSpeculator):
         if step is None:
             last = batch.query_start_loc[1 : batch.num_reqs + 1].long() - 1
             return VerifiedRows(fuse(hidden), batch.positions[:total], slots), last, tokens[last]
-        source = step.source_rows()
-        verified = VerifiedRows(fuse(hidden[source]), step.positions, step.verified_slots(slots))
-        last = step.anchors + step.accepted.num_accepted
+        source = step.source_rows()[step.kept]
+        verified = VerifiedRows(fuse(hidden[source]), step.positions[step.kept], step.verified_slots(slots)[step.kept])
+        last = step.kept_anchors + step.accepted.num_accepted
         return verified, last, tokens[source[last]]
