@@ -118,6 +118,7 @@ TOUCHED: dict[str, tuple[str, ...]] = {
         "_setup_eagle3_aux_hidden_state_outputs",
         "_sync_device",
         "_to_list",
+        "supports_mm_inputs",
         "use_aux_hidden_state_outputs",
     ),
     "vllm.v1.worker.gpu_input_batch:InputBatch": (

@@ -258,8 +258,12 @@ class TreeModelRunner(GPUModelRunner):
         at_request, at_row, at_verified, at_len, anchor = packed
         num_blocks = -(-max(last.lens) // self.cache_config.block_size)
         table = self.input_batch.block_table[self.drafter.kv_group].block_table.gpu
+        last_tokens = self.input_ids.gpu[at_row].long()
+        if self.supports_mm_inputs:
+            # A prompt may end with an image, whose token need not have an embedding.
+            last_tokens.clamp_(max=self.drafter.drafter.config.vocab_size - 1)
         return DraftRequests(
-            torch.stack((self.input_ids.gpu[at_row].long(), anchor), dim=1),
+            torch.stack((last_tokens, anchor), dim=1),
             at_verified,
             self.attention.context(table[:, :num_blocks], at_request, at_len),
             [self._sampling_params(index).structured_outputs is not None for index in drafting],

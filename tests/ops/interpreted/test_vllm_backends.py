@@ -181,6 +181,33 @@ def test_moved_rows_are_read_before_any_is_written() -> None:
     assert torch.equal(step.layer.kv_cache, before)
 
 
+def test_each_kv_group_has_blocks_of_its_own() -> None:
+    """The drafter's group, between those of the target, is left alone."""
+    from dataclasses import replace
+
+    from vllm_ctc_spec.engine.attention.interface import StepTrees
+    from vllm_ctc_spec.engine.attention.triton import TritonTreeAttention
+
+    first, second = Step(), Step()
+    attention = TritonTreeAttention([first.layer], [], [second.layer])
+    # The second group's blocks are the first's in another order.
+    order = torch.randperm(len(second.layer.kv_cache), generator=torch.Generator().manual_seed(3))
+    second.layer.kv_cache[order] = second.layer.kv_cache.clone()
+    slots = order[second.slots // BLOCK] * BLOCK + second.slots % BLOCK
+    metadata = [
+        first.metadata(),
+        replace(second.metadata(), block_table=order[BLOCKS.long()].int(), slot_mapping=slots),
+    ]
+    attention.attach(metadata, StepTrees([0, 1, 2], STARTS, CONTEXTS, [CAUSAL[:5], TREE, CAUSAL[:3]], sum(COUNTS)))
+    for step, own, at in zip((first, second), metadata, (first.slots, slots), strict=True):
+        out = torch.full_like(step.query, torch.nan)
+        step.layer.impl.do_kv_cache_update(step.layer, step.key, step.value, step.layer.kv_cache, at)
+        step.layer.impl.forward(step.layer, step.query, step.key, step.value, step.layer.kv_cache, own, out)
+        torch.testing.assert_close(out, first.expected([*CAUSAL[:5], *TREE, *CAUSAL[:3]]), rtol=1e-5, atol=1e-5)
+    attention.move_rows([first.slots, first.slots, slots], [[2, 4], [], [14]], [[1, 2], [], [13]])
+    assert torch.equal(second.layer.kv_cache[order], first.layer.kv_cache)
+
+
 def test_a_float8_cache_and_query_are_read_with_their_scales() -> None:
     from vllm_ctc_spec.engine.attention.interface import TreeRows
 
@@ -273,7 +300,7 @@ def test_xformers_is_refused_for_what_it_does_not_compute(features: dict[str, An
 
     allow_xformers_on_a_cpu()
     with pytest.raises(ValueError, match=r"attention_kernel='xformers': .* a sliding window.*Leave it out"):
-        tree_attention_of([make_layer(True), make_layer(True, **features)], "xformers")
+        tree_attention_of([[make_layer(True), make_layer(True, **features)]], "xformers")
 
 
 def test_scales_of_each_head_are_refused() -> None:
