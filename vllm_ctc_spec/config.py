@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -19,6 +19,7 @@ MAX_FRAMES = 16
 TREES = ("prefix", "template", "chain")
 EMISSIONS = ("independent", "conditioned")
 ATTENTION_KERNELS = ("own", "xformers")
+RETRIEVALS = ("off", "request", "request+answers")
 
 _COUNTS = (
     "hidden_size",
@@ -154,6 +155,9 @@ class SpecOptions:
     adaptive_budget: verify as many nodes, up to the node budget, as make the batch faster (engine/adaptive/); a
         template tree is always verified whole.
     attention_kernel: kernel for tree attention and for the drafter's frames; "xformers" on CUDA only.
+    retrieval: draft again what followed the same tokens before, in the request's own text or also in earlier answers of
+        this process; needs the extra "suffix".
+    retrieval_depth: most tokens ahead that retrieval drafts.
     """
 
     tree: Literal["prefix", "template", "chain"] = "prefix"
@@ -161,11 +165,17 @@ class SpecOptions:
     min_prefix_probability: float = 0.0
     adaptive_budget: bool = True
     attention_kernel: Literal["own", "xformers"] = "own"
+    retrieval: Literal["off", "request", "request+answers"] = "off"
+    retrieval_depth: int = 32
 
     @property
     def adapts(self) -> bool:
         """Whether the node budget is adaptive."""
         return self.adaptive_budget and self.tree != "template"
+
+    @property
+    def retrieves(self) -> bool:
+        return self.retrieval != "off"
 
     def __post_init__(self) -> None:
         if self.tree not in TREES:
@@ -182,6 +192,17 @@ class SpecOptions:
             raise ValueError(
                 f"speculative_config attention_kernel={self.attention_kernel!r}: use one of "
                 f"{', '.join(ATTENTION_KERNELS)}."
+            )
+        if self.retrieval not in RETRIEVALS:
+            raise ValueError(f"speculative_config retrieval={self.retrieval!r}: use one of {', '.join(RETRIEVALS)}.")
+        if not is_integer(self.retrieval_depth, 1) or self.retrieval_depth > MAX_NODES:
+            raise ValueError(
+                f"speculative_config retrieval_depth={self.retrieval_depth!r}: use an integer from 1 to {MAX_NODES}."
+            )
+        if self.retrieves and self.tree != "prefix":
+            raise ValueError(
+                f"speculative_config retrieval={self.retrieval!r} with tree={self.tree!r}: retrieval joins a prefix tree. "
+                "Leave one of them out."
             )
 
     @classmethod
@@ -221,3 +242,11 @@ def is_integer(value: Any, least: int | None = None) -> bool:
 
 def is_number(value: Any) -> bool:
     return is_integer(value) or isinstance(value, float)
+
+
+def goes_without_drafter(settings: Mapping[str, Any]) -> bool:
+    """Whether a `speculative_config` of ours sets `model` to null, which with retrieval means no drafter.
+
+    Without retrieval it means the target's own, as leaving it out does.
+    """
+    return "model" in settings and settings["model"] is None and settings.get("retrieval", "off") != "off"
