@@ -201,7 +201,7 @@ class SpecOptions:
             )
         if self.retrieves and self.tree != "prefix":
             raise ValueError(
-                f"speculative_config retrieval={self.retrieval!r} with tree={self.tree!r}: retrieval joins a prefix tree. "
+                f"speculative_config retrieval={self.retrieval!r} with tree={self.tree!r}: it needs a prefix tree. "
                 "Leave one of them out."
             )
 

@@ -97,10 +97,11 @@ def test_a_weight_of_one_gives_the_drafters_tree(case: Case, other: Psi, num_nod
 @_settings
 @given(sources(), sources(), st.integers(1, 63))
 def test_a_weight_of_zero_gives_the_other_sources_tree(first: Psi, second: Psi, num_nodes: int) -> None:
-    found = mix(tree_of(first), tree_of(second), 0.0, num_nodes)
-    assert found == mix(NOTHING, tree_of(second), 0.0, num_nodes)
-    assert psi_of(found).items() <= second.items()
-    assert list(found.psi) == sorted(second.values(), reverse=True)[:num_nodes]
+    # Of equally probable prefixes either may be cut off.
+    for one in (tree_of(first), NOTHING):
+        found = mix(one, tree_of(second), 0.0, num_nodes)
+        assert psi_of(found).items() <= second.items()
+        assert list(found.psi) == sorted(second.values(), reverse=True)[:num_nodes]
 
 
 @_settings
@@ -126,9 +127,7 @@ def test_the_likeliest_path_steps_to_the_most_probable_child(psi: Psi) -> None:
 
 @_settings
 @given(sources(), _OUTPUTS)
-def test_what_a_source_gave_to_a_text_is_by_the_definition_of_a_conditional_probability(
-    psi: Psi, text: Prefix
-) -> None:
+def test_what_a_source_gave_to_a_text_is_by_the_definition_of_a_conditional_probability(psi: Psi, text: Prefix) -> None:
     found = tree_of(psi).along(text)
     for length, each in enumerate(found):
         before = text[:length]

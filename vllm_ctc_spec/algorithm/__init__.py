@@ -8,7 +8,6 @@ drafter's tree with that of a second source. Nothing here imports vLLM or transf
 
 from .best_first import search_chains, search_prefix_trees
 from .ctc import ConditionedPrefix, IndependentPrefix, collapse
-from .mixture import NOTHING, Given, Prefixes, likeliest_path, mix
 from .emissions import (
     ConditionedEmissions,
     Conditioning,
@@ -16,6 +15,7 @@ from .emissions import (
     conditioned_emissions,
     independent_emissions,
 )
+from .mixture import NOTHING, Given, Prefixes, likeliest_path, mix
 from .next_token import conditioned_next_tokens, independent_next_tokens
 from .prefix_tree import build_chains, build_prefix_trees
 from .source_weights import Reliability, SourceWeights, log_ratio, posterior

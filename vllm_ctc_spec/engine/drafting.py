@@ -153,7 +153,7 @@ class CTCProposer(TargetProposer):
         drafted, logits = self._draft(inputs)
         trees = self._build(drafted, logits, options)
         if any_chain:
-            chains = self._build(drafted, logits, dataclasses.replace(options, tree="chain"))
+            chains = self._build(drafted, logits, dataclasses.replace(options, tree="chain", retrieval="off"))
             only = async_tensor_h2d(chain_only, device=trees.device)
             trees = torch.where(only[:, None], chains, trees)
         return trees
