@@ -59,7 +59,7 @@ def resolve_settings(
     _check_target(target)
     if options.retrieves:
         check_retrieval(options)
-    drafter, layers = None, ()
+    drafter, layers = None, tuple[int, ...]()
     if not is_undrafted:
         drafter = find_drafter(model, target.model, revision, target.revision, hub_of(engine_args))
         config = check_drafter(drafter)
