@@ -109,7 +109,7 @@ install_suffix_trees() {
     [[ $(version_of arctic-inference) == none ]] || return 0
     say "building arctic-inference (C++, half a minute)"
     local tools=$venv/build-tools
-    pip_install --quiet --target "$tools" cmake ninja nanobind==2.9.2 grpcio-tools setuptools wheel
+    pip_install --quiet --target "$tools" cmake ninja nanobind==2.9.2 grpcio-tools
     PYTHONPATH=$tools PATH=$tools/bin:$PATH \
         pip_install --quiet --no-deps --no-build-isolation "$(requirements_of suffix)"
     rm -r "$tools"
