@@ -6,6 +6,7 @@ The cache has so few blocks that requests are preempted in most tests.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,29 +19,40 @@ from tests.engine.probe import record_trees, recorded_trees
 from tests.tiny_pair import DRAFTER, TinyPair
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.engine import retrieval
+from vllm_ctc_spec.engine.adaptive.budget import DraftPlan
 from vllm_ctc_spec.engine.host_tree import EMPTY_TREE, HostTree
 from vllm_ctc_spec.engine.metrics import read_tree_metrics
 from vllm_ctc_spec.engine.retrieval import LONGEST_MATCH, Retrieval
 
 SOURCES: dict[str, dict[str, Any]] = {
-    "drafter and request": {"retrieval": "request"},
+    "drafter and request": {"retrieval": "request", "adaptive_budget": True},
     "request and answers alone": {"model": None, "retrieval": "request+answers", "retrieval_depth": 20},
 }
 
 
 @pytest.fixture(scope="module", params=SOURCES.values(), ids=SOURCES)
 def retrieving(pair: TinyPair, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    """The first one asks its drafter in two of three steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         with engine(pair, request.param, num_gpu_blocks_override=24, block_size=32) as llm:
+            llm.collective_rpc(ask_by_rule)
             yield llm
 
 
+def ask_by_rule(worker: Any) -> None:
+    """In place of an adaptive budget, whose choices depend on how long steps take."""
+    control, steps = worker.model_runner.control, count()
+    if control is not None:
+        control.budget.plan = lambda num_requests: DraftPlan(num_requests, 0.0, 0.0)
+        control.budget.pays_to_draft = lambda plan, gain: next(steps) % 3 > 0
+
+
 PARAMETERS: dict[str, Any] = {
-    "greedy": SamplingParams(temperature=0, max_tokens=100, ignore_eos=True),
-    "seeded": seeded(NUM_PROMPTS, temperature=0.8, top_p=0.95, max_tokens=80, ignore_eos=True),
+    "greedy": SamplingParams(temperature=0, max_tokens=60, ignore_eos=True),
+    "seeded": seeded(NUM_PROMPTS, temperature=0.8, top_p=0.95, max_tokens=60, ignore_eos=True),
     "penalties": seeded(
-        NUM_PROMPTS, temperature=0.9, repetition_penalty=1.1, presence_penalty=0.3, frequency_penalty=0.2, max_tokens=60
+        NUM_PROMPTS, temperature=0.9, repetition_penalty=1.1, presence_penalty=0.3, frequency_penalty=0.2, max_tokens=40
     ),
     "mixed": [
         SamplingParams(seed=index, max_tokens=50, **({}, {"temperature": 0}, {"presence_penalty": 0.5})[index % 3])
@@ -64,8 +76,9 @@ def test_answers_are_plain_vllms(plain: LLM, retrieving: LLM, prompts: list[list
     assert complete(retrieving, prompts, params) == complete(plain, prompts, params)
 
 
-def test_requests_have_been_preempted(retrieving: LLM, prompts: list[list[int]]) -> None:
-    complete(retrieving, prompts, PARAMETERS["greedy"])
+def test_preempted_requests_resume_exactly(plain: LLM, retrieving: LLM, prompts: list[list[int]]) -> None:
+    params = seeded(12, temperature=0.8, max_tokens=120, ignore_eos=True)
+    assert complete(retrieving, prompts[:12], params) == complete(plain, prompts[:12], params)
     preemptions = [metric.value for metric in retrieving.get_metrics() if metric.name == "vllm:num_preemptions"]
     assert sum(preemptions) > 0
 
