@@ -78,7 +78,7 @@ def mix(first: Prefixes, second: Prefixes, weight: float, num_nodes: int, least:
             psi[node - 1] += (1.0 - weight) * value
             nodes.append(node)
     # Stable, so that of equal ones the parent stays before its child.
-    order = sorted(range(len(psi)), key=lambda index: -psi[index])[:num_nodes]
+    order = sorted(range(len(psi)), key=psi.__getitem__, reverse=True)[:num_nodes]
     order = [index for index in order if psi[index] > 0.0 and psi[index] >= least]
     place = {0: 0}
     for rank, index in enumerate(order, 1):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 
 from .mixture import Given
 
@@ -43,10 +45,10 @@ class Reliability:
 
     def by_depth(self, match: int, depth: int) -> list[float]:
         """[depth + 1]: that so many tokens after a match of m tokens are as before; each makes the match longer."""
-        products = [1.0]
-        for ahead in range(depth):
-            products.append(products[-1] * self.of(match + ahead))
-        return products
+        rates = [hits / tries for hits, tries in zip(self._hits, self._tries)]
+        ahead = rates[match : match + depth]
+        ahead += rates[-1:] * (depth - len(ahead))
+        return list(accumulate(ahead, mul, initial=1.0))
 
     def observe(self, match: int, given: Sequence[Given]) -> None:
         """given: of the source's tree after a match of m tokens, for the tokens that came."""
