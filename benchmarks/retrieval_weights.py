@@ -64,7 +64,7 @@ def main() -> None:
     spec = {"method": "ctc", "model": options.drafter, "retrieval": "request", "adaptive_budget": False}
     cache = kv_cache_options(options.target, num_requests=1, max_model_len=2048)
     figure, axes = plt.subplots(len(options.rows), 1, figsize=(8, 2.2 * len(options.rows)), squeeze=False)
-    with started(options.target, speculative_config=spec, max_num_seqs=1, **cache) as llm:
+    with started(options.target, speculative_config=spec, **cache) as llm:
         llm.collective_rpc(record_weights)
         params = SamplingParams(temperature=0, max_tokens=options.max_tokens)
         for axis, row in zip(axes[:, 0], options.rows):
