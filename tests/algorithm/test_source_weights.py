@@ -45,9 +45,24 @@ def test_a_request_begins_with_equal_weights_and_goes_on_with_its_posterior() ->
 def test_no_source_is_given_up_and_evidence_is_forgotten(ratios: list[float], match: int) -> None:
     weights, evidence = SourceWeights(LONGEST), 0.0
     for ratio in ratios:
+        expected = FORGETTING * evidence + ratio
         evidence = weights.observe(match, evidence, ratio)
         assert FLOOR <= weights.weight(match, evidence) <= 1 - FLOOR
-    assert evidence == pytest.approx(sum(ratio * FORGETTING**age for age, ratio in enumerate(reversed(ratios))))
+        if FLOOR < posterior(0.5, expected) < 1 - FLOOR:
+            assert evidence == pytest.approx(expected)
+        else:
+            assert posterior(0.5, evidence) == pytest.approx(FLOOR if expected < 0 else 1 - FLOOR)
+
+
+def test_a_text_that_turns_is_followed_at_once() -> None:
+    weights, evidence = SourceWeights(LONGEST), 0.0
+    for _ in range(20):
+        evidence = weights.observe(4, evidence, -4.0)
+    assert weights.weight(1, evidence) < 0.05
+    # Two tokens that the other source had, at another length of the match.
+    for _ in range(2):
+        evidence = weights.observe(1, evidence, 3.0)
+    assert weights.weight(1, evidence) > 0.5
 
 
 def test_the_start_value_is_learnt_over_requests_by_the_length_of_the_match() -> None:

@@ -75,7 +75,9 @@ class SourceWeights:
         responsibility = posterior(self.weight(match, evidence), ratio)
         self._first[match] = DECAY * self._first[match] + responsibility
         self._total[match] = DECAY * self._total[match] + 1
-        return FORGETTING * evidence + ratio
+        # Within what the floor leaves, so that a text that turns is followed at once.
+        most = math.log(1 / FLOOR - 1)
+        return min(max(FORGETTING * evidence + ratio, -most), most)
 
 
 def posterior(prior: float, evidence: float) -> float:
