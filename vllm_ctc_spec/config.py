@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -20,6 +20,7 @@ MAX_FRAMES = 16
 TREES = ("prefix", "template", "chain")
 EMISSIONS = ("independent", "conditioned")
 ATTENTION_KERNELS = ("own", "xformers")
+RETRIEVALS = ("off", "request", "request+answers")
 
 _COUNTS = (
     "hidden_size",
@@ -157,6 +158,9 @@ class SpecOptions:
     attention_kernel: kernel for tree attention and for the drafter's frames; "xformers" on CUDA only.
     record: file to which served prompts and answers are appended, as training rows (engine/recording.py).
     record_limit_mb: size that this file does not exceed.
+    retrieval: draft again what followed the same tokens before, in the request's own text or also in earlier answers of
+        this process; needs the extra "suffix".
+    retrieval_depth: most tokens ahead that retrieval drafts.
     """
 
     tree: Literal["prefix", "template", "chain"] = "prefix"
@@ -166,11 +170,17 @@ class SpecOptions:
     attention_kernel: Literal["own", "xformers"] = "own"
     record: str | os.PathLike[str] | None = None
     record_limit_mb: int = 256
+    retrieval: Literal["off", "request", "request+answers"] = "off"
+    retrieval_depth: int = 32
 
     @property
     def adapts(self) -> bool:
         """Whether the node budget is adaptive."""
         return self.adaptive_budget and self.tree != "template"
+
+    @property
+    def retrieves(self) -> bool:
+        return self.retrieval != "off"
 
     def __post_init__(self) -> None:
         if self.tree not in TREES:
@@ -193,6 +203,17 @@ class SpecOptions:
         if not is_integer(self.record_limit_mb, 1):
             raise ValueError(
                 f"speculative_config record_limit_mb={self.record_limit_mb!r}: use an integer of at least 1."
+            )
+        if self.retrieval not in RETRIEVALS:
+            raise ValueError(f"speculative_config retrieval={self.retrieval!r}: use one of {', '.join(RETRIEVALS)}.")
+        if not is_integer(self.retrieval_depth, 1) or self.retrieval_depth > MAX_NODES:
+            raise ValueError(
+                f"speculative_config retrieval_depth={self.retrieval_depth!r}: use an integer from 1 to {MAX_NODES}."
+            )
+        if self.retrieves and self.tree != "prefix":
+            raise ValueError(
+                f"speculative_config retrieval={self.retrieval!r} with tree={self.tree!r}: it needs a prefix tree. "
+                "Leave one of them out."
             )
 
     @classmethod
@@ -232,3 +253,11 @@ def is_integer(value: Any, least: int | None = None) -> bool:
 
 def is_number(value: Any) -> bool:
     return is_integer(value) or isinstance(value, float)
+
+
+def goes_without_drafter(settings: Mapping[str, Any]) -> bool:
+    """Whether a `speculative_config` of ours sets `model` to null, which with retrieval means no drafter.
+
+    Without retrieval it means the target's own, as leaving it out does.
+    """
+    return "model" in settings and settings["model"] is None and settings.get("retrieval", "off") != "off"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from vllm_ctc_spec.config import SpecOptions, check_node_budget, did_you_mean
+from vllm_ctc_spec.config import SpecOptions, check_node_budget, did_you_mean, goes_without_drafter
 from vllm_ctc_spec.engine.vllm_api import engine_options, speculative_options
 
 
@@ -41,6 +41,7 @@ def check_ctc(where: str, spec: dict[str, Any], target: str) -> None:
         SpecOptions.from_dict(own)
         if "num_speculative_tokens" in spec:
             check_node_budget(spec["num_speculative_tokens"])
-        check_drafter(find_drafter(spec.get("model"), target, spec.get("revision")))
+        if not goes_without_drafter(spec):
+            check_drafter(find_drafter(spec.get("model"), target, spec.get("revision")))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

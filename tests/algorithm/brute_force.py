@@ -127,6 +127,19 @@ def prefix_probabilities(outcomes: dict[Prefix, float]) -> dict[Prefix, float]:
     return {prefix: value for prefix, value in psi.items() if value > 0}
 
 
+def best_connected_sum(psi: dict[Prefix, float], num_nodes: int) -> float:
+    """The largest sum of psi of any connected tree of at most `num_nodes` nodes, by enumeration."""
+    trees = {frozenset[Prefix]()}
+    for _ in range(min(num_nodes, len(psi))):
+        trees = {
+            tree | {prefix}
+            for tree in trees
+            for prefix in psi
+            if prefix not in tree and (len(prefix) == 1 or prefix[:-1] in tree)
+        }
+    return max(sum(psi[prefix] for prefix in tree) for tree in trees)
+
+
 def node_prefixes(trees: TokenTrees, request: int = 0) -> list[Prefix]:
     """The prefix that ends in each real node, by following parents."""
     prefixes: list[Prefix] = [()]

@@ -24,7 +24,7 @@ from vllm_ctc_spec.algorithm import (
     search_prefix_trees,
 )
 
-from .brute_force import Case, Prefix, cases, node_prefixes, prefix_probabilities
+from .brute_force import Case, best_connected_sum, cases, node_prefixes, prefix_probabilities
 
 _settings = settings(max_examples=40, deadline=None)
 
@@ -44,19 +44,6 @@ def _chains(case: Case, num_nodes: int) -> Iterator[TokenTrees]:
         yield search_chains(emissions, num_nodes)
 
 
-def _best_connected_sum(psi: dict[Prefix, float], num_nodes: int) -> float:
-    """The largest sum of psi of any connected tree of at most `num_nodes` nodes, by enumeration."""
-    trees = {frozenset[Prefix]()}
-    for _ in range(min(num_nodes, len(psi))):
-        trees = {
-            tree | {prefix}
-            for tree in trees
-            for prefix in psi
-            if prefix not in tree and (len(prefix) == 1 or prefix[:-1] in tree)
-        }
-    return max(sum(psi[prefix] for prefix in tree) for tree in trees)
-
-
 @_settings
 @given(cases(), st.integers(1, 63))
 def test_node_probabilities_equal_the_sum_over_alignments_and_are_the_largest(case: Case, num_nodes: int) -> None:
@@ -72,7 +59,7 @@ def test_node_probabilities_equal_the_sum_over_alignments_and_are_the_largest(ca
 @_settings
 @given(cases(max_frames=3, max_tokens=2), st.integers(1, 4))
 def test_no_connected_tree_has_a_larger_sum_of_prefix_probabilities(case: Case, num_nodes: int) -> None:
-    best = _best_connected_sum(prefix_probabilities(case.outcomes()), num_nodes)
+    best = best_connected_sum(prefix_probabilities(case.outcomes()), num_nodes)
     for trees in _prefix_trees(case, num_nodes):
         assert trees.prefix_logp.exp().sum().item() == pytest.approx(best, rel=1e-5)
 

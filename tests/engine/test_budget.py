@@ -186,3 +186,21 @@ def test_calls_may_come_in_any_order(calls: list[tuple[str, int, float]]) -> Non
         else:
             [*counts] = budget.choose(plan, [[0.9, 0.5], [], [0.2]])
             assert len(counts) == 3 and counts[1] == 0 and 0 <= counts[0] <= 2 and 0 <= counts[2] <= 1
+
+
+@pytest.mark.parametrize(("gain", "pays"), [(0.0, False), (0.79, False), (0.81, True)])
+def test_the_drafter_is_asked_where_it_adds_more_than_its_time_is_worth(gain: float, pays: bool) -> None:
+    """0.4 seconds for four requests, in which the engine emits 0.8 tokens."""
+    budget = line(0.1, Cost(np.array([1, 4]), np.array([0.1, 0.4])))
+    assert budget.pays_to_draft(DraftPlan(4, 2.0, 0.0), gain) == pays
+
+
+def test_a_step_without_the_drafter_is_not_charged_for_it() -> None:
+    """After many steps that pay by their nodes alone, those that had a costly drafter count as lost."""
+    lost = {}
+    for asks in (True, False):
+        budget = line(0.1, Cost(np.array([1]), np.array([5.0])))
+        for _ in range(20):
+            budget.choose(DraftPlan(1, 1.0, 0.0, asks), [[0.9, 0.8]])
+        lost[asks] = budget._loads[1].loses_by_estimate
+    assert lost == {True: True, False: False}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +107,13 @@ CASES = {
     "candidates true": Case("candidates=True: use an integer from 1 to 64", {"candidates": True}),
     "budget in words": Case("adaptive_budget='yes'.*true or false", {"adaptive_budget": "yes"}),
     "kernel": Case("attention_kernel='flash': use one of own, xformers", {"attention_kernel": "flash"}),
+    "retrieval": Case("retrieval='all': use one of off, request, request\\+answers", {"retrieval": "all"}),
+    "no depth": Case("retrieval_depth=0: use an integer from 1 to 63", {"retrieval_depth": 0}),
+    "depth true": Case("retrieval_depth=True", {"retrieval_depth": True}),
+    "retrieval in a chain": Case(
+        "retrieval='request' with tree='chain'.*Leave one", {"retrieval": "request", "tree": "chain"}
+    ),
+    "retrieval of another method": Case(f"retrieval='request' {OURS}", {"method": "ngram", "retrieval": "request"}),
     "kernel of a GPU": Case("attention_kernel='xformers'.*CUDA device.*Leave", {"attention_kernel": "xformers"}),
     "probability": Case(r"min_prefix_probability=1.5.*\[0, 1\)", {"min_prefix_probability": 1.5}),
     "probability true": Case("min_prefix_probability=True", {"min_prefix_probability": True}),
@@ -199,3 +207,10 @@ def test_a_drafter_may_be_named_as_paths_are(
     for spec in ({"method": "ctc", "model": how(pair.drafter)}, {"model": how(pair.drafter)}):
         config = EngineArgs(model=str(pair.target), speculative_config=spec).create_engine_config()
         assert config.additional_config["ctc_spec"]["drafter"] == str(pair.drafter)
+
+
+def test_retrieval_without_its_library_names_the_extra(pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "arctic_inference.suffix_decoding", None)
+    spec = {"method": "ctc", "model": None, "retrieval": "request"}
+    with pytest.raises(ValueError, match=r"retrieval='request' needs arctic-inference.*\"vllm-ctc-spec\[suffix\]\""):
+        EngineArgs(model=str(pair.target), speculative_config=spec).create_engine_config()

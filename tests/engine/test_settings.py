@@ -15,7 +15,7 @@ from vllm.platforms.cpu import CpuPlatform
 from tests.tiny_pair import TinyPair
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.engine import compat, settings
-from vllm_ctc_spec.engine.plugin import EXECUTOR, SCHEDULER
+from vllm_ctc_spec.engine.plugin import EXECUTOR, SCHEDULER, is_ctc
 from vllm_ctc_spec.engine.settings import EngineSettings, check_final
 from vllm_ctc_spec.engine.v2.scheduler import CTCScheduler
 from vllm_ctc_spec.engine.worker import CTCWorker, summary
@@ -89,6 +89,18 @@ def test_a_start_is_told_in_one_line(adapts: bool, nodes: str) -> None:
     )
 
 
+def test_a_start_without_a_drafter_says_so() -> None:
+    line = summary(EngineSettings(None, 8, SpecOptions(retrieval="request")), 0, "TreeCPUModelRunner", False)
+    assert line.startswith('Speculative method "ctc": no drafter, retrieval request, prefix tree of 8 nodes')
+
+
+def test_no_model_means_no_drafter_where_retrieval_is_on(pair: TinyPair) -> None:
+    config = configure(pair, {"model": None, "retrieval": "request"})
+    ours = EngineSettings.from_dict(config.additional_config["ctc_spec"])
+    assert ours.drafter is None and ours.target_layers == ()
+    assert is_ctc(config.speculative_config)
+
+
 def test_vllm_does_not_warn_of_our_own_class(pair: TinyPair, caplog: pytest.LogCaptureFixture) -> None:
     speculative = logging.getLogger("vllm.config.speculative")
     vllm.logger._print_warning_once.cache_clear()
@@ -152,21 +164,29 @@ def test_what_runner_v2_cannot_do_with_us_is_refused_where_the_user_asks_for_v2(
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER=1 with return_sampling_mask.*Unset"):
         configure(pair, {}, return_sampling_mask=True)
+    with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER=1 with retrieval='request'.*Unset"):
+        configure(pair, {"retrieval": "request"})
 
 
 @pytest.mark.parametrize(
-    ("asked", "kernel", "expected"),
-    [(None, "own", True), (None, "xformers", False), ("0", "own", False), ("1", "own", True)],
+    ("asked", "options", "expected"),
+    [
+        (None, {}, True),
+        (None, {"attention_kernel": "xformers"}, False),
+        (None, {"retrieval": "request"}, False),
+        ("0", {}, False),
+        ("1", {}, True),
+    ],
 )
 def test_on_a_gpu_the_runner_is_vllms_choice(
-    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, asked: str | None, kernel: str, expected: bool
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, asked: str | None, options: dict[str, Any], expected: bool
 ) -> None:
     config = configure(pair, {})
     if asked is not None:
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", asked)
     monkeypatch.setattr("vllm.platforms.current_platform.is_cuda", lambda: True)
     monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
-    assert settings.is_v2(config.model_config, SpecOptions(attention_kernel=kernel)) == expected
+    assert settings.is_v2(config.model_config, SpecOptions(**options)) == expected
 
 
 def test_another_runner_than_was_set_up_is_refused(pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,7 +191,7 @@ def _method(name: str, value: Any, folder: Path, target: str) -> Method:
         raise ValueError(f"{where}={value!r}: write it {remedy}.")
     if requires is not None and importlib.util.find_spec(str(requires)) is None:
         return Method(name, spec, engine, str(requires))
-    if "model" in spec:
+    if spec.get("model") is not None:
         spec["model"] = _model(f"{where}.model", spec["model"], folder)
     if spec.get("method") == "ctc":
         check_ctc(where, spec, target)

@@ -28,7 +28,8 @@ class TreeCPUModelRunner(TreeModelRunner, CPUModelRunner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        use_vllms_kernels(self.drafter.drafter, self.max_model_len)
+        if self.has_drafter:
+            use_vllms_kernels(self.drafter.drafter, self.max_model_len)
 
     def warm_up_drafting(self) -> None:
         # The search for trees is compiled when it is first called.

@@ -25,13 +25,11 @@ from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.checkpoint import load_drafter
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits
 from vllm_ctc_spec.drafter.modeling import CTCDrafter, Draft, KeyValue
-from vllm_ctc_spec.engine.adapters import without_adapters
-from vllm_ctc_spec.engine.attention.choice import attention_of_target
 from vllm_ctc_spec.engine.attention.interface import PagedContext, TreeAttention
 from vllm_ctc_spec.engine.draft_head import draft_head, find_lm_head, head_rows
 from vllm_ctc_spec.engine.graphs import Capture, DraftGraphs, DraftInputs
 from vllm_ctc_spec.engine.host_tree import HostTree, pack, unpack
-from vllm_ctc_spec.engine.settings import EngineSettings
+from vllm_ctc_spec.engine.proposer import NoAttention, TargetProposer
 from vllm_ctc_spec.engine.tensor_parallel import split_layers
 
 MAX_DEFERRED_ROWS = 1024
@@ -84,12 +82,11 @@ class DrafterCacheLayer(AttentionLayerBase):
         return self.like.get_kv_cache_spec(vllm_config)
 
 
-class CTCProposer:
+class CTCProposer(TargetProposer):
     """The class that vLLM instantiates for `method="custom_class"`; our runner calls its methods, vLLM none."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        self.vllm_config = vllm_config
-        self.settings = EngineSettings.from_dict(vllm_config.additional_config["ctc_spec"])
+        super().__init__(vllm_config)
         self.deferred: list[VerifiedRows] = []
         self.num_deferred = 0
         """Rows of `deferred`, which are not stored yet."""
@@ -99,11 +96,10 @@ class CTCProposer:
         self.defers = True
         """Whether verified rows of steps without drafts may wait. Not where KV groups share memory: a block that is
         given back may be another group's in the next step."""
-        self.attention: TreeAttention = cast(TreeAttention, NoAttention())
-        """That of the target's backend, once the runner knows it: when the layers have their caches."""
 
     def load_model(self, target: Any) -> None:
-        self.target = without_adapters(target)
+        super().load_model(target)
+        assert self.settings.drafter is not None
         self.drafter: CTCDrafter = load_drafter(self.settings.drafter, self.vllm_config.model_config.dtype)
         self.drafter.to(self.vllm_config.device_config.device)
         tokens = torch.arange(self.drafter.config.vocab_size, device=self.drafter.device)
@@ -111,6 +107,7 @@ class CTCProposer:
         self.drafter.set_tables(self.target.embed_input_ids(tokens), head_rows(lm_head, self.drafter))
         self.head = draft_head(lm_head, self.drafter)
         split_layers(self.drafter)
+        self.num_frames = self.drafter.config.num_frames
         num_ranks = self.vllm_config.parallel_config.tensor_parallel_size
         self.num_heads = self.drafter.config.num_attention_heads // num_ranks
         forward_context = self.vllm_config.compilation_config.static_forward_context
@@ -173,7 +170,7 @@ class CTCProposer:
         drafted, logits = self._draft(inputs)
         trees = self._build(drafted, logits, options)
         if any_chain:
-            chains = self._build(drafted, logits, dataclasses.replace(options, tree="chain"))
+            chains = self._build(drafted, logits, dataclasses.replace(options, tree="chain", retrieval="off"))
             only = async_tensor_h2d(chain_only, device=trees.device)
             trees = torch.where(only[:, None], chains, trees)
         return trees
@@ -192,15 +189,12 @@ class CTCProposer:
             self.attention = attention
 
     def choose_attention(self, kv_cache: KVCacheConfig) -> TreeAttention:
-        """For the target's layers and its own, which have their caches now. Raises ValueError, see
-        `attention_of_target`.
-        """
-        self.attention = attention_of_target(self.vllm_config, kv_cache, self.settings.options.attention_kernel)
+        attention = super().choose_attention(kv_cache)
         if window := self.cache_layers[0].like.sliding_window:
-            self.attention.frames_features = {"sliding_window": window}
+            attention.frames_features = {"sliding_window": window}
         self.kv_group = self._only_group(kv_cache)
         self.defers = len(kv_cache.kv_cache_groups) == 1
-        return self.attention
+        return attention
 
     def _only_group(self, kv_cache: KVCacheConfig) -> int:
         """Of the drafter's layers. Raises ValueError where vLLM has put them into several."""
@@ -218,9 +212,9 @@ class CTCProposer:
 
     def warm_up_attention(self) -> None:
         """For trees and for the drafter's frames, before the first request; needs the caches."""
+        super().warm_up_attention()
         max_len = self.vllm_config.model_config.max_model_len
-        self.attention.warm_up(1 + self.settings.num_nodes, self.attention.layer.num_heads, max_len, is_target=True)
-        self.attention.warm_up(1 + self.drafter.config.num_frames, self.num_heads, max_len, is_target=False)
+        self.attention.warm_up(1 + self.num_frames, self.num_heads, max_len, is_target=False)
 
     @torch.inference_mode()
     def capture(self, max_requests: int, capture: Capture) -> None:
@@ -246,7 +240,7 @@ class CTCProposer:
 
     def _draft(self, inputs: DraftInputs) -> tuple[Draft, Tensor]:
         """All frames and their `emission_logits`."""
-        context, num_rows = inputs.context, self.drafter.config.num_frames + 1
+        context, num_rows = inputs.context, self.num_frames + 1
         frames = self.attention.frames(context, num_rows, self.num_heads, inputs.hidden.dtype)
 
         def attend(layer: int, query: Tensor, own: KeyValue) -> Tensor:
@@ -261,19 +255,3 @@ class CTCProposer:
     def _build(self, drafted: Draft, logits: Tensor, options: SpecOptions) -> Tensor:
         """[R, 4 N + 1], see `pack`."""
         return pack(draft_trees(self.drafter, drafted, logits, self.settings.num_nodes, options))
-
-
-class NoAttention:
-    """In place of TreeAttention while there is no cache."""
-
-    def context(self, block_table: Tensor, requests: Tensor, lens: Tensor) -> PagedContext:
-        return PagedContext(block_table, lens)
-
-    def frames(self, *args: Any) -> None:
-        return None
-
-    def attend_frames(self, query: Tensor, *args: Any) -> Tensor:
-        return query
-
-    def write(self, *args: Any) -> None:
-        return None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.algorithm import TokenTrees
+from vllm_ctc_spec.algorithm import Prefixes, TokenTrees
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class HostTree:
     parents: list[int]
     depths: list[int]
     probabilities: list[float]
-    """Prefix probability psi of each node: the drafter's estimate that the target accepts it. Of a prefix tree in
+    """Prefix probability psi of each node: the estimate that the target accepts it. Of a prefix tree in
     descending order."""
 
     @classmethod
@@ -30,6 +30,13 @@ class HostTree:
         """Of tokens that the drafter did not draft, each the child of the one before; psi is not known and 0."""
         count = len(tokens)
         return cls(tokens, list(range(count)), list(range(1, count + 1)), [0.0] * count)
+
+    @classmethod
+    def of(cls, prefixes: Prefixes) -> HostTree:
+        depths = [0]
+        for parent in prefixes.parents:
+            depths.append(depths[parent] + 1)
+        return cls(list(prefixes.tokens), list(prefixes.parents), depths[1:], list(prefixes.psi))
 
     @property
     def is_chain(self) -> bool:

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 METHOD = "ctc"
 PROPOSER = "vllm_ctc_spec.engine.drafting.CTCProposer"
+WITHOUT_DRAFTER = "vllm_ctc_spec.engine.proposer.TargetProposer"
 WORKERS = {
     "cpu": "vllm_ctc_spec.engine.cpu_worker.CTCCPUWorker",
     "cuda": "vllm_ctc_spec.engine.worker.CTCGPUWorker",
@@ -70,7 +71,7 @@ SCHEDULER = "vllm_ctc_spec.engine.v2.scheduler.CTCScheduler"
 
 
 def is_ctc(speculative_config: SpeculativeConfig | None) -> bool:
-    return speculative_config is not None and speculative_config.model == PROPOSER
+    return speculative_config is not None and speculative_config.model in (PROPOSER, WITHOUT_DRAFTER)
 
 
 def register() -> None:
@@ -208,7 +209,7 @@ def _create_speculative_config(
     as_written = (self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens)
     self.speculative_config = {
         "method": "custom_class",
-        "model": PROPOSER,
+        "model": WITHOUT_DRAFTER if resolved.drafter is None else PROPOSER,
         "num_speculative_tokens": resolved.num_nodes,
     }
     self.spec_method = self.spec_model = self.spec_tokens = None

@@ -24,11 +24,13 @@ from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_ctc_spec.engine.adaptive.budget import DraftPlan
 from vllm_ctc_spec.engine.adaptive.control import BudgetControl, measured_control
 from vllm_ctc_spec.engine.drafting import CTCProposer, DraftRequests, VerifiedRows
 from vllm_ctc_spec.engine.host_tree import EMPTY_TREE, HostTree
+from vllm_ctc_spec.engine.retrieval import Retrieval, is_chain_only
 from vllm_ctc_spec.engine.step import Step
-from vllm_ctc_spec.engine.tensor_parallel import of_first_rank
+from vllm_ctc_spec.engine.tensor_parallel import is_first_rank, of_first_rank
 from vllm_ctc_spec.engine.walk import TreeWalker
 
 if TYPE_CHECKING:
@@ -54,11 +56,21 @@ class TreeModelRunner(GPUModelRunner):
         self.step: Step | None = None
         self.control: BudgetControl | None = None
         """None where the node budget is fixed, and on other ranks than the first, which decides for all."""
+        settings = self.drafter.settings
+        self.retrieval: Retrieval | None = None
+        """None where it is off, and on other ranks than the first."""
+        if settings.options.retrieves and is_first_rank():
+            self.retrieval = Retrieval(settings.options, settings.num_nodes)
 
     def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
         layers = self.drafter.settings.target_layers
         if layers:
             self.model.set_aux_hidden_state_layers(layers)
+
+    @property
+    def has_drafter(self) -> bool:
+        """Whether there is one beside retrieval."""
+        return self.drafter.settings.drafter is not None
 
     @property
     def adapts(self) -> bool:
@@ -83,6 +95,11 @@ class TreeModelRunner(GPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
         if not is_profiling:
             self.attention = self.drafter.choose_attention(self.kv_cache_config)
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        if self.retrieval is not None:
+            self.retrieval.free(scheduler_output.finished_req_ids)
+        return super()._update_states(scheduler_output)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
         config = self.speculative_config
@@ -210,21 +227,35 @@ class TreeModelRunner(GPUModelRunner):
     ) -> list[list[int]]:
         step, self.step = self.step, None
         assert step is not None
-        verified = self._verified_rows(step, [hidden_states, *(aux_hidden_states or ())])
+        verified = None
+        if self.has_drafter:
+            verified = self._verified_rows(step, [hidden_states, *(aux_hidden_states or ())])
         drafts: list[list[int]] = [[] for _ in step.trees]
+        drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
+        states = [self.requests[self.input_batch.req_ids[index]] for index in drafting]
         control, plan = self.control, None
         if self.adapts:
-            plan = of_first_rank(None if control is None else control.plan(len(step.trees)))
+            plan = of_first_rank(None if control is None else self._plan(control, len(step.trees), states))
+            if plan is None or not plan.asks_drafter:
+                if verified is not None:
+                    self.drafter.defer(verified)
+                verified = None
             if plan is None:
-                self.drafter.defer(verified)
                 if control is not None:
                     control.observe(step.ended(self.input_batch.req_ids, drafted=False))
                 return drafts
-        drafting = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
-        requests = self._draft_requests(step, drafting, sampled_token_ids)
-        trees = self.drafter.propose(verified, requests)
+        elif self.retrieval is not None:
+            self.retrieval.find(states)
+        trees: list[HostTree] = []
+        if verified is not None:
+            requests = self._draft_requests(step, drafting, states, sampled_token_ids)
+            trees = self.drafter.propose(verified, requests)
+        if self.retrieval is not None:
+            trees = self.retrieval.join(states, trees)
         if control is not None and plan is not None:
-            control.observe(step.ended(self.input_batch.req_ids, drafted=bool(trees)))
+            # Without a drafter a step in which nothing is found is a plain one.
+            drafted = bool(trees) if plan.asks_drafter else any(tree.tokens for tree in trees)
+            control.observe(step.ended(self.input_batch.req_ids, drafted))
             trees = control.cut(plan, trees)
         trees = of_first_rank(trees)
         self.trees = {request: tree for request, tree in self.trees.items() if request in self.requests}
@@ -232,6 +263,13 @@ class TreeModelRunner(GPUModelRunner):
             self.trees[self.input_batch.req_ids[index]] = tree
             drafts[index] = tree.tokens
         return drafts
+
+    def _plan(self, control: BudgetControl, num_requests: int, states: list[Any]) -> DraftPlan | None:
+        plan = control.plan(num_requests)
+        if plan is None or self.retrieval is None:
+            return plan
+        self.retrieval.find(states)
+        return control.with_retrieval(plan, self.retrieval.gain_of_drafter(states, self.drafter.num_frames))
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         # The scheduler has forgotten the drafts of the step before, so it need not be told that there are none.
@@ -249,7 +287,9 @@ class TreeModelRunner(GPUModelRunner):
         hidden = torch.cat([states[at] for states in hidden_states], dim=-1)
         return VerifiedRows(fuse(hidden), positions, slots[at_slots])
 
-    def _draft_requests(self, step: Step, drafting: list[int], sampled: list[list[int]]) -> DraftRequests | None:
+    def _draft_requests(
+        self, step: Step, drafting: list[int], states: list[Any], sampled: list[list[int]]
+    ) -> DraftRequests | None:
         if not drafting:
             return None
         last = step.last_rows(drafting)
@@ -266,8 +306,5 @@ class TreeModelRunner(GPUModelRunner):
             torch.stack((last_tokens, anchor), dim=1),
             at_verified,
             self.attention.context(table[:, :num_blocks], at_request, at_len),
-            [self._sampling_params(index).structured_outputs is not None for index in drafting],
+            [is_chain_only(state) for state in states],
         )
-
-    def _sampling_params(self, index: int) -> Any:
-        return self.requests[self.input_batch.req_ids[index]].sampling_params

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_ctc_spec.config import CTCDrafterConfig, SpecOptions, check_node_budget
+from vllm_ctc_spec.config import CTCDrafterConfig, SpecOptions, check_node_budget, goes_without_drafter
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
 from vllm_ctc_spec.drafter.lookup import Hub, find_drafter
 from vllm_ctc_spec.engine.devices import check_device
@@ -18,13 +19,15 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
 DEFAULT_NUM_NODES = 32
+LIBRARY = "arctic_inference.suffix_decoding"
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """What the worker needs; travels to it inside `VllmConfig.additional_config["ctc_spec"]`."""
 
-    drafter: str
+    drafter: str | None
+    """None where trees are those of retrieval alone."""
     num_nodes: int
     options: SpecOptions
     target_layers: tuple[int, ...] = ()
@@ -47,29 +50,31 @@ def resolve_settings(
 ) -> EngineSettings:
     """Validate everything that can be known before a worker starts. Raises ValueError."""
     settings = dict(settings)
+    is_undrafted = goes_without_drafter(settings)
     settings.pop("method", None)
     model, revision = settings.pop("model", None), settings.pop("revision", None)
     num_nodes = check_node_budget(settings.pop("num_speculative_tokens", DEFAULT_NUM_NODES))
     options = SpecOptions.from_dict(settings)
     _check_engine(engine_args, parallel)
     _check_target(target)
-    drafter = find_drafter(model, target.model, revision, target.revision, hub_of(engine_args))
-    config = check_drafter(drafter)
+    if options.retrieves:
+        check_retrieval(options)
+    drafter, layers = None, tuple[int, ...]()
+    if not is_undrafted:
+        drafter = find_drafter(model, target.model, revision, target.revision, hub_of(engine_args))
+        config = check_drafter(drafter)
+        layers = tuple(config.target_layers)
     check_device(engine_args, target, parallel, options.attention_kernel)
-    _check_fit(config, drafter, target, parallel)
+    if drafter is not None:
+        _check_fit(config, drafter, target, parallel)
+        drafter = os.path.abspath(drafter)
     runs_on_v2 = is_v2(target, options)
     if options.record is not None:
         # Last, because it makes the file.
         from vllm_ctc_spec.engine.recording import check_record
 
         options = dataclasses.replace(options, record=check_record(options.record))
-    return EngineSettings(
-        os.path.abspath(drafter),
-        num_nodes,
-        options,
-        tuple(config.target_layers),
-        runs_on_v2,
-    )
+    return EngineSettings(drafter, num_nodes, options, layers, runs_on_v2)
 
 
 def is_v2(target: ModelConfig, options: SpecOptions) -> bool:
@@ -84,6 +89,7 @@ def is_v2(target: ModelConfig, options: SpecOptions) -> bool:
     lacking = {
         "attention_kernel='xformers'": options.attention_kernel == "xformers",
         "multimodal inputs": target.supports_multimodal_inputs,
+        f"retrieval={options.retrieval!r}": options.retrieves,
         "return_sampling_mask": target.return_sampling_mask,
         "enable_trace_replay": target.enable_trace_replay,
     }
@@ -97,6 +103,17 @@ def is_v2(target: ModelConfig, options: SpecOptions) -> bool:
     if chosen is None:
         return bool(current_platform.is_cuda()) and HAS_TRITON and not present
     return chosen
+
+
+def check_retrieval(options: SpecOptions) -> None:
+    """Raises ValueError where the library of its suffix trees is missing."""
+    try:
+        importlib.import_module(LIBRARY)
+    except ImportError as error:
+        raise ValueError(
+            f"speculative_config retrieval={options.retrieval!r} needs arctic-inference, which cannot be imported "
+            f'({error}). Install it with: pip install "vllm-ctc-spec[suffix]"'
+        ) from error
 
 
 def hub_of(engine_args: Any) -> Hub:

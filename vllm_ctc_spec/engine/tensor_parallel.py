@@ -24,6 +24,11 @@ def of_first_rank(value: Value) -> Value:
     return first
 
 
+def is_first_rank() -> bool:
+    first: bool = get_tp_group().is_first_rank
+    return first
+
+
 def split_layers(drafter: CTCDrafter) -> None:
     """Leave each rank its share of the heads and of the MLP in the drafter's layers, as of the target's.
 

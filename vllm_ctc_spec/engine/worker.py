@@ -22,10 +22,10 @@ logger = init_logger("vllm.ctc_spec")
 def summary(settings: EngineSettings, num_frames: int, runner: str, adapts: bool) -> str:
     """The one line that says what serves: vLLM knows the method as a class of somebody's."""
     nodes = f"{'up to ' * adapts}{settings.num_nodes} nodes per request"
-    return (
-        f'Speculative method "ctc": drafter {settings.drafter}, {num_frames} frames, {settings.options.tree} tree of '
-        f"{nodes}, {runner}"
-    )
+    sources = [f"drafter {settings.drafter}, {num_frames} frames"] if settings.drafter else ["no drafter"]
+    if settings.options.retrieves:
+        sources.append(f"retrieval {settings.options.retrieval}")
+    return f'Speculative method "ctc": {", ".join(sources)}, {settings.options.tree} tree of {nodes}, {runner}'
 
 
 class CTCWorker(Worker):
@@ -44,9 +44,8 @@ class CTCWorker(Worker):
         self.model_runner.warm_up_drafting()
         self.model_runner.measure_step_cost()
         runner, drafter = self.model_runner, self.model_runner.drafter
-        num_frames = drafter.drafter.config.num_frames
         # By one of the ranks.
-        logger.info_once(summary(drafter.settings, num_frames, type(runner).__name__, runner.adapts))
+        logger.info_once(summary(drafter.settings, drafter.num_frames, type(runner).__name__, runner.adapts))
         return times
 
 

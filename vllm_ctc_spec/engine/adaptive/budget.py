@@ -70,6 +70,8 @@ class DraftPlan:
     """Tokens per second that the engine emits."""
     node_seconds: float
     """Seconds per node beyond the table."""
+    asks_drafter: bool = True
+    """False where retrieval alone drafts."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,10 @@ class NodeBudget:
         seconds = float(self._target.at(num_requests))
         return DraftPlan(num_requests, load.speed * num_requests / seconds, load.node_time * seconds / num_requests)
 
+    def pays_to_draft(self, plan: DraftPlan, gain: float) -> bool:
+        """Whether the drafter takes less time than emitting `gain` tokens otherwise."""
+        return bool(gain > plan.rate * self._drafting.at(plan.num_requests))
+
     def choose(self, plan: DraftPlan, trees: Sequence[Sequence[float]]) -> list[int]:
         """Number of nodes to verify of each tree. trees: psi of each tree's nodes, in descending order."""
         owners = np.repeat(np.arange(len(trees)), [len(tree) for tree in trees])
@@ -173,7 +179,8 @@ class NodeBudget:
         seconds = self._nodes_seconds(plan.num_requests, nodes) + plan.node_seconds * nodes
         best = int(nodes[chosen := np.argmax(gains[nodes] - plan.rate * seconds)])
         load = self._loads[plan.num_requests.bit_length()]
-        longer = (float(self._drafting.at(plan.num_requests)) + seconds[chosen]) / self._target.at(plan.num_requests)
+        drafting = float(self._drafting.at(plan.num_requests)) if plan.asks_drafter else 0.0
+        longer = (drafting + seconds[chosen]) / self._target.at(plan.num_requests)
         expected_gain = load.expected_gain + gains[best] / plan.num_requests - longer / load.plain_time
         load.expected_gain = float(np.clip(expected_gain, -2 * INITIAL_BALANCE, MAX_BALANCE))
         return np.bincount(owners[order[:best]], minlength=len(trees)).tolist()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.distributed import get_tp_group
-
 from vllm_ctc_spec.engine.adaptive.budget import DraftPlan, NodeBudget, StepOutcome
 from vllm_ctc_spec.engine.adaptive.cost import drafting_sizes, measure, target_sizes, timed
 from vllm_ctc_spec.engine.host_tree import HostTree
-from vllm_ctc_spec.engine.tensor_parallel import of_first_rank
+from vllm_ctc_spec.engine.tensor_parallel import is_first_rank, of_first_rank
 
 Run = Callable[[int], object]
 """Runs something of the given size, and waits for its end."""
@@ -43,6 +42,10 @@ class BudgetControl:
     def plan(self, num_requests: int) -> DraftPlan | None:
         """None where the step after one of so many requests is to verify nothing."""
         return self.budget.plan(num_requests)
+
+    def with_retrieval(self, plan: DraftPlan, gain: float) -> DraftPlan:
+        """gain: tokens that the drafter is expected to add to what retrieval has found for all requests."""
+        return dataclasses.replace(plan, asks_drafter=self.budget.pays_to_draft(plan, gain))
 
     def choose(self, plan: DraftPlan, trees: Sequence[Sequence[float]]) -> list[int]:
         """See `NodeBudget.choose`."""
@@ -77,7 +80,7 @@ def measured_control(runner: Any, run_target: Run) -> BudgetControl | None:
     in_lock_step = runner.parallel_config.data_parallel_size > 1 and runner.model_config.is_moe
     target = measure(_of_first_rank(timed(run_target)), target_sizes(most_rows), in_lock_step)
     drafting = measure(_of_first_rank(timed(runner.drafter.profile)), drafting_sizes(runner.max_num_reqs))
-    return BudgetControl(NodeBudget(target, drafting)) if get_tp_group().is_first_rank else None
+    return BudgetControl(NodeBudget(target, drafting)) if is_first_rank() else None
 
 
 def _of_first_rank(seconds_of: Callable[[int], float]) -> Callable[[int], float]:
