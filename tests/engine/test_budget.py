@@ -192,7 +192,7 @@ def test_calls_may_come_in_any_order(calls: list[tuple[str, int, float]]) -> Non
 def test_the_drafter_is_asked_where_it_adds_more_than_its_time_is_worth(gain: float, pays: bool) -> None:
     """0.4 seconds for four requests, in which the engine emits 0.8 tokens."""
     budget = line(0.1, Cost(np.array([1, 4]), np.array([0.1, 0.4])))
-    assert budget.pays_to_draft(DraftPlan(4, 2.0, 0.0), gain) == pays
+    assert budget.should_draft(DraftPlan(4, 2.0, 0.0), gain) == pays
 
 
 def test_a_step_without_the_drafter_is_not_charged_for_it() -> None:

@@ -45,7 +45,7 @@ def ask_by_rule(worker: Any) -> None:
     control, steps = worker.model_runner.control, count()
     if control is not None:
         control.budget.plan = lambda num_requests: DraftPlan(num_requests, 0.0, 0.0)
-        control.budget.pays_to_draft = lambda plan, gain: next(steps) % 3 > 0
+        control.budget.should_draft = lambda plan, gain: next(steps) % 3 > 0
 
 
 PARAMETERS: dict[str, Any] = {

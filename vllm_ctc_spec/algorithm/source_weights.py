@@ -71,7 +71,7 @@ class SourceWeights:
         return min(max(posterior(prior, evidence), FLOOR), 1 - FLOOR)
 
     def observe(self, match: int, evidence: float, ratio: float) -> float:
-        """The request's evidence after tokens of which the first source had said so much more (`log_ratio`)."""
+        """The request's evidence after tokens with this `log_ratio`."""
         responsibility = posterior(self.weight(match, evidence), ratio)
         self._first[match] = DECAY * self._first[match] + responsibility
         self._total[match] = DECAY * self._total[match] + 1
@@ -86,7 +86,7 @@ def posterior(prior: float, evidence: float) -> float:
 
 
 def log_ratio(first: Sequence[Given], second: Sequence[Given]) -> float:
-    """Logarithm of how much more probable the first source made the tokens, as far as both had a say."""
+    """Logarithm of the ratio of the probabilities that the two sources gave to the tokens, as far as both trees reach."""
     return sum(math.log(_likelihood(one) / _likelihood(other)) for one, other in zip(first, second))
 
 

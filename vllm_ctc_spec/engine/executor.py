@@ -1,9 +1,9 @@
 """vLLM's executor of one process per worker, with fewer messages in each step.
 
 vLLM's engine has the worker run the target, then has it sample, then asks it for its drafts, also when there are none:
-three round trips between two processes, which a step of a small target feels. Only a grammar's mask, which the engine
-makes while the target runs, must come between the first two. So ours has the worker sample at once where there is no
-grammar, and send its drafts along with the tokens (see cpu_worker.py).
+three round trips between two processes in each step. Only a grammar's mask, which the engine makes while the target
+runs, must come between the first two. So ours has the worker sample at once where there is no grammar, and send its
+drafts along with the tokens (see cpu_worker.py).
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class TargetProposer:
         """Record drafting for up to so many requests."""
 
     def propose(self, *args: Any) -> Any:
-        """vLLM wants the class to have it."""
+        """vLLM requires the method of a proposer."""
         raise NotImplementedError
 
 

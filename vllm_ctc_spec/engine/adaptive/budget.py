@@ -163,7 +163,7 @@ class NodeBudget:
         seconds = float(self._target.at(num_requests))
         return DraftPlan(num_requests, load.speed * num_requests / seconds, load.node_time * seconds / num_requests)
 
-    def pays_to_draft(self, plan: DraftPlan, gain: float) -> bool:
+    def should_draft(self, plan: DraftPlan, gain: float) -> bool:
         """Whether the drafter takes less time than emitting `gain` tokens otherwise."""
         return bool(gain > plan.rate * self._drafting.at(plan.num_requests))
 

@@ -45,7 +45,7 @@ class BudgetControl:
 
     def with_retrieval(self, plan: DraftPlan, gain: float) -> DraftPlan:
         """gain: tokens that the drafter is expected to add to what retrieval has found for all requests."""
-        return dataclasses.replace(plan, asks_drafter=self.budget.pays_to_draft(plan, gain))
+        return dataclasses.replace(plan, asks_drafter=self.budget.should_draft(plan, gain))
 
     def choose(self, plan: DraftPlan, trees: Sequence[Sequence[float]]) -> list[int]:
         """See `NodeBudget.choose`."""

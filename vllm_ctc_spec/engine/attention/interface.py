@@ -155,7 +155,7 @@ class TreeAttention(ABC):
         return out.unflatten(0, (-1, frames.max_rows))
 
     def _planned(self, batch: TreeBatch, num_heads: int, dtype: torch.dtype) -> TreeBatch:
-        """With what the kernel wants to have made before it runs in the first layer."""
+        """With what must be made before the kernel runs in the first layer."""
         return batch
 
     @abstractmethod
