@@ -17,6 +17,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from tests.engine.conftest import NUM_PROMPTS, complete, engine, generate, seeded
 from tests.engine.probe import record_trees, recorded_trees
 from tests.tiny_pair import DRAFTER, TinyPair
+from vllm_ctc_spec.algorithm.source_weights import FIRST_GAIN
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.engine import retrieval
 from vllm_ctc_spec.engine.adaptive.budget import DraftPlan
@@ -202,19 +203,27 @@ def test_the_source_that_was_right_gains_weight() -> None:
     assert weights["copies"] < 0.2 < 0.8 < weights["drafted"]
 
 
-def test_the_drafter_adds_little_where_the_found_path_is_sure() -> None:
+def test_what_the_drafter_adds_is_learnt_by_the_length_of_the_match() -> None:
     source = Retrieval(SpecOptions(retrieval="request"), num_nodes=32)
-    text = list(range(20, 80))
-    unknown, copying = request("unknown", [1, 2, 3], [4]), request("copying", text, text[:LONGEST_MATCH])
-    source.find([unknown, copying])
-    assert source.gain_of_drafter([unknown], 8) == 8
-    gain = source.gain_of_drafter([copying], 8)
-    for end in range(LONGEST_MATCH, 40, 4):
-        copying.output_token_ids = text[:end]
-        source.find([copying])
+    copied = list(range(20, 80))
+    copying, new = request("copying", copied, copied[:LONGEST_MATCH]), request("new", [1], [2])
+    source.find([copying, new])
+    assert source.gain_of_drafter([copying]) == source.gain_of_drafter([new]) == FIRST_GAIN
+    for step in range(30):
+        # The drafter drafts both texts' next two tokens.
+        end = LONGEST_MATCH + step
+        of_copy = HostTree(copied[end : end + 2], [0, 1], [1, 2], [0.9, 0.8])
+        of_new = HostTree([100 + step, 101 + step], [0, 1], [1, 2], [0.9, 0.8])
+        source.join([copying, new], [of_copy, of_new])
+        copying.output_token_ids, new.output_token_ids = copied[: end + 1], [*new.output_token_ids, 100 + step]
+        source.find([copying, new])
+    after_copy, after_new = source.gain_of_drafter([copying]), source.gain_of_drafter([new])
+    assert after_copy < 0.1 < 0.9 < after_new
+    for end in range(LONGEST_MATCH + 31, 59):
         source.join([copying], [])
-    assert source.gain_of_drafter([copying], 8) < gain < 8
-    assert source.gain_of_drafter([unknown, copying], 0) == 0
+        copying.output_token_ids = copied[:end]
+        source.find([copying])
+    assert after_copy < source.gain_of_drafter([copying]) < FIRST_GAIN / 2
 
 
 def test_answers_are_kept_to_a_number_and_prompts_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

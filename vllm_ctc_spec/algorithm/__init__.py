@@ -18,7 +18,7 @@ from .emissions import (
 from .mixture import NOTHING, Given, Prefixes, likeliest_path, mix
 from .next_token import conditioned_next_tokens, independent_next_tokens
 from .prefix_tree import build_chains, build_prefix_trees
-from .source_weights import Reliability, SourceWeights, log_ratio, posterior
+from .source_weights import DrafterGains, Reliability, SourceWeights, log_ratio, posterior
 from .template_tree import build_template_trees
 from .token_tree import TokenTrees
 from .walk import AcceptedPaths, accept_greedy, child_of
@@ -29,6 +29,7 @@ __all__ = [
     "ConditionedEmissions",
     "ConditionedPrefix",
     "Conditioning",
+    "DrafterGains",
     "Given",
     "IndependentEmissions",
     "IndependentPrefix",

@@ -30,6 +30,10 @@ ELSEWHERE = 0.1
 LEAST = 0.001
 """Least probability that a source is said to have given to a token."""
 
+FIRST_GAIN, LATEST_GAIN, RETURN = 1.0, 0.1, 0.001
+"""Accepted tokens that a drafter adds, at first; weight of the latest step in the mean; and share of the way back that
+the mean goes in each step without the drafter, so that it is asked again now and then."""
+
 
 class Reliability:
     """By m from 1 to `longest`, which stands for all longer matches as well."""
@@ -80,13 +84,36 @@ class SourceWeights:
         return min(max(FORGETTING * evidence + ratio, -most), most)
 
 
+class DrafterGains:
+    """Accepted tokens that a drafter adds to those of the suffix source, the mean by the length of its match."""
+
+    def __init__(self, longest: int) -> None:
+        self._mean = [FIRST_GAIN] * (longest + 1)
+
+    def of(self, match: int) -> float:
+        return self._mean[match]
+
+    def observe(self, match: int, drafted: Sequence[Given], found: Sequence[Given]) -> None:
+        """drafted, found: of both trees after a match of m tokens, for the tokens that came."""
+        gain = max(_num_had(drafted) - _num_had(found), 0)
+        self._mean[match] += LATEST_GAIN * (gain - self._mean[match])
+
+    def observe_without(self, match: int) -> None:
+        """A step without the drafter."""
+        self._mean[match] += RETURN * (FIRST_GAIN - self._mean[match])
+
+
+def _num_had(given: Sequence[Given]) -> int:
+    return sum(each.probability > 0 for each in given)
+
+
 def posterior(prior: float, evidence: float) -> float:
     """Bayes' rule; evidence: the logarithm of the likelihoods' ratio."""
     return prior / (prior + (1 - prior) * math.exp(-evidence))
 
 
 def log_ratio(first: Sequence[Given], second: Sequence[Given]) -> float:
-    """Logarithm of the ratio of the probabilities that the two sources gave to the tokens, as far as both trees reach."""
+    """Logarithm of the ratio of the probabilities that two sources gave to the tokens, as far as both trees reach."""
     return sum(math.log(_likelihood(one) / _likelihood(other)) for one, other in zip(first, second))
 
 

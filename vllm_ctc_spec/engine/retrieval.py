@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from vllm_ctc_spec.algorithm import (
     NOTHING,
+    DrafterGains,
     Prefixes,
     Reliability,
     SourceWeights,
@@ -23,7 +24,6 @@ from vllm_ctc_spec.algorithm import (
     log_ratio,
     mix,
 )
-from vllm_ctc_spec.algorithm.source_weights import DECAY
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.engine.host_tree import EMPTY_TREE, HostTree
 
@@ -63,8 +63,7 @@ class Retrieval:
         self.least = options.min_prefix_probability
         self.reliability = Reliability(LONGEST_MATCH)
         self.weights = SourceWeights(LONGEST_MATCH)
-        self.usual_length: float | None = None
-        """Expected accepted length of the drafter's trees, of late."""
+        self.gains = DrafterGains(LONGEST_MATCH)
         self.states: dict[str, _State] = {}
         num_answers = MAX_ANSWERS if options.retrieval == "request+answers" else 0
         self._trees = SuffixDecodingCache(self.depth + LONGEST_MATCH, num_answers)
@@ -110,31 +109,28 @@ class Retrieval:
 
     def _learn(self, state: _State, tokens: list[int]) -> None:
         """From the tokens that followed those of the last search."""
-        if not state.match:
+        if not tokens:
             return
         found = state.found.along(tokens)
-        self.reliability.observe(state.match, found)
-        if state.drafted.tokens:
-            ratio = log_ratio(state.drafted.along(tokens), found)
-            state.evidence = self.weights.observe(state.match, state.evidence, ratio)
+        if state.match:
+            self.reliability.observe(state.match, found)
+        if not state.drafted.tokens:
+            self.gains.observe_without(state.match)
+            return
+        drafted = state.drafted.along(tokens)
+        self.gains.observe(state.match, drafted, found)
+        if state.match:
+            state.evidence = self.weights.observe(state.match, state.evidence, log_ratio(drafted, found))
 
-    def gain_of_drafter(self, requests: Sequence[CachedRequestState], num_frames: int) -> float:
-        """Tokens that the drafter is expected to add for these requests: as many as usual, where the text leaves the
-        found path within the frames. `find` comes before.
-        """
-        leaves = [1 - max(_psi_at(self.states[each.req_id].found, num_frames), default=0.0) for each in requests]
-        usual = num_frames if self.usual_length is None else self.usual_length
-        return sum(leaves) * usual
+    def gain_of_drafter(self, requests: Sequence[CachedRequestState]) -> float:
+        """Accepted tokens that the drafter is expected to add for these requests. `find` comes before."""
+        return sum(self.gains.of(self.states[each.req_id].match) for each in requests)
 
     def join(self, requests: Sequence[CachedRequestState], drafted: Sequence[HostTree]) -> list[HostTree]:
         """Each request's tree of both sources; of one where the other has nothing. `find` comes before.
 
         drafted: nothing where the drafter was not asked.
         """
-        for tree in drafted:
-            expected = sum(tree.probabilities)
-            usual = expected if self.usual_length is None else self.usual_length
-            self.usual_length = DECAY * usual + (1 - DECAY) * expected
         trees = drafted or [EMPTY_TREE] * len(requests)
         return [self._join(request, tree) for request, tree in zip(requests, trees, strict=True)]
 
@@ -158,11 +154,3 @@ def is_chain_only(request: CachedRequestState) -> bool:
     """Whether it has structured output: the grammar's mask is made for a chain."""
     params = request.sampling_params
     return params is not None and params.structured_outputs is not None
-
-
-def _psi_at(found: Prefixes, depth: int) -> list[float]:
-    """Psi of the prefixes of `depth` tokens."""
-    depths = [0]
-    for parent in found.parents:
-        depths.append(depths[parent] + 1)
-    return [psi for psi, own in zip(found.psi, depths[1:]) if own == depth]

@@ -269,7 +269,7 @@ class TreeModelRunner(GPUModelRunner):
         if plan is None or self.retrieval is None:
             return plan
         self.retrieval.find(states)
-        return control.with_retrieval(plan, self.retrieval.gain_of_drafter(states, self.drafter.num_frames))
+        return control.with_retrieval(plan, self.retrieval.gain_of_drafter(states) if self.has_drafter else 0.0)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         # The scheduler has forgotten the drafts of the step before, so it need not be told that there are none.

@@ -227,7 +227,9 @@ def test_an_asynchronous_budget_follows_the_drafter(adaptive: Served) -> None:
     # Of one request and of four: none, some, all.
     assert useful.count(0) > 10 and useful.count(NUM_NODES * NUM_PROMPTS) > 10
     assert len(set(useful)) > 6
-    assert max(misled) > 0 and not any(misled[-5:])
+    # Now and then a single node is tried again.
+    quarter = len(misled) // 4
+    assert quarter > 5 and max(misled[-quarter:]) < max(misled[:quarter]) / 2
 
 
 @pytest.mark.slow
