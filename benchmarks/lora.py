@@ -21,6 +21,7 @@ from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from benchmarks.soak import metrics_of
 from vllm_ctc_spec.tables import console
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def answers(llm: LLM, prompts: list[Any], adapter: LoRARequest | None, max_token
     from vllm import SamplingParams
 
     def counts() -> tuple[float, float]:
-        values = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+        values = metrics_of(llm)
         return values["vllm:spec_decode_num_drafts"], values["vllm:spec_decode_num_accepted_tokens"]
 
     before = counts()

@@ -214,7 +214,7 @@ def left_over(values: Mapping[str, float]) -> dict[str, float]:
     return {name: values[name] for name in gauges if values[name]}
 
 
-def gauges_of(llm: LLM) -> dict[str, float]:
+def metrics_of(llm: LLM) -> dict[str, float]:
     return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
 
 
@@ -261,7 +261,7 @@ def soak(options: argparse.Namespace) -> int:
         tally = Tally(_answered(expected), os.getpid(), options.requests // 6)
         ask_offline(llm, {number: asks[number] for number in range(half)}, IN_FLIGHT, tally)
         ask_offline(llm, {0: asks[0]}, 1, tally)
-        problems += _problems("LLM", tally, left_over(gauges_of(llm)))
+        problems += _problems("LLM", tally, left_over(metrics_of(llm)))
         problems += [f"LLM: {state}" for state in llm.collective_rpc(remembered) if max(state.values()) > 1]
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items()]
     with tempfile.TemporaryDirectory() as folder:

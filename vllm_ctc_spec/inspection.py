@@ -57,21 +57,14 @@ def draw(
 
     from vllm_ctc_spec.drafter.checkpoint import check_drafter, load_drafter
     from vllm_ctc_spec.reference import ReferenceStep, decode
-    from vllm_ctc_spec.target_files import read_text_config, read_tokenizer
+    from vllm_ctc_spec.target_files import check_sizes, read_text_config, read_tokenizer
 
     config = check_drafter(drafter)
-    text = read_text_config(target, trust_remote_code)
+    check_sizes(drafter, config, target, read_text_config(target, trust_remote_code))
     tokenizer = read_tokenizer(target, trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(
         target, dtype=torch.float32, trust_remote_code=trust_remote_code
     ).eval()
-    for size in ("hidden_size", "vocab_size"):
-        ours, theirs = getattr(config, size), getattr(text, size)
-        if ours != theirs:
-            raise ValueError(
-                f"drafter {drafter!r} has {size} {ours}, but the target {target!r} has {theirs}: it was trained for "
-                "another target. Name a drafter of this one."
-            )
     tokens = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
     if not tokens:
         raise ValueError("--prompt is empty: the drafter starts from the target's state after a prompt.")

@@ -133,6 +133,21 @@ def _completion(output: RequestOutput) -> Completion:
     return Completion(list(answer.token_ids), answer.text, answer.finish_reason, answer.stop_reason)
 
 
+def num_preemptions(llm: LLM) -> float:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+def assert_a_cached_prefix_changes_nothing(
+    llm: LLM, plain: LLM, prompts: list[list[int]], params: SamplingParams
+) -> None:
+    """One long prompt, twice, by an engine that caches prefixes; greedy."""
+    long_prompt = [token for prompt in prompts for token in prompt][:400]
+    expected = complete(plain, [long_prompt], params)
+    first, second = generate(llm, [long_prompt], params)[0], generate(llm, [long_prompt], params)[0]
+    assert second.num_cached_tokens >= 256
+    assert list(first.outputs[0].token_ids) == list(second.outputs[0].token_ids) == expected[0].tokens
+
+
 def seeded(count: int, **params: Any) -> list[SamplingParams]:
     return [SamplingParams(seed=1000 + index, **params) for index in range(count)]
 

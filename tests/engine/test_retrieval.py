@@ -14,7 +14,15 @@ import pytest
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from tests.engine.conftest import NUM_PROMPTS, complete, engine, generate, seeded
+from tests.engine.conftest import (
+    NUM_PROMPTS,
+    assert_a_cached_prefix_changes_nothing,
+    complete,
+    engine,
+    generate,
+    num_preemptions,
+    seeded,
+)
 from tests.engine.probe import record_trees, recorded_trees
 from tests.tiny_pair import DRAFTER, TinyPair
 from vllm_ctc_spec.algorithm.source_weights import FIRST_GAIN
@@ -80,8 +88,7 @@ def test_answers_are_plain_vllms(plain: LLM, retrieving: LLM, prompts: list[list
 def test_preempted_requests_resume_exactly(plain: LLM, retrieving: LLM, prompts: list[list[int]]) -> None:
     params = seeded(12, temperature=0.8, max_tokens=120, ignore_eos=True)
     assert complete(retrieving, prompts[:12], params) == complete(plain, prompts[:12], params)
-    preemptions = [metric.value for metric in retrieving.get_metrics() if metric.name == "vllm:num_preemptions"]
-    assert sum(preemptions) > 0
+    assert num_preemptions(retrieving) > 0
 
 
 def test_stop_strings_cut_inside_a_path(plain: LLM, retrieving: LLM, prompts: list[list[int]]) -> None:
@@ -94,12 +101,8 @@ def test_stop_strings_cut_inside_a_path(plain: LLM, retrieving: LLM, prompts: li
 
 
 def test_a_cached_prefix_changes_nothing(plain: LLM, retrieving: LLM, prompts: list[list[int]]) -> None:
-    long_prompt = [token for prompt in prompts for token in prompt][:400]
     params = SamplingParams(temperature=0, max_tokens=60)
-    expected = complete(plain, [long_prompt], params)
-    first, second = generate(retrieving, [long_prompt], params)[0], generate(retrieving, [long_prompt], params)[0]
-    assert second.num_cached_tokens >= 256
-    assert list(first.outputs[0].token_ids) == list(second.outputs[0].token_ids) == expected[0].tokens
+    assert_a_cached_prefix_changes_nothing(retrieving, plain, prompts, params)
 
 
 def test_several_choices_of_one_request_are_separate(plain: LLM, retrieving: LLM, prompts: list[list[int]]) -> None:

@@ -7,7 +7,7 @@ import os
 import pytest
 from vllm import LLM
 
-from benchmarks.soak import Answer, Tally, ask_offline, gauges_of, left_over, make_asks, remembered
+from benchmarks.soak import Answer, Tally, ask_offline, left_over, make_asks, metrics_of, remembered
 from tests.engine.conftest import engine
 from tests.tiny_pair import TinyPair
 
@@ -26,7 +26,7 @@ def test_a_mixed_load_is_answered_exactly_and_leaves_nothing_behind(
         ask_offline(llm, asks, 12, tally)
         # A worker forgets a request when it is given the next step.
         ask_offline(llm, {0: asks[0]}, 1, tally)
-        left, [known], growth = left_over(gauges_of(llm)), llm.collective_rpc(remembered), tally.growth()
+        left, [known], growth = left_over(metrics_of(llm)), llm.collective_rpc(remembered), tally.growth()
     assert tally.num_compared == 31 and tally.different == []
     assert tally.num_aborted > 10
     assert left == {} and max(known.values()) <= 1

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from tests.engine.conftest import NUM_NODES, engine, generate, made_once
+from tests.engine.conftest import NUM_NODES, engine, generate, made_once, num_preemptions
 from tests.engine.probe import (
     decide_by_rule,
     draft_otherwise,
@@ -132,7 +132,7 @@ def test_two_ranks_answer_as_two_without_us_and_draft_as_the_reference_loop(
         assert llm.llm_engine.vllm_config.parallel_config.distributed_executor_backend == EXECUTOR
         assert_equal(ask_mixed(llm, prompts), expected["mixed"])
         assert_equal(ask(llm, prompts[:NUM_REQUESTS], LONG), expected["long"])
-        assert sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions") > 0
+        assert num_preemptions(llm) > 0
         assert_equal(ask(llm, [long_prompt], greedy), expected["cached"])
         [again] = generate(llm, [long_prompt], greedy)
         assert list(again.outputs[0].token_ids) == expected["cached"][0].tokens

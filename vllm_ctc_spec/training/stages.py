@@ -24,11 +24,11 @@ HELD_OUT_SHARE = 20
 
 MAX_HELD_OUT = 200
 
-LEARNING_RATE, RATE_AFTER_INIT = 5e-3, 2e-3
-"""Defaults of `--learning-rate`.
+RATE_AFTER_INIT = 2e-3
+"""Default of `--learning-rate` with `--init`.
 
-The larger one first undoes what a trained drafter has learnt: in a second training of SmolLM2's drafter the loss rose
-from 31 to 36, and came below 31 again after a third of the steps.
+That of other trainings first undoes what a trained drafter has learnt: in a second training of SmolLM2's drafter the
+loss rose from 31 to 36, and came below 31 again after a third of the steps.
 """
 
 
@@ -150,7 +150,7 @@ def _fit_settings(options: argparse.Namespace) -> FitSettings:
     vocab = {} if options.draft_vocab_size is None else {"draft_vocab_size": options.draft_vocab_size or None}
     layers = {} if options.target_layers is None else {"target_layers": _target_layers(options.target_layers)}
     limit = {} if options.minutes is None else {"max_seconds": options.minutes * 60}
-    rate = LEARNING_RATE if options.init is None else RATE_AFTER_INIT
+    rate = FitSettings.learning_rate if options.init is None else RATE_AFTER_INIT
     return FitSettings(
         budget=Budget(options.steps, **limit),
         learning_rate=rate if options.learning_rate is None else options.learning_rate,
