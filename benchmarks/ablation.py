@@ -1,9 +1,10 @@
 """Compares drafters after equal training time: emission families, slack, depth and trees, on one target.
 
-    .venv/bin/python benchmarks/ablation.py TARGET QUESTIONS WORK_FOLDER [--minutes 4] [--json PATH] [--png PATH]
+    .venv/bin/python benchmarks/ablation.py TARGET WORK_FOLDER --questions QUESTIONS [--minutes 4] [--json PATH]
+    .venv/bin/python benchmarks/ablation.py TARGET WORK_FOLDER --rows ROWS --unseen ROWS [--minutes 4] [--json PATH]
 
-First the target answers QUESTIONS greedily with plain vLLM; the last 150 are for the evaluation only. Then each drafter
-of the table is trained for the same time. With `--jobs` several are trained at the same time, each on its share of the
+The target answers QUESTIONS greedily with plain vLLM; the last 150 are for the evaluation only. Or ROWS are what
+`vllm-ctc-spec train regenerate` wrote. Then each drafter of the table is trained for the same time. With `--jobs` several are trained at the same time, each on its share of the
 cores. They are judged by walking their trees along the answers to the unseen questions. Results in WORK_FOLDER are
 reused.
 """
@@ -69,7 +70,7 @@ VARIANTS = (
 def main() -> None:
     options = _options()
     options.work.mkdir(parents=True, exist_ok=True)
-    rows, unseen = _write_rows(options)
+    rows, unseen = (options.rows, options.unseen) if options.questions is None else _write_rows(options)
     chosen = [variant for variant in VARIANTS if options.only is None or variant.name in options.only]
     chosen += [Variant(str(folder), "", folder) for folder in options.trained]
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -87,15 +88,22 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target")
-    parser.add_argument("questions", help="JSONL with a `question` per line, put into the target's chat template")
     parser.add_argument("work", type=Path, help="folder for rows, drafters and their evaluations")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--questions", help="JSONL with a `question` per line, put into the target's chat template")
+    source.add_argument("--rows", type=Path, help="rows to train on; with --unseen")
+    parser.add_argument("--unseen", type=Path, help="rows for the evaluation")
     parser.add_argument("--minutes", type=float, default=4, help="training time of each drafter (default %(default)s)")
+    parser.add_argument("--fit", default="", help="further arguments of `train fit`, for all drafters, as one string")
     parser.add_argument("--jobs", type=int, default=1, help="drafters trained at the same time (default %(default)s)")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="only these drafters")
     parser.add_argument("--trained", nargs="+", type=Path, default=[], help="folders of further, trained drafters")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if (options.rows is None) != (options.unseen is None):
+        parser.error("--rows and --unseen need each other")
+    return options
 
 
 def _write_rows(options: argparse.Namespace) -> tuple[Path, Path]:
@@ -154,7 +162,7 @@ def _measure(variant: Variant, rows: Path, unseen: Path, options: argparse.Names
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
     if not drafter.exists():
         budget = ["--steps", "1000000", "--minutes", str(options.minutes)]
-        fit = [*train, "fit", options.target, str(rows), str(drafter), *budget, *variant.options.split()]
+        fit = [*train, "fit", options.target, str(rows), str(drafter), *budget, *variant.options.split(), *options.fit.split()]
         subprocess.run(fit, check=True, env=environment, stdout=subprocess.DEVNULL)
     if not evaluation.exists():
         evaluate = [*train, "evaluate", options.target, str(drafter), str(unseen), "--paper", "--json", str(evaluation)]

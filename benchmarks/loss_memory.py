@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig, Draft
 from vllm_ctc_spec.tables import console
-from vllm_ctc_spec.training.loss import alignment_loss
+from vllm_ctc_spec.training.loss import Teacher, alignment_loss, distillation_loss
 
 HIDDEN, FRAMES = 1024, 8
 LOSSES = {
@@ -43,9 +43,15 @@ def measure(name: str, vocab: int, num_anchors: int) -> tuple[int, int]:
     draft = Draft(frames, *torch.randn(2, num_anchors, rank))
     labels = torch.randint(vocab, (num_anchors, drafter.config.label_length))
     embeddings = torch.randn(*labels.shape, HIDDEN, dtype=torch.bfloat16)
+    # As many positions of text as anchors.
+    hidden = torch.randn(num_anchors, HIDDEN, dtype=torch.bfloat16)
+    teacher = Teacher(hidden, torch.randint(num_anchors, labels.shape), torch.Tensor.float, temperature=0.5)
+    inputs = draft, lm_head, labels, embeddings
     before = resident()
     with torch.autocast("cpu", torch.bfloat16):
-        alignment_loss(drafter, draft, lm_head, labels, embeddings).mean.backward()
+        has_blank = drafter.config.has_blank
+        loss = alignment_loss(drafter, *inputs) if has_blank else distillation_loss(drafter, *inputs, teacher)
+        loss.mean.backward()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     gradients = sum(p.grad.nbytes for p in (frames, *drafter.parameters()) if p.grad is not None)
     return peak - before, gradients

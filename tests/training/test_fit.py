@@ -228,11 +228,12 @@ def test_rows_of_messages_are_rendered_with_the_variables_of_the_template(target
 
 
 @pytest.mark.parametrize("run", [fit, dry_run])
+@pytest.mark.parametrize("name", ["label_decay", "label_temperature"])
 @pytest.mark.parametrize(("fields", "given"), [({}, 0.0), ({}, 1.5), ({"emission": "independent"}, 0.8)])
-def test_a_label_decay_that_means_nothing_is_refused(target_path, rows_path, tmp_path, run, fields, given):
-    chosen = settings(1, label_decay=given)
+def test_label_options_that_mean_nothing_are_refused(target_path, rows_path, tmp_path, run, name, fields, given):
+    chosen = settings(1, **{name: given})
     chosen.drafter.update(fields)
-    with pytest.raises(ValueError, match=f"label_decay={given}: "):
+    with pytest.raises(ValueError, match=f"{name}={given}: "):
         run(target_path, rows_path, tmp_path / "drafter", chosen)
 
 

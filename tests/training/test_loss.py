@@ -1,8 +1,9 @@
-"""Alignment-sum losses, compared with sums over all alignments."""
+"""Losses, compared with sums over all alignments and with PyTorch's cross-entropy."""
 
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,16 @@ from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig, Draft
 from vllm_ctc_spec.training.data import MISSING
 from vllm_ctc_spec.training.loss import (
     LOG_ZERO,
-    ConditionedCrossEntropy,
+    DistilledCrossEntropy,
+    DraftLoss,
+    Teacher,
     alignment_loss,
     conditioned_loss,
+    distillation_loss,
     gated_states,
     has_alignment,
     independent_loss,
+    label_states,
     sampled_softmax,
 )
 
@@ -121,18 +126,17 @@ def test_tokens_that_stand_for_the_vocabulary_have_its_weight_and_every_label_am
 
 @torch.no_grad()
 def test_the_estimated_normaliser_is_right_on_average():
-    drafter = small_drafter(num_frames=1, label_length=1, condition_rank=5)
+    drafter = small_drafter(num_frames=1, label_length=1)
     draft, lm_head, labels, embeddings = random_draft(drafter)
-    everything = alignment_loss(drafter, draft, lm_head, labels, embeddings, torch.arange(11)).mean
-    torch.testing.assert_close(everything, alignment_loss(drafter, draft, lm_head, labels, embeddings).mean)
-    # One frame of one anchor: its loss is the normaliser's logarithm, but for a constant.
-    one = draft.of(torch.tensor([0])), lm_head, labels[:1], embeddings[:1]
-    exact = float(alignment_loss(drafter, *one).mean.exp())
-    # The label and two tokens stand for themselves; two are drawn for the other eight.
-    losses = [alignment_loss(drafter, *one, torch.tensor([0, 7])).mean for _ in range(500)]
-    estimates = torch.stack(losses).exp()
-    assert float(estimates.mean()) == pytest.approx(exact, rel=0.1)
-    assert float(estimates.std()) > 0
+    everything = loss_of(drafter, draft, lm_head, labels, embeddings, frequent=torch.arange(11)).mean
+    torch.testing.assert_close(everything, loss_of(drafter, draft, lm_head, labels, embeddings).mean)
+    frame, estimates = draft.frames[0, 0], []
+    for _ in range(500):
+        # The label and two tokens stand for themselves; two are drawn for the other eight.
+        tokens, offsets, _ = sampled_softmax(torch.tensor([[3]]), torch.tensor([0, 7]), vocab_size=11)
+        estimates.append((lm_head[tokens] @ frame + offsets).exp().sum())
+    assert float(torch.stack(estimates).mean()) == pytest.approx(float((lm_head @ frame).exp().sum()), rel=0.1)
+    assert float(torch.stack(estimates).std()) > 0
 
 
 def small_drafter(**fields: object) -> CTCDrafter:
@@ -153,10 +157,22 @@ def random_draft(drafter: CTCDrafter) -> tuple[Draft, Tensor, Tensor, Tensor]:
     return draft, lm_head, labels, embedding[labels]
 
 
+def random_teacher(labels: Tensor, temperature: float = 1.0) -> Teacher:
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randint(20, labels.shape, generator=generator)
+    return Teacher(torch.randn(20, 8, generator=generator), rows, lambda product: 3 * product, temperature)
+
+
+def loss_of(drafter: CTCDrafter, *inputs: Any, **options: Any) -> DraftLoss:
+    if drafter.config.has_blank:
+        return alignment_loss(drafter, *inputs, **options)
+    return distillation_loss(drafter, *inputs, random_teacher(inputs[2]), **options)
+
+
 def losses_and_gradients(drafter: CTCDrafter) -> dict[str, Tensor]:
     draft, lm_head, labels, embeddings = random_draft(drafter)
     drafter.zero_grad()
-    loss = alignment_loss(drafter, draft, lm_head, labels, embeddings)
+    loss = loss_of(drafter, draft, lm_head, labels, embeddings)
     (3 * loss.mean).backward()
     independent = drafter.config.emission == "independent"
     assert int(loss.num_impossible) == independent * int((~has_alignment(labels, drafter.config.num_frames)).sum())
@@ -182,53 +198,54 @@ def test_chunks_change_neither_loss_nor_gradient(fields, monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [5, 0])
-def test_the_loss_without_slack_is_that_of_the_sum_over_alignments_without_blank(rank):
-    drafter = small_drafter(num_frames=3, condition_rank=rank)
-    draft, lm_head, labels, embeddings = random_draft(drafter)
-    logits = F.pad(draft.frames @ lm_head.T, (0, 1), value=LOG_ZERO)
-    states = states_after(drafter, draft, labels)
-    expected = conditioned_loss(logits, states, F.pad(drafter.conditioning.logit_out, (0, 0, 0, 1)), labels).mean()
-    torch.testing.assert_close(alignment_loss(drafter, draft, lm_head, labels, embeddings).mean, expected)
-
-
-def states_after(drafter: CTCDrafter, draft: Draft, labels: Tensor) -> Tensor:
-    tables = drafter.conditioning
-    return gated_states(F.embedding(labels, tables.state_in), tables.transition, draft.start, draft.gate)
-
-
-@pytest.mark.parametrize("rank", [5, 0])
 def test_the_fused_loss_and_its_gradients_are_those_of_cross_entropy(rank):
     torch.manual_seed(0)
     inputs = torch.randn(10, 8), torch.randn(10, rank), torch.randn(11, rank)
-    lm_head, offsets, labels, weights = torch.randn(11, 8), torch.rand(11), torch.randint(11, (10,)), torch.rand(10)
+    lm_head, offsets, row_of = torch.randn(11, 8), torch.rand(11), torch.randint(4, (10,))
+    probabilities = torch.randn(4, 11).softmax(-1)
 
     def plain(frames: Tensor, lm_head: Tensor, states: Tensor, following: Tensor, *rest: Tensor) -> Tensor:
-        offsets, labels, weights = rest
+        offsets, probabilities, row_of = rest
         logits = frames @ lm_head.T + states @ following.T + offsets
-        return weights @ F.cross_entropy(logits, labels, reduction="none")
+        return F.cross_entropy(logits, probabilities[row_of], reduction="sum")
 
     def loss_and_gradients(function: Callable[..., Tensor]) -> list[Tensor]:
         frames, states, following = (x.clone().requires_grad_() for x in inputs)
-        loss = function(frames, lm_head, states, following, offsets, labels, weights)
+        loss = function(frames, lm_head, states, following, offsets, probabilities, row_of)
         (3 * loss).backward()
         return [loss.detach(), frames.grad, states.grad, following.grad]
 
-    torch.testing.assert_close(loss_and_gradients(ConditionedCrossEntropy.apply), loss_and_gradients(plain))
+    torch.testing.assert_close(loss_and_gradients(DistilledCrossEntropy.apply), loss_and_gradients(plain))
 
 
+def cross_entropies(drafter: CTCDrafter, teacher: Teacher, *inputs: Tensor) -> Tensor:
+    """[S, U], of each label, by PyTorch."""
+    draft, lm_head, labels, embeddings = inputs
+    states = label_states(drafter, draft, embeddings)[:, :-1]
+    logits = draft.frames @ lm_head.T + states @ drafter.next_rows(lm_head).T
+    wanted = (3 * teacher.hidden @ lm_head.T / teacher.temperature).softmax(-1)[teacher.before_labels]
+    return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1), reduction="none").view(labels.shape)
+
+
+@pytest.mark.parametrize("rank", [5, 0])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_drafter_without_blank_learns_the_targets_distributions(rank, temperature):
+    drafter = small_drafter(num_frames=3, condition_rank=rank)
+    inputs = random_draft(drafter)
+    teacher = random_teacher(inputs[2], temperature)
+    loss = distillation_loss(drafter, *inputs, teacher).mean
+    torch.testing.assert_close(loss, cross_entropies(drafter, teacher, *inputs).sum(1).mean())
+
+
+@torch.no_grad()
 def test_a_label_weighs_less_than_the_one_before_it():
     drafter = small_drafter(num_frames=3, condition_rank=5)
-    draft, lm_head, labels, embeddings = random_draft(drafter)
-
-    def mean(number: int) -> Tensor:
-        """Of the labels' number-th."""
-        states = states_after(drafter, draft, labels)[:, number]
-        logits = draft.frames[:, number] @ lm_head.T + states @ drafter.conditioning.logit_out.T
-        return F.cross_entropy(logits, labels[:, number])
-
-    expected = 3 * (mean(0) + mean(1) / 2 + mean(2) / 4) / (1 + 1 / 2 + 1 / 4)
-    loss = alignment_loss(drafter, draft, lm_head, labels, embeddings, label_decay=0.5).mean
-    torch.testing.assert_close(loss, expected)
+    inputs = random_draft(drafter)
+    teacher = random_teacher(inputs[2])
+    first, second, third = cross_entropies(drafter, teacher, *inputs).mean(0)
+    expected = 3 * (first + second / 2 + third / 4) / (1 + 1 / 2 + 1 / 4)
+    losses = [distillation_loss(drafter, *inputs, teacher, label_decay=0.5).mean for _ in range(1000)]
+    assert float(torch.stack(losses).mean()) == pytest.approx(float(expected), rel=0.01)
 
 
 def test_missing_labels_do_not_count():
@@ -236,7 +253,7 @@ def test_missing_labels_do_not_count():
     draft, lm_head, labels, embeddings = random_draft(drafter)
     labels[4:, 1:] = MISSING
     labels[7:, 2] = MISSING
-    states = states_after(drafter, draft, labels.clamp(min=0))[:, :-1]
-    logits = draft.frames @ lm_head.T + states @ drafter.conditioning.logit_out.T
-    mean = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=MISSING)
-    torch.testing.assert_close(alignment_loss(drafter, draft, lm_head, labels, embeddings).mean, 3 * mean)
+    teacher = random_teacher(labels)
+    each = cross_entropies(drafter, teacher, draft, lm_head, labels, embeddings)
+    loss = distillation_loss(drafter, draft, lm_head, labels, embeddings, teacher).mean
+    torch.testing.assert_close(loss, 3 * each[labels != MISSING].mean())

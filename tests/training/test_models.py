@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -16,6 +17,7 @@ from transformers import (
     OPTForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    PreTrainedModel,
 )
 
 from tests.training.tiny_models import VOCAB, tiny_drafter, tiny_target
@@ -26,6 +28,7 @@ from vllm_ctc_spec.training.models import (
     drafter_config,
     load_target,
     logit_multiplier,
+    logits_of,
     start_from,
     start_like,
 )
@@ -192,6 +195,21 @@ def test_a_drafter_of_another_shape_is_refused_by_the_setting(tmp_path, fields, 
         start_from(tiny_drafter(target, **{"target_layers": [1]} | fields), tmp_path)
 
 
+@torch.no_grad()
+def head_products(target: PreTrainedModel, text: Tensor) -> Tensor:
+    return target.get_output_embeddings()(target.get_decoder()(text).last_hidden_state)
+
+
+@torch.no_grad()
+def test_a_soft_cap_of_logits_is_known():
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 3.0}
+    target = Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=5.0)).eval()
+    text = torch.randint(VOCAB, (1, 20))
+    assert head_products(target, text).abs().max() > 10
+    torch.testing.assert_close(logits_of(target)(head_products(target, text)), target(text).logits)
+
+
 MULTIPLIED = {
     "Granite": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 16.0}, {"logits_scaling": 1.0}),
     "Cohere": (CohereForCausalLM, CohereConfig, {"logit_scale": 1 / 16}, {"logit_scale": 1.0}),
@@ -212,6 +230,7 @@ def test_a_target_that_multiplies_its_logits_is_one_with_another_head(model, con
     text = torch.randint(VOCAB, (1, 20))
     torch.testing.assert_close(twin(text).logits, target(text).logits)
     assert logit_multiplier(target) == pytest.approx(1 / 16) and logit_multiplier(twin) == 1
+    torch.testing.assert_close(logits_of(target)(head_products(target, text)), target(text).logits)
 
     drafts = []
     for each in (target, twin):

@@ -56,6 +56,23 @@ def test_nothing_at_or_after_the_anchor_but_the_anchor_reaches_its_draft():
         assert all(torch.allclose(own, other, atol=1e-6) == same for own, other in zip(draft, others, strict=True))
 
 
+@torch.no_grad()
+def test_each_label_is_learnt_from_the_targets_distribution_after_the_text_before_it(monkeypatch):
+    target = tiny_target()
+    objective = DraftObjective(tiny_drafter(target, label_length=4, target_layers=[1]), target, label_temperature=0.5)
+    given = {}
+    monkeypatch.setattr(
+        "vllm_ctc_spec.training.objective.distillation_loss", lambda *arguments: given.update(teacher=arguments[5])
+    )
+    input_ids, valid = torch.randint(VOCAB, (2, 20)), torch.tensor([[True, True, False], [True, True, True]])
+    objective(input_ids, ANCHORS, valid, torch.randint(VOCAB, (2, 3, 4)))
+    teacher, logits = given["teacher"], target(input_ids).logits
+    ours = teacher.logits_of(teacher.hidden @ target.lm_head.weight.T)[teacher.before_labels]
+    theirs = [[logits[row, min(anchor + u, 19)] for u in range(4)] for row, anchor in ((0, 1), (0, 5), (1, 7), (1, 2), (1, 8))]
+    torch.testing.assert_close(ours, torch.stack([torch.stack(each) for each in theirs]))
+    assert teacher.temperature == 0.5
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("emission", ["conditioned", "independent"])
 def test_the_loss_reaches_every_drafter_weight_and_no_target_weight(tied, emission):

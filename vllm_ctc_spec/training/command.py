@@ -119,6 +119,10 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=8, help="frames of the drafter (default %(default)s)")
     parser.add_argument("--label-length", type=int, help="labels per anchor (default: one per frame)")
     parser.add_argument("--label-decay", type=float, help="weight of a label over the one before it (default 0.8)")
+    parser.add_argument(
+        "--label-temperature", type=float,
+        help="temperature of the target's distribution that the drafter learns, above 0 up to 1 (default 0.5)",
+    )  # fmt: skip
     parser.add_argument("--layers", type=int, default=1, help="layers of the drafter (default %(default)s)")
     parser.add_argument("--rank", type=int, default=256, help="rank of the conditioning tables (default %(default)s)")
     parser.add_argument(

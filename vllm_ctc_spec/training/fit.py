@@ -36,8 +36,10 @@ from vllm_ctc_spec.training.trainer import train
 
 DRY_RUN_LINES = 1000
 """Lines of the data that a dry run reads."""
-LABEL_DECAY = 0.8
-"""Default of `label_decay`; 1 and 0.65 gave lower acceptance lengths (benchmarks/README.md)."""
+LABEL_DECAY, LABEL_TEMPERATURE = 0.8, 0.5
+"""Defaults of `label_decay` (1 and 0.65 gave lower acceptance lengths, benchmarks/README.md) and `label_temperature`."""
+NUM_FREQUENT = 2048
+"""Tokens that always enter the estimated normaliser, and number of those drawn at random."""
 REPLAY_SHARE = 0.25
 """Default of `replay_share`."""
 MAY_CHANGE = ("save_steps", "log_steps", "trust_remote_code")
@@ -58,8 +60,10 @@ class FitSettings:
     """Tokens of a row; longer rows are cut."""
     label_decay: float | None = None
     """Weight of a label over the one before it. Below 1, because a token counts only if all before it are accepted.
-    None: LABEL_DECAY, or 1 for drafters with a blank, whose sum over alignments has no weights for single labels.
-    """
+    None: LABEL_DECAY. Drafters with a blank learn sums over alignments, without weights of single labels."""
+    label_temperature: float | None = None
+    """Temperature of the target's distribution that the drafter learns: 1 is what serving at temperature 1 draws from,
+    towards 0 it is the greedy token. None: LABEL_TEMPERATURE. Drafters with a blank learn the tokens of the text."""
     save_steps: int = 500
     """Steps between checkpoints."""
     log_steps: int = 100
@@ -101,7 +105,7 @@ def fit(
     if is_finished(output_dir, resumable):
         return output_dir
     config = drafter_config(_target_config(target_path, settings), **settings.drafter)
-    label_decay, replay_share = _label_decay(settings, config), _replay_share(settings)
+    (label_decay, label_temperature), replay_share = _label_options(settings, config), _replay_share(settings)
     rows = _usable_rows(target_path, data, config, settings, skipped)
     checkpoints = output_dir.with_name(f"{output_dir.name}.checkpoints")
     with processes().main_process_first():
@@ -127,7 +131,7 @@ def fit(
         drafter.draft_only(
             most_frequent(split.trained, config.vocab_size, config.draft_vocab_size, drafter.draft_vocab)
         )
-    objective = DraftObjective(drafter, target, _frequent(split.trained, config), label_decay)
+    objective = DraftObjective(drafter, target, _frequent(split.trained, config), label_decay, label_temperature)
     training = _train(objective, dataset, checkpoints, settings)
     if processes().is_main_process:
         training["calibration_factor"] = calibrate(objective, split.calibration, settings.seed)
@@ -158,7 +162,7 @@ def dry_run(
     """
     settings = settings or FitSettings()
     config = drafter_config(_target_config(target_path, settings), **settings.drafter)
-    _label_decay(settings, config)
+    _label_options(settings, config)
     _replay_share(settings)
     check_target(target_path, settings.trust_remote_code)
     _usable_rows(target_path, data, config, settings, skipped, DRY_RUN_LINES)
@@ -235,26 +239,28 @@ def _min_labels(config: CTCDrafterConfig) -> int:
 
 
 def _frequent(rows: Sequence[TrainingRow], config: CTCDrafterConfig) -> Tensor | None:
-    """Tokens for `sampled_softmax`; None for the exact normaliser, with a small vocabulary.
-
-    Per step the loss falls as fast as with all V tokens, and a step takes less time.
-    """
-    num_sampled = num_frequent(config.vocab_size)
-    return None if num_sampled is None else most_frequent(rows, config.vocab_size, num_sampled // 2)
+    """Tokens for `sampled_softmax`; None for the exact normaliser, with a small vocabulary."""
+    is_small = config.vocab_size <= 4 * NUM_FREQUENT
+    return None if is_small else most_frequent(rows, config.vocab_size, NUM_FREQUENT)
 
 
-def _label_decay(settings: FitSettings, config: CTCDrafterConfig) -> float:
-    given = settings.label_decay
-    if config.has_blank:
-        if given is not None:
+def _label_options(settings: FitSettings, config: CTCDrafterConfig) -> tuple[float, float]:
+    """`label_decay` and `label_temperature`. Raises ValueError for values that mean nothing."""
+    options = {"label_decay": LABEL_DECAY, "label_temperature": LABEL_TEMPERATURE}
+    for name in options:
+        given = getattr(settings, name)
+        if given is None:
+            continue
+        if config.has_blank:
             raise ValueError(
-                f"label_decay={given}: this drafter learns from a sum over alignments, which has no weights for single "
-                f"labels. Leave it out, or train with label_length={config.num_frames} and conditioned emissions."
+                f"{name}={given}: this drafter learns from a sum over alignments, which has neither weights nor "
+                f"distributions of single labels. Leave it out, or train with label_length={config.num_frames} and "
+                "conditioned emissions."
             )
-        return 1.0
-    if given is not None and not 0 < given <= 1:
-        raise ValueError(f"label_decay={given}: use a number above 0, up to 1 for labels of one weight.")
-    return LABEL_DECAY if given is None else given
+        if not 0 < given <= 1:
+            raise ValueError(f"{name}={given}: use a number above 0, up to 1.")
+        options[name] = given
+    return options["label_decay"], options["label_temperature"]
 
 
 def _resumable(target_path: str, data: str | Path, settings: FitSettings) -> dict[str, Any]:

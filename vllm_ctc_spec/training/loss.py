@@ -1,7 +1,7 @@
-"""Alignment-sum losses of both emission families, and a fused cross-entropy for conditioned emissions without blank.
+"""Losses of drafters: sums over alignments, and for drafters without a blank the distance to the target's distribution.
 
 Letters: S anchors, T frames, U labels, V vocabulary without blank, H hidden size, r rank of the conditioning,
-n = S T rows of the fused loss.
+P positions of the text, n rows of the fused loss.
 Column V of any logits is the blank.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +31,24 @@ not be small."""
 
 
 @dataclass(frozen=True)
-class AlignmentLoss:
+class DraftLoss:
     mean: Tensor
-    """[] float32, mean over anchors of the weighted negative log-likelihood of their labels; impossible anchors are not
-    counted."""
+    """[] float32, mean over anchors of what their labels cost, in nats; impossible anchors are not counted."""
     num_impossible: Tensor
     """[] int64, anchors without any alignment (independent emissions only: a repeat needs a blank in between)."""
+
+
+class Teacher(NamedTuple):
+    """The target, whose distribution of each label a drafter without a blank learns."""
+
+    hidden: Tensor
+    """[P, H], the target's last hidden states."""
+    before_labels: Tensor
+    """[S, U] int64, which of the P positions precedes each label."""
+    logits_of: Callable[[Tensor], Tensor]
+    """From products of last hidden states and LM head to the target's logits."""
+    temperature: float
+    """Of the distribution that is learnt."""
 
 
 def alignment_loss(
@@ -46,24 +58,17 @@ def alignment_loss(
     labels: Tensor,
     label_embeddings: Tensor,
     frequent: Tensor | None = None,
-    label_decay: float = 1.0,
-) -> AlignmentLoss:
-    """Loss of the `draft` of S anchors for the labels that follow them.
+) -> DraftLoss:
+    """Loss of the `draft` of S anchors for the labels that follow them, by a drafter with a blank.
 
-    lm_head: [V, H], the target's. labels: [S, U] int64; without a blank the last labels of an anchor may be MISSING and
-    are not counted. label_embeddings: [S, U, H], the target's embeddings of the labels. frequent: [K] int64, tokens for
-    an estimate of the normaliser, see `sampled_softmax`; None: exact, over the whole vocabulary. label_decay: weight of
-    a label over the one before it, without a blank only; the weights' mean is 1.
+    lm_head: [V, H], the target's. labels: [S, U] int64. label_embeddings: [S, U, H], the target's embeddings of the
+    labels. frequent: [K] int64, tokens for an estimate of the normaliser, see `sampled_softmax`; None: exact, over the
+    whole vocabulary.
 
     Logits are computed in chunks, so memory grows neither with S nor with V.
     """
-    config, sampled = drafter.config, None
-    is_label = labels != MISSING
-    labels = labels.where(is_label, 0)
-    offsets, columns = torch.zeros(len(lm_head), device=labels.device), labels
-    if frequent is not None:
-        sampled, offsets, columns = sampled_softmax(labels, frequent, len(lm_head))
-        lm_head = lm_head[sampled]
+    config = drafter.config
+    lm_head, offsets, columns = _classes(lm_head, labels, frequent)
 
     def logits(frames: Tensor) -> Tensor:
         return torch.cat((frames @ lm_head.T + offsets, drafter.blank_logits(frames)[..., None]), dim=-1)
@@ -77,25 +82,63 @@ def alignment_loss(
     if config.emission == "independent":
         total = in_chunks(lambda frames, columns: independent_loss(logits(frames), columns), draft.frames, columns)
         num_impossible = (~has_alignment(labels, config.num_frames)).sum()
-        return AlignmentLoss(total / (len(labels) - num_impossible).clamp_min(1), num_impossible)
-
+        return DraftLoss(total / (len(labels) - num_impossible).clamp_min(1), num_impossible)
     following = drafter.next_rows(lm_head)
-    states = gated_states(
-        drafter.condition_last(label_embeddings), drafter.condition_carry.weight, draft.start, draft.gate
+    total = in_chunks(
+        lambda frames, states, columns: conditioned_loss(logits(frames), states, following, columns),
+        draft.frames,
+        label_states(drafter, draft, label_embeddings),
+        columns,
     )
-    if config.has_blank:
-        total = in_chunks(
-            lambda frames, states, columns: conditioned_loss(logits(frames), states, following, columns),
-            draft.frames,
-            states,
-            columns,
-        )
-    else:
-        frames, states = draft.frames.flatten(0, 1), states[:, :-1].flatten(0, 1)
-        weights = is_label * label_decay ** torch.arange(labels.shape[1], device=labels.device)
-        weights = (weights * (labels.numel() / weights.sum())).flatten()
-        total = ConditionedCrossEntropy.apply(frames, lm_head, states, following, offsets, columns.flatten(), weights)
-    return AlignmentLoss(total / max(len(labels), 1), torch.zeros((), dtype=torch.int64, device=labels.device))
+    return DraftLoss(total / max(len(labels), 1), _no_anchor(labels))
+
+
+def distillation_loss(
+    drafter: CTCDrafter,
+    draft: Draft,
+    lm_head: Tensor,
+    labels: Tensor,
+    label_embeddings: Tensor,
+    teacher: Teacher,
+    frequent: Tensor | None = None,
+    label_decay: float = 1.0,
+) -> DraftLoss:
+    """Cross-entropy of a drafter without a blank to the target's distribution of each label, given the labels before it
+    (Hinton et al. 2015, arXiv 1503.02531).
+
+    The last labels of an anchor may be MISSING and are not counted. label_decay: label u is counted with probability
+    label_decay ** u. Other arguments as in `alignment_loss`.
+    """
+    head, offsets, _ = _classes(lm_head, labels.where(labels != MISSING, labels[:, :1]), frequent)
+    with torch.no_grad():
+        logits = teacher.logits_of(teacher.hidden @ head.T) / teacher.temperature
+        probabilities = (logits + offsets).softmax(-1).to(head.dtype)
+    # Drawn by their weights, labels cost less than weighted, and the gradient is the same on average.
+    shares = label_decay ** torch.arange(labels.shape[1], device=labels.device)
+    drawn = ((labels != MISSING) & (torch.rand(labels.shape, device=labels.device) < shares)).flatten().nonzero()[:, 0]
+    total = DistilledCrossEntropy.apply(
+        draft.frames.flatten(0, 1)[drawn],
+        head,
+        label_states(drafter, draft, label_embeddings)[:, :-1].flatten(0, 1)[drawn],
+        drafter.next_rows(head),
+        offsets,
+        probabilities,
+        teacher.before_labels.flatten()[drawn],
+    )
+    return DraftLoss(total * (labels.shape[1] / max(len(drawn), 1)), _no_anchor(labels))
+
+
+def _no_anchor(labels: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.int64, device=labels.device)
+
+
+def _classes(lm_head: Tensor, labels: Tensor, frequent: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the LM head [K', H] that enter the normaliser, their log weights [K'], and the columns of the labels among
+    them."""
+    if frequent is None:
+        return lm_head, torch.zeros(len(lm_head), device=labels.device), labels
+    sampled, offsets, columns = sampled_softmax(labels, frequent, len(lm_head))
+    return lm_head[sampled], offsets, columns
 
 
 def sampled_softmax(labels: Tensor, frequent: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,6 +157,12 @@ def sampled_softmax(labels: Tensor, frequent: Tensor, vocab_size: int) -> tuple[
     offsets[len(certain) :] = math.log(max(len(others), 1) / max(len(drawn), 1))
     columns = stands.cumsum(0) - 1
     return torch.cat((certain, drawn)), offsets, columns[labels]
+
+
+def label_states(drafter: CTCDrafter, draft: Draft, label_embeddings: Tensor) -> Tensor:
+    """[S, U + 1, r], the gated states after 0 .. U labels. label_embeddings: [S, U, H]."""
+    rows = drafter.condition_last(label_embeddings)
+    return gated_states(rows, drafter.condition_carry.weight, draft.start, draft.gate)
 
 
 def gated_states(label_rows: Tensor, carry: Tensor, start: Tensor, gate: Tensor) -> Tensor:
@@ -194,15 +243,16 @@ FUSED_LOGITS_PER_CHUNK = 2**21
 """Most logits in memory at a time: 8 MiB in float32. A chunk that stays in a processor's cache is 15 % faster."""
 
 
-class ConditionedCrossEntropy(torch.autograd.Function):
-    """[] float32, sum over rows of -weight * log softmax(frames · lm_head + states · following + offsets)[label].
+class DistilledCrossEntropy(torch.autograd.Function):
+    """[] float32, sum over rows of the cross-entropy of softmax(frames · lm_head + states · following + offsets) to
+    the row's target distribution.
 
     The forward pass computes the gradient from each chunk of logits as well, so logits are neither kept nor computed
     again (as in Liger Kernel, arXiv 2410.10989). Products have the head's number type, sums are in float32. The frozen
     LM head gets no gradient.
 
-    frames: [n, H]; lm_head: [V, H]; states: [n, r], gated; following: [V, r]; offsets: [V]; labels: [n] int64;
-    weights: [n] float32.
+    frames: [n, H]; lm_head: [V, H]; states: [n, r], gated; following: [V, r]; offsets: [V]; probabilities: [P, V];
+    row_of: [n] int64, which of the P distributions is a row's.
     """
 
     @staticmethod
@@ -213,8 +263,8 @@ class ConditionedCrossEntropy(torch.autograd.Function):
         states: Tensor,
         following: Tensor,
         offsets: Tensor,
-        labels: Tensor,
-        weights: Tensor,
+        probabilities: Tensor,
+        row_of: Tensor,
     ) -> Tensor:
         vocab, size = lm_head.shape
         inputs = torch.cat((frames.to(lm_head.dtype), states.to(lm_head.dtype)), dim=1)
@@ -224,14 +274,11 @@ class ConditionedCrossEntropy(torch.autograd.Function):
         following_grad = torch.zeros_like(following, dtype=torch.float32)
         for chunk in torch.arange(len(inputs)).split(max(1, FUSED_LOGITS_PER_CHUNK // vocab)):
             rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
-            chunk_labels, chunk_weights = labels[rows, None], weights[rows, None]
+            wanted = probabilities[row_of[rows]].float()
             logits = (inputs[rows] @ weight.T).float().add_(offsets)
-            normalizer = logits.logsumexp(1, keepdim=True)
-            loss += ((normalizer - logits.gather(1, chunk_labels)) * chunk_weights).sum()
-            # From here on `logits` holds their gradient.
-            logits.sub_(normalizer).exp_()
-            logits.scatter_add_(1, chunk_labels, logits.new_full(chunk_labels.shape, -1))
-            logits_grad = logits.mul_(chunk_weights).to(inputs.dtype)
+            logits.sub_(logits.logsumexp(1, keepdim=True))
+            loss -= torch.dot(wanted.flatten(), logits.flatten())
+            logits_grad = logits.exp_().sub_(wanted).to(inputs.dtype)
             torch.mm(logits_grad, weight, out=inputs_grad[rows])
             following_grad += logits_grad.T @ inputs[rows, size:]
         ctx.save_for_backward(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
@@ -109,6 +110,15 @@ def logit_multiplier(target: PreTrainedModel) -> float:
     product = target.get_output_embeddings()(target.get_decoder()(token, use_cache=False).last_hidden_state).float()
     logits = target(token, use_cache=False).logits.float()
     return float((logits * product).sum() / product.square().sum())
+
+
+def logits_of(target: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """A function from products of its last hidden states and its LM head to the target's logits, in float32."""
+    cap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
+    if cap:
+        return lambda product: cap * (product.float() / cap).tanh()
+    multiplier = logit_multiplier(target)
+    return lambda product: product.float() * multiplier
 
 
 @torch.no_grad()

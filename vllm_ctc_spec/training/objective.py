@@ -1,4 +1,4 @@
-"""One training pass: hidden states of the frozen target, drafts of many anchors per row, alignment-sum loss.
+"""One training pass: hidden states of the frozen target, drafts of many anchors per row, loss.
 
 Letters: B rows, L tokens, M anchors per row, Q = T + 1 queries (anchor and frames), K kv heads, G query heads per
 kv head, D head size, H hidden size, U labels.
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vllm_ctc_spec.drafter import CTCDrafter, Draft, KeyValue
-from vllm_ctc_spec.training.loss import AlignmentLoss, alignment_loss
+from vllm_ctc_spec.training.loss import DraftLoss, Teacher, alignment_loss, distillation_loss
+from vllm_ctc_spec.training.models import logits_of
 
 UNCONDITIONED_SHARE = 1 / 8
 """Share of anchors trained with a gate of 0, because the frames without conditioning choose a tree's candidates."""
@@ -22,19 +23,25 @@ UNCONDITIONED_SHARE = 1 / 8
 class DraftObjective(nn.Module):
     """The drafter, which is trained, with the frozen target.
 
-    frequent, label_decay: see `alignment_loss`.
+    frequent, label_decay: see `distillation_loss`. label_temperature: see `Teacher`.
     """
 
     frequent: Tensor | None
 
     def __init__(
-        self, drafter: CTCDrafter, target: PreTrainedModel, frequent: Tensor | None = None, label_decay: float = 1.0
+        self,
+        drafter: CTCDrafter,
+        target: PreTrainedModel,
+        frequent: Tensor | None = None,
+        label_decay: float = 1.0,
+        label_temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.drafter = drafter
         self.target = target.requires_grad_(False).eval()
         self.register_buffer("frequent", frequent, persistent=False)
-        self.label_decay = label_decay
+        self.label_decay, self.label_temperature = label_decay, label_temperature
+        self.logits_of = logits_of(target)
 
     def train(self, mode: bool = True) -> DraftObjective:
         super().train(mode)
@@ -43,18 +50,35 @@ class DraftObjective(nn.Module):
 
     def forward(
         self, input_ids: Tensor, anchors: Tensor, valid: Tensor, labels: Tensor, hidden: Tensor | None = None
-    ) -> AlignmentLoss:
+    ) -> DraftLoss:
         """The loss of a batch of `collate_anchors`.
 
         input_ids: [B, L]; anchors: [B, M] positions; valid: [B, M] bool; labels: [B, M, U]; hidden: [B, L, (1 + k) H],
         computed by `target_hidden` if it is None.
         """
+        config = self.drafter.config
+        if hidden is None:
+            hidden = target_hidden(self.target, input_ids, config.target_layers)
         draft = self.draft(input_ids, anchors, hidden).of(valid)
         conditioned = torch.rand(len(draft.gate), 1, device=draft.gate.device) >= UNCONDITIONED_SHARE
         draft = draft._replace(gate=draft.gate * conditioned)
         lm_head, labels = self.target.get_output_embeddings().weight, labels[valid]
         label_embeddings = self.target.get_input_embeddings()(labels.clamp(min=0))
-        return alignment_loss(self.drafter, draft, lm_head, labels, label_embeddings, self.frequent, self.label_decay)
+        if config.has_blank:
+            return alignment_loss(self.drafter, draft, lm_head, labels, label_embeddings, self.frequent)
+        before_labels = anchors[..., None] + torch.arange(labels.shape[1], device=anchors.device)
+        # Behind the end of a row there are no labels that would be trained.
+        in_row = before_labels.clamp(max=input_ids.shape[1] - 1)
+        first = input_ids.shape[1] * torch.arange(len(input_ids), device=anchors.device)
+        teacher = Teacher(
+            hidden[..., : config.hidden_size].flatten(0, 1),
+            (first[:, None, None] + in_row)[valid],
+            self.logits_of,
+            self.label_temperature,
+        )
+        return distillation_loss(
+            self.drafter, draft, lm_head, labels, label_embeddings, teacher, self.frequent, self.label_decay
+        )
 
     def draft(self, input_ids: Tensor, anchors: Tensor, hidden: Tensor | None = None) -> Draft:
         """[B, M, ...], the drafts of all anchors in one pass. Arguments as in `forward`."""

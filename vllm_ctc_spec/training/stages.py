@@ -158,6 +158,7 @@ def _fit_settings(options: argparse.Namespace) -> FitSettings:
         anchors_per_row=options.anchors_per_row,
         max_length=options.max_length,
         label_decay=options.label_decay,
+        label_temperature=options.label_temperature,
         save_steps=options.save_steps,
         seed=options.seed,
         cache=options.cache,
