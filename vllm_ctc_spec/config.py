@@ -20,7 +20,8 @@ MAX_FRAMES = 16
 TREES = ("prefix", "template", "chain")
 EMISSIONS = ("independent", "conditioned")
 ATTENTION_KERNELS = ("own", "xformers")
-RETRIEVALS = ("off", "request", "request+answers")
+RETRIEVING = ("request", "request+answers")
+RETRIEVALS = ("auto", "off", *RETRIEVING)
 
 _COUNTS = (
     "hidden_size",
@@ -159,7 +160,8 @@ class SpecOptions:
     record: file to which served prompts and answers are appended, as training rows (engine/recording.py).
     record_limit_mb: size that this file does not exceed.
     retrieval: draft again what followed the same tokens before, in the request's own text or also in earlier answers of
-        this process; needs the extra "suffix".
+        this process; needs the extra "suffix". "auto" is "request" where the library is installed, the tree is a prefix
+        tree and V1 serves (engine/settings.py decides), else "off".
     retrieval_depth: most tokens ahead that retrieval drafts.
     """
 
@@ -170,7 +172,7 @@ class SpecOptions:
     attention_kernel: Literal["own", "xformers"] = "own"
     record: str | os.PathLike[str] | None = None
     record_limit_mb: int = 256
-    retrieval: Literal["off", "request", "request+answers"] = "off"
+    retrieval: Literal["auto", "off", "request", "request+answers"] = "auto"
     retrieval_depth: int = 32
 
     @property
@@ -180,7 +182,7 @@ class SpecOptions:
 
     @property
     def retrieves(self) -> bool:
-        return self.retrieval != "off"
+        return self.retrieval in RETRIEVING
 
     def __post_init__(self) -> None:
         if self.tree not in TREES:
@@ -260,4 +262,4 @@ def goes_without_drafter(settings: Mapping[str, Any]) -> bool:
 
     Without retrieval it means the target's own, as leaving it out does.
     """
-    return "model" in settings and settings["model"] is None and settings.get("retrieval", "off") != "off"
+    return "model" in settings and settings["model"] is None and settings.get("retrieval") in RETRIEVING

@@ -67,7 +67,8 @@ def engine(pair: TinyPair, spec: dict[str, Any] | None, **options: Any) -> Itera
     if spec is not None:
         # What an adaptive budget chooses depends on how long steps take; tests of trees need trees.
         ours = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": NUM_NODES}
-        spec = {**ours, "adaptive_budget": False, **spec}
+        # Many tests compare with the drafter's trees alone.
+        spec = {**ours, "adaptive_budget": False, "retrieval": "off", **spec}
     with started(str(pair.target), speculative_config=spec, **{**settings, **options}) as llm:
         yield llm
         # Two interpreters that come to their end by themselves take more than the five seconds that vLLM gives them.

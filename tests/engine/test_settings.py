@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,6 +100,20 @@ def test_no_model_means_no_drafter_where_retrieval_is_on(pair: TinyPair) -> None
     ours = EngineSettings.from_dict(config.additional_config["ctc_spec"])
     assert ours.drafter is None and ours.target_layers == ()
     assert is_ctc(config.speculative_config)
+
+
+def test_retrieval_is_on_where_nothing_else_has_to_change_for_it(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def retrieval(**spec: Any) -> str:
+        return str(configure(pair, spec).additional_config["ctc_spec"]["options"]["retrieval"])
+
+    assert [retrieval(), retrieval(retrieval="off"), retrieval(tree="chain")] == ["request", "off", "off"]
+    with monkeypatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        assert retrieval() == "off"
+    monkeypatch.setitem(sys.modules, "arctic_inference.suffix_decoding", None)
+    assert retrieval() == "off"
 
 
 def test_vllm_does_not_warn_of_our_own_class(pair: TinyPair, caplog: pytest.LogCaptureFixture) -> None:

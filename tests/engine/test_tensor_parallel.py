@@ -202,11 +202,11 @@ def test_compiled_ranks_load_what_ranks_before_them_compiled_and_verify_the_tree
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """vLLM's default, with the adaptive budget, which is ours. In the end the second rank's drafter is another one."""
+    """vLLM's default, with ours: adaptive budget and retrieval. In the end the second rank's drafter is another one."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     compiled = []
     for is_second in (False, True):
-        with ranks(pair, {"adaptive_budget": True}, enforce_eager=False) as llm:
+        with ranks(pair, {"adaptive_budget": True, "retrieval": "auto"}, enforce_eager=False) as llm:
             if is_second:
                 # Only the first rank has a budget.
                 assert llm.collective_rpc(decide_by_rule) == [True, False]

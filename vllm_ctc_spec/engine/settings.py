@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_ctc_spec.config import CTCDrafterConfig, SpecOptions, check_node_budget, goes_without_drafter
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
@@ -57,7 +57,9 @@ def resolve_settings(
     options = SpecOptions.from_dict(settings)
     _check_engine(engine_args, parallel)
     _check_target(target)
-    if options.retrieves:
+    if options.retrieval == "auto":
+        options = dataclasses.replace(options, retrieval=_default_retrieval(target, options))
+    elif options.retrieves:
         check_retrieval(options)
     drafter, layers = None, tuple[int, ...]()
     if not is_undrafted:
@@ -103,6 +105,17 @@ def is_v2(target: ModelConfig, options: SpecOptions) -> bool:
     if chosen is None:
         return bool(current_platform.is_cuda()) and HAS_TRITON and not present
     return chosen
+
+
+def _default_retrieval(target: ModelConfig, options: SpecOptions) -> Literal["off", "request"]:
+    """On where it is installed and nothing else has to change for it."""
+    if options.tree != "prefix" or is_v2(target, options):
+        return "off"
+    try:
+        importlib.import_module(LIBRARY)
+    except ImportError:
+        return "off"
+    return "request"
 
 
 def check_retrieval(options: SpecOptions) -> None:
