@@ -4,9 +4,9 @@
     .venv/bin/python benchmarks/ablation.py TARGET WORK_FOLDER --rows ROWS --unseen ROWS [--minutes 4] [--json PATH]
 
 The target answers QUESTIONS greedily with plain vLLM; the last 150 are for the evaluation only. Or ROWS are what
-`vllm-ctc-spec train regenerate` wrote. Then each drafter of the table is trained for the same time. With `--jobs` several are trained at the same time, each on its share of the
-cores. They are judged by walking their trees along the answers to the unseen questions. Results in WORK_FOLDER are
-reused.
+`vllm-ctc-spec train regenerate` wrote. Then each drafter of the table is trained for the same time. With `--jobs`
+several are trained at the same time, each on its share of the cores. They are judged by walking their trees along the
+answers to the unseen questions. Results in WORK_FOLDER are reused.
 """
 
 from __future__ import annotations
@@ -162,7 +162,16 @@ def _measure(variant: Variant, rows: Path, unseen: Path, options: argparse.Names
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
     if not drafter.exists():
         budget = ["--steps", "1000000", "--minutes", str(options.minutes)]
-        fit = [*train, "fit", options.target, str(rows), str(drafter), *budget, *variant.options.split(), *options.fit.split()]
+        fit = [
+            *train,
+            "fit",
+            options.target,
+            str(rows),
+            str(drafter),
+            *budget,
+            *variant.options.split(),
+            *options.fit.split(),
+        ]
         subprocess.run(fit, check=True, env=environment, stdout=subprocess.DEVNULL)
     if not evaluation.exists():
         evaluate = [*train, "evaluate", options.target, str(drafter), str(unseen), "--paper", "--json", str(evaluation)]

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.training.tiny_models import VOCAB, tiny_drafter, tiny_target
+from tests.training.tiny_models import VOCAB, teach, tiny_drafter, tiny_target
 from vllm_ctc_spec.drafter.drafting import emission_logits, set_tables_from
 from vllm_ctc_spec.training import calibrate as calibrate_module
 from vllm_ctc_spec.training.calibrate import RowSplit, calibrate, scale_logits, split_rows
@@ -33,9 +33,9 @@ def test_scaling_multiplies_every_logit(emission, label_length):
 
 @pytest.mark.parametrize("emission", ["conditioned", "independent"])
 def test_the_expected_accepted_length_is_the_measured_one_on_the_calibration_rows(emission):
-    target = tiny_target()
+    target, rows = tiny_target(), noisy_counting_rows(40)
+    teach(target, torch.stack([row.token_ids for row in rows]))
     objective = DraftObjective(tiny_drafter(target, emission=emission, label_length=4), target)
-    rows = noisy_counting_rows(40)
     train(objective, rows)
     expected, accepted = expected_and_accepted(objective, rows)
     assert expected < 0.9 * accepted

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
 
-from tests.training.tiny_models import VOCAB, tiny_target
+from tests.training.tiny_models import VOCAB, teach, tiny_target
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter.checkpoint import check_drafter
 from vllm_ctc_spec.target_names import target_names
@@ -28,9 +28,12 @@ PERIOD = 10
 
 
 @pytest.fixture(scope="module")
-def target_path(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("target")
-    tiny_target(tied=False).save_pretrained(folder)
+def target_path(tmp_path_factory, rows_path, replay_path):
+    """It has learnt the text of both files: drafters learn what the target says of a text."""
+    folder, target = tmp_path_factory.mktemp("target"), tiny_target(tied=False)
+    rows = [json.loads(line) for path in (rows_path, replay_path) for line in Path(path).read_text().splitlines()]
+    teach(target, torch.tensor([row["prompt_token_ids"] + row["token_ids"] for row in rows]))
+    target.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     return str(folder)

@@ -15,7 +15,6 @@ from torch import Tensor
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig, Draft
 from vllm_ctc_spec.training.data import MISSING
 from vllm_ctc_spec.training.loss import (
-    LOG_ZERO,
     DistilledCrossEntropy,
     DraftLoss,
     Teacher,

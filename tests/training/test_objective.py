@@ -68,7 +68,9 @@ def test_each_label_is_learnt_from_the_targets_distribution_after_the_text_befor
     objective(input_ids, ANCHORS, valid, torch.randint(VOCAB, (2, 3, 4)))
     teacher, logits = given["teacher"], target(input_ids).logits
     ours = teacher.logits_of(teacher.hidden @ target.lm_head.weight.T)[teacher.before_labels]
-    theirs = [[logits[row, min(anchor + u, 19)] for u in range(4)] for row, anchor in ((0, 1), (0, 5), (1, 7), (1, 2), (1, 8))]
+    theirs = [
+        [logits[row, min(anchor + u, 19)] for u in range(4)] for row, anchor in ((0, 1), (0, 5), (1, 7), (1, 2), (1, 8))
+    ]
     torch.testing.assert_close(ours, torch.stack([torch.stack(each) for each in theirs]))
     assert teacher.temperature == 0.5
 

@@ -30,6 +30,16 @@ def tiny_target(tied: bool = True, **overrides: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**fields | overrides)).eval()
 
 
+def teach(target: LlamaForCausalLM, text: torch.Tensor, steps: int = 60) -> None:
+    """Let the target write this text. text: [B, L] int64."""
+    optimizer = torch.optim.AdamW(target.parameters(), lr=3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        target(text, labels=text).loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+
+
 def tiny_drafter(target: LlamaForCausalLM, **overrides: object) -> CTCDrafter:
     torch.manual_seed(1)
     fields = {"num_frames": 4, "label_length": 3, "condition_rank": 8, "initializer_range": 0.2}

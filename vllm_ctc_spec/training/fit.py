@@ -24,7 +24,6 @@ from vllm_ctc_spec.training.data import (
     AnchorDataset,
     TrainingRow,
     most_frequent,
-    num_frequent,
     read_rows,
     with_anchors,
 )
@@ -37,7 +36,7 @@ from vllm_ctc_spec.training.trainer import train
 DRY_RUN_LINES = 1000
 """Lines of the data that a dry run reads."""
 LABEL_DECAY, LABEL_TEMPERATURE = 0.8, 0.5
-"""Defaults of `label_decay` (1 and 0.65 gave lower acceptance lengths, benchmarks/README.md) and `label_temperature`."""
+"""Defaults of `label_decay` and `label_temperature`; others gave lower acceptance lengths (benchmarks/README.md)."""
 NUM_FREQUENT = 2048
 """Tokens that always enter the estimated normaliser, and number of those drawn at random."""
 REPLAY_SHARE = 0.25

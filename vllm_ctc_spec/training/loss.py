@@ -133,8 +133,7 @@ def _no_anchor(labels: Tensor) -> Tensor:
 
 
 def _classes(lm_head: Tensor, labels: Tensor, frequent: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of the LM head [K', H] that enter the normaliser, their log weights [K'], and the columns of the labels among
-    them."""
+    """Rows of the LM head [K', H] that enter the normaliser, their log weights [K'], and the labels' columns."""
     if frequent is None:
         return lm_head, torch.zeros(len(lm_head), device=labels.device), labels
     sampled, offsets, columns = sampled_softmax(labels, frequent, len(lm_head))
