@@ -105,13 +105,14 @@ class HostBudget:
             EndedStep(results.requests, bool(trees), num_nodes, num_accepted, expected, results.is_decode)
         )
         self.trees = {results.requests[index]: tree for index, tree in zip(results.drafting, trees)}
+        if self.is_async:
+            for request, tree in self.trees.items():
+                latest = np.pad(tree.probabilities, (0, self.num_nodes - len(tree.probabilities)))
+                mean = self._means.get(request, latest)
+                self._means[request] = mean + LATEST * (latest - mean)
 
     def _look_ahead(self, batch: Any) -> None:
         """Decides whether the next step drafts, and how many nodes the step after it verifies."""
-        for request, tree in self.trees.items():
-            latest = np.pad(tree.probabilities, (0, self.num_nodes - len(tree.probabilities)))
-            mean = self._means.get(request, latest)
-            self._means[request] = mean + LATEST * (latest - mean)
         self._means = {request: self._means[request] for request in batch.req_ids if request in self._means}
         self._next_plan = plan = self.control.plan(batch.num_reqs)
         if plan is None:
