@@ -138,7 +138,7 @@ def num_preemptions(llm: LLM) -> float:
     return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
-def assert_a_cached_prefix_changes_nothing(
+def assert_a_cached_prefix_changes_no_token(
     llm: LLM, plain: LLM, prompts: list[list[int]], params: SamplingParams
 ) -> None:
     """One long prompt, twice, by an engine that caches prefixes; greedy."""

@@ -31,7 +31,7 @@ rounds: 2
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_and_a_broken_method_ends_nothing(pair: TinyPair, tmp_path: Path):
+def test_a_killed_run_resumes_and_a_broken_method_does_not_stop_it(pair: TinyPair, tmp_path: Path):
     config, output = tmp_path / "bench.yaml", tmp_path / "out"
     config.write_text(CONFIG.format(folder=pair.target.parent))
     command = [sys.executable, "-m", "vllm_ctc_spec.cli", "bench", str(config), str(output)]

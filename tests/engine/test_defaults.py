@@ -28,7 +28,7 @@ def default(pair: TinyPair) -> Iterator[LLM]:
             yield llm
 
 
-def test_nothing_is_off_that_is_on_by_default(pair: TinyPair, default: LLM) -> None:
+def test_all_defaults_are_in_effect(pair: TinyPair, default: LLM) -> None:
     config = default.llm_engine.vllm_config
     layers = tuple(check_drafter(str(pair.drafter)).target_layers)
     expected = EngineSettings(str(pair.drafter), DEFAULT_NUM_NODES, SpecOptions(), layers)

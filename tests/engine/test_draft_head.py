@@ -32,7 +32,7 @@ def frequent(pair: TinyPair, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_only_these_are_drafted_and_no_token_changes(
+def test_only_frequent_tokens_are_drafted_and_no_token_changes(
     pair: TinyPair, frequent: Path, plain: LLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
@@ -55,7 +55,7 @@ def test_only_these_are_drafted_and_no_token_changes(
         torch.testing.assert_close(product, expected, msg=f"{name}: {{}}".format)
 
 
-def test_a_target_without_a_head_to_draft_with_is_refused() -> None:
+def test_a_target_without_vllms_logits_processor_is_refused() -> None:
     class Headless(nn.Module):
         def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
             return hidden

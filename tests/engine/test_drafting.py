@@ -55,7 +55,7 @@ def test_deferred_rows_are_stored_at_the_limit() -> None:
     assert len(made.deferred) == 3
 
 
-def test_rows_are_stored_at_once_where_a_block_may_become_another_groups() -> None:
+def test_rows_are_stored_at_once_where_kv_groups_share_memory() -> None:
     made = proposer()
     made.defers = False
     [rows] = steps([1])

@@ -51,7 +51,7 @@ def test_each_batch_is_padded_to_the_next_captured_size() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-def test_graphs_read_what_is_in_the_buffers_now() -> None:
+def test_graphs_read_the_current_contents_of_their_buffers() -> None:
     captured = DraftGraphs(draft, inputs(MOST, BLOCKS, device="cuda"), cuda_graphs(nullcontext))
     for seed, count in enumerate([5, 1, 3, 5, 2]):
         batch = inputs(count, BLOCKS, seed, "cuda")

@@ -117,7 +117,7 @@ def test_answers_with_an_adapter_are_not_recorded_as_the_targets(
     assert sorted(recorded) == sorted(zip(prompts[::3], answers[::3]))
 
 
-def test_the_drafter_embeds_and_judges_tokens_without_adapters(
+def test_the_drafter_uses_embedding_and_lm_head_without_adapters(
     pair: TinyPair, trees_lora: LLM, prompts: list[list[int]], adapters: list[LoRARequest | None]
 ) -> None:
     """After a step in which every row has an adapter."""

@@ -89,7 +89,7 @@ def test_gauges_show_the_last_interval_in_which_anything_was_generated() -> None
 
 
 @pytest.mark.parametrize(("num_servers", "num_lines"), [(1, 1), (2, 0)])
-def test_there_is_a_line_in_the_log_where_one_server_sees_all_requests(
+def test_only_a_single_api_server_logs_a_line(
     num_servers: int, num_lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = []
@@ -98,7 +98,7 @@ def test_there_is_a_line_in_the_log_where_one_server_sees_all_requests(
     assert len(lines) == num_lines
 
 
-def test_several_api_servers_show_one_gauge_each(tmp_path: Path) -> None:
+def test_several_api_servers_report_one_gauge(tmp_path: Path) -> None:
     program = (
         "import sys; from tests.engine.test_metrics import *; record(TreeStatLogger(config(2), 7), [2, 1]); "
         "from vllm.v1.metrics.prometheus import get_prometheus_registry; "

@@ -54,7 +54,7 @@ def test_requests_with_images_and_without_are_exact(blip: TinyPair) -> None:
     assert any(text[:20] != image[:20] for text, image in zip(of_texts, of_images, strict=True))
 
 
-def test_it_is_a_text_model_where_its_other_inputs_are_turned_off(
+def test_with_language_model_only_answers_are_those_of_the_text_model(
     blip: TinyPair, plain: LLM, prompts: list[list[int]]
 ) -> None:
     params = SamplingParams(temperature=0, max_tokens=40)

@@ -184,7 +184,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_mistake_is_one_error_that_names_it(pair: TinyPair, tmp_path: Path, case: Case) -> None:
+def test_a_mistake_is_one_error_that_names_setting_and_value(pair: TinyPair, tmp_path: Path, case: Case) -> None:
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     shutil.copytree(pair.target, target)
     shutil.copytree(pair.drafter, drafter)
@@ -200,7 +200,7 @@ def test_a_mistake_is_one_error_that_names_it(pair: TinyPair, tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("how", [Path, str, lambda path: f"~/{path.name}"], ids=["path", "text", "home"])
-def test_a_drafter_may_be_named_as_paths_are(
+def test_a_drafter_may_be_a_path_a_string_or_below_home(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch, how: Callable[[Path], Any]
 ) -> None:
     monkeypatch.setenv("HOME", str(pair.drafter.parent))

@@ -16,7 +16,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine.conftest import (
     NUM_PROMPTS,
-    assert_a_cached_prefix_changes_nothing,
+    assert_a_cached_prefix_changes_no_token,
     complete,
     engine,
     generate,
@@ -100,9 +100,9 @@ def test_stop_strings_cut_inside_a_path(plain: LLM, retrieving: LLM, prompts: li
     assert any(answer.stop_reason in stops for answer in answers)
 
 
-def test_a_cached_prefix_changes_nothing(plain: LLM, retrieving: LLM, prompts: list[list[int]]) -> None:
+def test_a_cached_prefix_changes_no_token(plain: LLM, retrieving: LLM, prompts: list[list[int]]) -> None:
     params = SamplingParams(temperature=0, max_tokens=60)
-    assert_a_cached_prefix_changes_nothing(retrieving, plain, prompts, params)
+    assert_a_cached_prefix_changes_no_token(retrieving, plain, prompts, params)
 
 
 def test_several_choices_of_one_request_are_separate(plain: LLM, retrieving: LLM, prompts: list[list[int]]) -> None:
@@ -135,7 +135,7 @@ def test_ended_and_aborted_requests_leave_nothing(retrieving: LLM, prompts: list
     assert counts[-1] == [(0, 0)]
 
 
-def test_an_answer_that_was_given_before_is_drafted_whole(retrieving: LLM, prompts: list[list[int]]) -> None:
+def test_an_earlier_answer_is_drafted_whole(retrieving: LLM, prompts: list[list[int]]) -> None:
     """Where answers are asked for. Last, because it records all trees."""
     params = SamplingParams(temperature=0.8, seed=11, max_tokens=60, ignore_eos=True)
     [first] = complete(retrieving, [prompts[9]], params)
@@ -173,14 +173,14 @@ def test_what_followed_the_same_tokens_is_found() -> None:
     assert tree.probabilities == pytest.approx([3 / 4, 3 / 5, 3 / 6, 3 / 7, 3 / 8])
 
 
-def test_places_that_were_followed_by_different_tokens_are_branches() -> None:
+def test_different_continuations_are_branches() -> None:
     source = Retrieval(SpecOptions(retrieval="request"), num_nodes=16)
     tree = found_after(source, "a", [7, 1, 7, 1, 7, 1, 7, 2, 9], [7])
     first = {token: psi for token, depth, psi in zip(tree.tokens, tree.depths, tree.probabilities) if depth == 1}
     assert first == pytest.approx({1: 2 / 3 * 3 / 4, 2: 2 / 3 * 1 / 4})
 
 
-def test_where_nothing_is_found_the_drafters_tree_is_left_as_it_is() -> None:
+def test_without_a_match_the_drafters_tree_is_unchanged() -> None:
     source = Retrieval(SpecOptions(retrieval="request"), num_nodes=16)
     drafted, asked = HostTree([5, 6], [0, 1], [1, 2], [0.5, 0.4]), [request("a", [1, 2, 3], [4])]
     source.find(asked)

@@ -13,7 +13,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from tests.engine.conftest import (
     NUM_NODES,
     NUM_PROMPTS,
-    assert_a_cached_prefix_changes_nothing,
+    assert_a_cached_prefix_changes_no_token,
     assert_logprobs_are_equal,
     assert_prompt_logprobs_are_equal,
     complete,
@@ -73,9 +73,9 @@ def test_one_token_prompts_join_a_running_batch(pair, plain: LLM, prompts: list[
         assert complete(narrow, short, params) == complete(plain, short, params)
 
 
-def test_a_cached_prefix_changes_nothing(trees: LLM, plain: LLM, prompts: list[list[int]]) -> None:
+def test_a_cached_prefix_changes_no_token(trees: LLM, plain: LLM, prompts: list[list[int]]) -> None:
     params = SamplingParams(temperature=0, max_tokens=40)
-    assert_a_cached_prefix_changes_nothing(trees, plain, prompts, params)
+    assert_a_cached_prefix_changes_no_token(trees, plain, prompts, params)
 
 
 def test_drafts_after_a_cached_prefix_are_as_good_as_without(pair, prompts: list[list[int]]) -> None:
@@ -149,7 +149,7 @@ def test_improbable_nodes_are_not_verified(
         assert metrics is not None and metrics.nodes_per_step < share * NUM_NODES
 
 
-def test_drafts_that_are_not_ours_are_verified_as_a_chain_and_reported_once(
+def test_drafts_without_their_tree_are_verified_as_a_chain_and_logged_once(
     pair, plain: LLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")

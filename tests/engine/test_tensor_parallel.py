@@ -122,7 +122,7 @@ def expected(
     return made_once(tmp_path_factory, "plain-ranks", answer)
 
 
-def test_two_ranks_answer_as_two_without_us_and_draft_as_the_reference_loop(
+def test_two_ranks_answer_as_plain_vllm_and_draft_as_the_reference_loop(
     pair: TinyPair, expected: dict[str, list[Answer]], prompts: list[list[int]], long_prompt: list[int]
 ) -> None:
     """Prompts are read in chunks, long answers are preempted, and one prompt is cached."""
@@ -195,7 +195,7 @@ def test_four_ranks_with_copies_of_two_key_value_heads_draft_as_the_reference_lo
         assert_trees_are_those_of_the_reference_loop(llm, wide, prompts)
 
 
-def test_compiled_ranks_load_what_ranks_before_them_compiled_and_verify_the_trees_of_the_first(
+def test_compiled_ranks_load_the_compile_cache_and_verify_the_first_ranks_trees(
     pair: TinyPair,
     expected: dict[str, list[Answer]],
     prompts: list[list[int]],

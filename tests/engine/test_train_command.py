@@ -99,9 +99,7 @@ def test_the_target_writes_prompts_of_its_own(pair: TinyPair, tmp_path: Path):
     assert len(resumed) == 40 and resumed[:30] == written[:30]
 
 
-def test_without_prompts_and_without_a_chat_template_nothing_starts(
-    pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_prompts_or_a_chat_template_are_required(pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     target = shutil.copytree(pair.target, tmp_path / "target")
     (target / "chat_template.jinja").unlink()
     command = ["train", "all", str(target), str(tmp_path / "out")]
@@ -128,7 +126,9 @@ def test_faulty_lines_are_named_or_counted(pair: TinyPair, tmp_path: Path, capsy
     assert "1 faulty lines left out" in capsys.readouterr().out
 
 
-def test_the_engines_seed_is_the_commands(pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_seed_is_an_option_of_the_command_and_not_of_the_engine(
+    pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     prompts, rows = write_prompts(tmp_path, pair, 1), tmp_path / "rows.jsonl"
     assert main(["train", "regenerate", str(pair.target), str(prompts), str(rows), "--engine", "seed=3"]) == 2
     assert "--engine seed=3: use --seed 3" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def metadata_of(
 
 @pytest.mark.parametrize("use_fp64_gumbel", [False, True])
 @pytest.mark.parametrize("seed", range(30))
-def test_tokens_and_draws_are_those_of_the_walk_by_levels(
+def test_a_walk_at_once_has_the_tokens_and_draws_of_a_walk_by_levels(
     seed: int, use_fp64_gumbel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw = random.Random(seed)
@@ -162,7 +162,7 @@ class OneRowForEachRequest:
 
 
 @pytest.mark.parametrize("asked", ["logprobs", "penalties", "processor", "allowed tokens", "bad words"])
-def test_what_depends_on_the_path_or_the_batch_goes_by_levels(asked: str) -> None:
+def test_parameters_that_need_the_path_or_the_batch_are_walked_by_levels(asked: str) -> None:
     trees = [CHOICES, CHOICES]
     metadata = metadata_of([1.0, 1.0], [0, 1])
     if asked == "logprobs":
@@ -210,7 +210,7 @@ def test_a_deeper_tree_takes_no_more_launches() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-def test_a_gpu_is_waited_for_once() -> None:
+def test_a_walk_waits_for_the_gpu_once() -> None:
     trees = [HostTree.chain(list(range(depth))) for depth in (3, 8)]
     logits = logits_of(trees, 0, "cuda")
     metadata = metadata_of([1.0, 0.7], [1, None], top_k=[5, VOCAB], device="cuda")

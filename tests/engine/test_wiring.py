@@ -97,7 +97,7 @@ class Rows:
         return output
 
 
-def test_a_causal_mask_is_vllms_own_kernel() -> None:
+def test_with_a_causal_mask_our_kernel_equals_vllms() -> None:
     rows = Rows()
     chain = HostTree.chain(TREE.tokens)
     torch.testing.assert_close(

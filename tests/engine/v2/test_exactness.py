@@ -201,7 +201,7 @@ def _without_logprobs(answer: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", [*GROUPS, "aborts"])
-def test_answers_are_those_of_v2_without_us(plain: Served, trees: Served, group: str) -> None:
+def test_answers_are_those_of_plain_v2(plain: Served, trees: Served, group: str) -> None:
     assert_equal(trees.answers[group], plain.answers[group])
 
 
@@ -233,7 +233,7 @@ def test_an_asynchronous_budget_follows_the_drafter(adaptive: Served) -> None:
 
 
 @pytest.mark.slow
-def test_the_kernels_for_a_gpu_are_exact_and_the_host_waits_for_nothing(
+def test_gpu_kernels_are_exact_and_the_host_does_not_wait_for_the_device(
     pair: TinyPair, prompts: list[list[int]], tmp_path: Path, plain: Served
 ) -> None:
     names = ("top-p and top-k", "penalties")
@@ -310,7 +310,7 @@ def test_adapters_thinking_budgets_and_processors_of_a_user_are_exact(
 
 
 @pytest.mark.slow
-def test_two_ranks_of_tensor_parallel_answer_as_one_rank_without_us(
+def test_two_ranks_answer_as_plain_v2_on_one_rank(
     pair: TinyPair, prompts: list[list[int]], tmp_path: Path, plain: Served
 ) -> None:
     names = ("penalties", "log probabilities")
