@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec bench` as its users run it: a process over real engines, killed and started again."""
+"""`vllm-ctc-spec bench` as a process with real engines, killed and started again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tiny_pair import TinyPair
 CONFIG = """
 folder: {folder}
 target: target
-# Compiling takes longer than so few tokens of so small a model.
+# Compiling would take longer than generating.
 engine: {{dtype: float32, max_model_len: 256, kv_cache_memory_bytes: 67108864, enforce_eager: true}}
 methods:
   plain: null

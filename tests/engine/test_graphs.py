@@ -1,4 +1,4 @@
-"""Recorded drafting gives each request what it would get by itself, whatever stood in the buffers before."""
+"""Captured drafting gives each request the drafts that it gets alone, whatever the buffers held before."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def inputs(num_requests: int, num_blocks: int, seed: int = 0, device: str = "cpu
 
 
 def draft(inputs: DraftInputs) -> Tensor:
-    """A function of all that a request may read: of its table the blocks of its context."""
+    """A function of all that drafting may read of a request: of its table only the blocks of its context."""
     table, lens = inputs.context.block_table, inputs.context.lens
     is_read = torch.arange(table.shape[1], device=lens.device) < (lens[:, None] + 3) // 4
     read = (table * is_read).sum(1)

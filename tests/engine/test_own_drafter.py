@@ -1,4 +1,4 @@
-"""An engine that is told no drafter's name takes the one that belongs to its target."""
+"""Without the name of a drafter the engine uses the one that belongs to its target."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vllm_ctc_spec.engine.metrics import read_tree_metrics
 
 @pytest.fixture
 def target(pair: TinyPair, tmp_path: Path) -> Path:
-    """With its drafter in it."""
+    """A target with its drafter in its folder."""
     folder = tmp_path / "target"
     shutil.copytree(pair.target, folder)
     shutil.copytree(pair.drafter, folder / OWN)

@@ -1,4 +1,4 @@
-"""`record`: what the engine of `trees` serves becomes training rows."""
+"""`record` writes what the engine `trees` serves as training rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows_from(outputs: list[RequestOutput]) -> list[dict[str, list[int]]]:
 
 @pytest.fixture
 def new_file(trees: LLM, record: Path) -> Iterator[Path]:
-    """In place of the record's file, so that it can be spoiled."""
+    """The path of the record, whose file is moved away during a test."""
     kept = record.with_suffix(".kept")
     record.rename(kept)
     yield record
@@ -52,7 +52,7 @@ def test_rows_are_appended_to_existing_rows(
     earlier = rows_of(record)
     assert earlier[0] == FIRST_ROW
     limits = SamplingParams(temperature=0, max_tokens=40)
-    # The engine itself sees these aborted.
+    # At a stop string vLLM aborts the request in the engine core.
     strings = SamplingParams(temperature=0, max_tokens=40, stop=["e", "("])
     several = SamplingParams(temperature=0.8, n=3, seed=1, max_tokens=20)
     outputs = generate(trees, prompts[:12], [limits, strings, several] * 4)

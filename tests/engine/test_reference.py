@@ -1,4 +1,4 @@
-"""The executable specification, and what people see of it."""
+"""The reference loop, and `vllm-ctc-spec inspect`, which draws its trees."""
 
 from __future__ import annotations
 

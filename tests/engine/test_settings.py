@@ -1,4 +1,4 @@
-"""What vLLM makes of our settings."""
+"""vLLM's configuration with our settings."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_vllms_warning_about_custom_classes_is_not_logged_for_ours(
     try:
         configure(pair, {})
         assert "custom class" not in caplog.text
-        # vLLM's own, so that the test notices another wording.
+        # vLLM's warning for another class, so that a new wording fails this test.
         vllm.logger._print_warning_once.cache_clear()
         spec = {"method": "custom_class", "model": "tests.engine.processors.AvoidRepeat", "num_speculative_tokens": 2}
         EngineArgs(model=str(pair.target), speculative_config=spec).create_engine_config()
@@ -139,7 +139,7 @@ def test_an_adaptive_budget_with_asynchronous_scheduling_needs_our_scheduler(
 ) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
-    # On a CPU vLLM turns off what it has decided.
+    # vLLM's CPU platform would turn asynchronous scheduling off.
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", lambda *arguments: None)
     theirs = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
     for spec, options, expected in (

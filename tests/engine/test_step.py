@@ -1,4 +1,4 @@
-"""What a step gives to tree attention."""
+"""Which rows of a step our tree attention computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHAIN = HostTree([5, 6], [0, 1], [1, 2], [0.5, 0.3])
 
 
 def step_of(*requests: tuple[HostTree, int]) -> Step:
-    """Of trees behind so many rows."""
+    """A step of trees, each with the number of rows before its nodes."""
     trees = [tree for tree, _ in requests]
     num_rows = [len(tree.tokens) + rows for tree, rows in requests]
     starts = [sum(num_rows[:index]) for index in range(len(num_rows))]

@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec train` as its users run it: a process, over the real engine, killed and started again."""
+"""`vllm-ctc-spec train` as a process with the real engine, killed and started again."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_all_stages_make_a_drafter_that_serves(pair: TinyPair, tmp_path: Path):
     question, greedy = [rows[0]["prompt_token_ids"]], SamplingParams(temperature=0, max_tokens=40)
     with engine(pair, {"model": str(output / "drafter")}) as trees:
         assert complete(trees, question, greedy)[0].tokens == rows[0]["token_ids"]
-    # Everything is there: a second run only evaluates.
+    # A second run only evaluates.
     assert main(command) == 0
 
 
@@ -82,7 +82,7 @@ def test_regeneration_that_is_killed_loses_and_doubles_no_line(pair: TinyPair, t
 def test_the_target_writes_prompts_of_its_own(pair: TinyPair, tmp_path: Path):
     target, rows = tmp_path / "target", tmp_path / "rows.jsonl"
     shutil.copytree(pair.target, target)
-    # The tiny target writes Python, so its user names a function.
+    # The tiny target writes Python, so that a prompt is the name of a function.
     (target / "chat_template.jinja").write_text("{% for m in messages %}def {{ m['content'] }}({% endfor %}")
     command = ["train", "regenerate", str(target), str(rows), "--own-prompts=40", "--max-tokens=4", *ENGINE]
     assert main(command) == 0
