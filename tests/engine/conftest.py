@@ -71,7 +71,7 @@ def engine(pair: TinyPair, spec: dict[str, Any] | None, **options: Any) -> Itera
         spec = {**ours, "adaptive_budget": False, "retrieval": "off", **spec}
     with started(str(pair.target), speculative_config=spec, **{**settings, **options}) as llm:
         yield llm
-        # An orderly exit of both processes takes longer than vLLM's limit of five seconds.
+        # Engine core and worker take longer to exit than vLLM's limit of five seconds.
         llm.llm_engine.engine_core.shutdown(timeout=0)
 
 
