@@ -24,14 +24,14 @@ INPUTS_AND_OUTPUTS = {
 LORA: dict[str, Any] = {
     "enable_lora": True,
     "max_lora_rank": RANK,
-    # One more than there are adapters: on a CPU vLLM 0.32 gives requests without one what is in the last slot.
+    # One slot stays empty: on a CPU vLLM 0.32 applies the last one to requests without an adapter.
     "max_loras": 3,
 }
-"""Options of an engine that serves two of them."""
+"""Options of an engine that serves two adapters."""
 
 
 def write_adapter(folder: Path, seed: int) -> LoRARequest:
-    """Of all layers, the embedding and the LM head."""
+    """Random weights for all layers, the embedding and the LM head."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(rows: int, columns: int, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The tiny target as the language model of a BLIP-2, whose other parts are random: an image changes the answer."""
+"""A BLIP-2 with the tiny target as language model and other parts random; an image changes the answer."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def write_blip(target: Path, folder: Path) -> Path:
     torch.manual_seed(0)
     random = Blip2ForConditionalGeneration(Blip2Config(**BLIP)).to(torch.bfloat16).state_dict()
     weights = {name: weight.clone() for name, weight in random.items() if not name.startswith("language_model")}
-    # As large as embeddings of text.
+    # To the size of text embeddings.
     weights["language_projection.weight"].mul_(50)
     weights |= {f"language_model.{name}": weight for name, weight in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -69,7 +69,7 @@ def write_blip(target: Path, folder: Path) -> Path:
 
 
 def _name_the_last_token(path: Path, name: str) -> None:
-    """So that the language model's vocabulary has one for images."""
+    """Make the last token of the vocabulary the placeholder for images."""
     tokenizer = json.loads(path.read_text())
     last = next(token for token, number in tokenizer["model"]["vocab"].items() if number == VOCAB - 1)
     del tokenizer["model"]["vocab"][last]

@@ -1,4 +1,4 @@
-"""Real engines on CPU, over a tiny target and a drafter trained for it here (about a minute, then cached)."""
+"""Real engines on a CPU with a tiny target and its drafter, trained here in about a minute and then cached."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pytest
 from filelock import FileLock
 
-# vLLM compiles with its own thread and process settings; a test run must not depend on the caller's.
+# Before the import of vLLM, which sets up logging.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -27,13 +27,13 @@ from vllm_ctc_spec.engine.lifetime import started
 NUM_PROMPTS = 32
 NUM_NODES = 32
 IN_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""The worker in the engine core's process: in one of its own, vLLM's default, it imports everything once more."""
+"""Runs the worker in the engine core's process. vLLM's default is one more process, with all imports again."""
 
 
 @pytest.fixture(scope="session")
 def pair(request: pytest.FixtureRequest) -> TinyPair:
     folder = request.config.cache.mkdir("ctc-tiny-pair")
-    # `make test` has several processes, of which one trains.
+    # One process of `make test` trains; the others wait.
     with FileLock(f"{folder}.lock"):
         return build_tiny_pair(folder)
 
@@ -42,7 +42,7 @@ Made = TypeVar("Made")
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[], Made]) -> Made:
-    """What `make` returns, which can be pickled: one of the processes of `make test` makes it for all of them."""
+    """The result of `make`, which one process of `make test` calls for all; it must be picklable."""
     folder = tmp_path_factory.getbasetemp()
     path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / f"{name}.pickle"
     with FileLock(f"{path}.lock"):
@@ -54,7 +54,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callabl
 
 @contextmanager
 def engine(pair: TinyPair, spec: dict[str, Any] | None, **options: Any) -> Iterator[LLM]:
-    """spec: our options beside method and model; None is plain vLLM."""
+    """spec: keys of `speculative_config` besides method and model; None for plain vLLM."""
     settings: dict[str, Any] = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -65,13 +65,13 @@ def engine(pair: TinyPair, spec: dict[str, Any] | None, **options: Any) -> Itera
         "distributed_executor_backend": IN_CORE,
     }
     if spec is not None:
-        # What an adaptive budget chooses depends on how long steps take; tests of trees need trees.
+        # The choices of an adaptive budget depend on measured times.
         ours = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": NUM_NODES}
-        # Many tests compare with the drafter's trees alone.
+        # Many tests expect trees of the drafter alone.
         spec = {**ours, "adaptive_budget": False, "retrieval": "off", **spec}
     with started(str(pair.target), speculative_config=spec, **{**settings, **options}) as llm:
         yield llm
-        # Two interpreters that come to their end by themselves take more than the five seconds that vLLM gives them.
+        # Engine core and worker take longer to exit than vLLM's limit of five seconds.
         llm.llm_engine.engine_core.shutdown(timeout=0)
 
 
@@ -86,7 +86,7 @@ FIRST_ROW = {"prompt_token_ids": [5, 6], "token_ids": [7, 8, 9]}
 
 @pytest.fixture(scope="session")
 def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the engine of `trees` records what it serves. A server was killed here: the last row is cut."""
+    """File of `record` of the engine `trees`. It begins with a whole row and a cut one, as after a kill."""
     path = tmp_path_factory.mktemp("record") / "rows.jsonl"
     line = json.dumps(FIRST_ROW, separators=(",", ":"))
     path.write_text(f"{line}\n{line[:30]}")
@@ -102,7 +102,7 @@ def trees(pair: TinyPair, record: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="session")
 def prompts(pair: TinyPair, plain: LLM) -> list[list[int]]:
-    """Token ids, from one token to some two hundred."""
+    """Token ids of NUM_PROMPTS prompts of 1 to 200 tokens."""
     tokenizer = plain.get_tokenizer()
     rows = [json.loads(line)["prompt"] for line in pair.prompts.open(encoding="utf-8")]
     tokens = [token for row in rows for token in tokenizer.encode(row)]
@@ -113,7 +113,7 @@ def prompts(pair: TinyPair, plain: LLM) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Completion:
-    """All that a user sees of one answer."""
+    """What vLLM returns for one request."""
 
     tokens: list[int]
     text: str
@@ -138,10 +138,10 @@ def num_preemptions(llm: LLM) -> float:
     return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
-def assert_a_cached_prefix_changes_nothing(
+def assert_a_cached_prefix_changes_no_token(
     llm: LLM, plain: LLM, prompts: list[list[int]], params: SamplingParams
 ) -> None:
-    """One long prompt, twice, by an engine that caches prefixes; greedy."""
+    """Send one long prompt twice, greedy; the second answer reads cached blocks."""
     long_prompt = [token for prompt in prompts for token in prompt][:400]
     expected = complete(plain, [long_prompt], params)
     first, second = generate(llm, [long_prompt], params)[0], generate(llm, [long_prompt], params)[0]
@@ -169,12 +169,12 @@ def same(plain: LLM, trees: LLM, prompts: list[list[int]]) -> SameCheck:
 
 
 def assert_logprobs_are_equal(got: list[RequestOutput], expected: list[RequestOutput], number: int) -> None:
-    """Of the tokens returned, with the ranks of these and the `number` largest of each place."""
+    """Compare log probability and rank of each token, and the `number` largest log probabilities at its position."""
     for ours, theirs in zip((each.outputs[0] for each in got), (each.outputs[0] for each in expected), strict=True):
         assert ours.token_ids == theirs.token_ids and ours.logprobs and theirs.logprobs
         for token, mine, reference in zip(ours.token_ids, ours.logprobs, theirs.logprobs, strict=True):
             assert math.isclose(mine[token].logprob, reference[token].logprob, abs_tol=1e-4)
-            # By place, not by token: rounding may order two equally probable ones either way.
+            # Rounding may swap two equally probable tokens.
             assert abs(mine[token].rank - reference[token].rank) <= 1
             places = [sorted((entry.logprob for entry in each.values()), reverse=True) for each in (mine, reference)]
             for value, other in zip(*(place[:number] for place in places), strict=True):

@@ -1,7 +1,7 @@
-"""A tiny random target of each family, and a program that serves all of them, one after the other.
+"""Tiny random targets of each family, and a program that serves them one after the other.
 
-One program, because most of an engine's start is the import of vLLM: `python -m tests.engine.families plain|trees
-FOLDER` reads the targets below FOLDER and writes their answers there.
+`python -m tests.engine.families plain|trees FOLDER` serves the targets below FOLDER and writes the answers there. It
+imports vLLM once for all of them, because the import takes most of an engine's start.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SIZES = {
 }  # fmt: skip
 GATED = {**SIZES, "intermediate_size": INNER, "num_key_value_heads": 1}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-# The smaller window is shorter than paths of the trees.
+# The smaller window is shorter than the trees are deep.
 SMALL_WINDOW, WINDOW = {"sliding_window": 2}, {"sliding_window": 9}
 FULL, WINDOWED = "full_attention", "sliding_attention"
 SOFT_CAPS = {"head_dim": 32, "attn_logit_softcapping": 2.0}
@@ -82,7 +82,7 @@ EXACT: dict[str, PreTrainedConfig] = {
     "gemma": GemmaConfig(**GATED, head_dim=32),
     "gemma-2": Gemma2Config(**GATED, **SMALL_WINDOW, **SOFT_CAPS),
     "gemma-2-one-group": Gemma2Config(**GATED, **SMALL_WINDOW, **SOFT_CAPS),
-    # Two KV groups: the layers with a window, and the other one with the drafter's.
+    # Two KV groups: the layers with a window; the layer without one and the drafter's.
     "gemma-3": Gemma3TextConfig(
         **GATED | {"num_hidden_layers": 3}, **WINDOW, head_dim=32, layer_types=[WINDOWED, FULL, WINDOWED]
     ),
@@ -100,19 +100,19 @@ EXACT: dict[str, PreTrainedConfig] = {
     ),
     "opt": OPTConfig(**SIZES | {"pad_token_id": 1}, ffn_dim=INNER, word_embed_proj_dim=HIDDEN, init_std=0.2),
     "falcon": FalconConfig(**SIZES, multi_query=True, alibi=False),
-    # vLLM's own model class; transformers has none, and its weights have Llama's names.
+    # vLLM has a model class for it, transformers has none; its weights have Llama's names.
     "minicpm": LlamaConfig(**GATED, scale_emb=3, scale_depth=1.4, dim_model_base=32),
 }
 ARCHITECTURES = {"minicpm": "MiniCPMForCausalLM"}
 OTHERWISE_IN_TRAINING = {*ARCHITECTURES, "mistral-window", "qwen2-window", "cohere-2"}
-"""Where all layers have a window, the drafter has it in the engine alone; Cohere's window is one longer in vLLM."""
+"""Trees differ from training's: the drafter has a window in the engine only; Cohere's is one longer in vLLM."""
 OF_ONE_GROUP = {"disable_hybrid_kv_cache_manager": True}
 OPTIONS = {name: OF_ONE_GROUP for name in EXACT if name.endswith("one-group")}
-"""What vLLM is told beside what all families have in common."""
+"""Engine options of single families."""
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4, 6]]
 PROMPTS += [[index * index % 61 for index in range(75)]]
-"""The last one is so long that a window of it leaves blocks."""
+"""The last prompt is so long that a window frees its first blocks."""
 LENGTH = 24
 # One for each prompt, in one batch.
 SAMPLING: list[dict[str, Any]] = [
@@ -129,19 +129,19 @@ class Served:
     answers: list[tuple[list[int], str | None]]
     """Tokens and finish reason for each prompt."""
     trees: list[RecordedTree]
-    """All that were verified; none by plain vLLM."""
+    """All verified trees; empty for plain vLLM."""
     error: str = ""
-    """Where the engine failed."""
+    """Traceback, if the engine failed."""
 
 
 def write_target(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     target = AutoModelForCausalLM.from_config(EXACT[name])
     for parameter, weight in target.named_parameters():
-        # Where they are 0, as they often begin, all heads have the same one.
+        # Their initial value is often 0, the same for all heads.
         if parameter.endswith("sinks"):
             torch.nn.init.normal_(weight)
-        # Else a model with tied embeddings repeats its last token.
+        # Otherwise a model with tied embeddings repeats its last token.
         if name.startswith(("gemma-2", "gemma-3")) and "post_" in parameter:
             torch.nn.init.constant_(weight, 20.0)
     target.save_pretrained(folder)
@@ -188,7 +188,7 @@ def answer(folder: Path, how: str) -> None:
 
 
 def main(how: str, folder: Path) -> None:
-    """An engine cannot follow another in its process, so each has a copy of this one, in which all is imported."""
+    """Serve each target in a fork of this process, because a process cannot start a second engine."""
     importlib.import_module("vllm.v1.engine.core")
     importlib.import_module("vllm.v1.worker.cpu_worker" if how == "plain" else "vllm_ctc_spec.engine.cpu_worker")
     for target in sorted(folder.iterdir()):
@@ -199,7 +199,7 @@ def main(how: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # By its own name, which pickled objects have.
+    # Pickled classes need this module's name, not __main__.
     from tests.engine import families
 
     families.main(sys.argv[1], Path(sys.argv[2]))

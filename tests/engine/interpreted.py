@@ -1,4 +1,4 @@
-"""A worker that takes the GPU's path on a CPU: vLLM's TRITON_ATTN backend and our kernels, by Triton's interpreter.
+"""A worker with the CUDA path on a CPU: vLLM's TRITON_ATTN backend and our kernels, in Triton's interpreter.
 
 Needs TRITON_INTERPRET=1 in its environment: Triton decides when a kernel is defined whether it is interpreted.
 """
@@ -20,7 +20,7 @@ from vllm_ctc_spec.engine.graphs import Call
 from vllm_ctc_spec.engine.walk import TreeWalker
 
 MAX_CAPTURED_REQUESTS = 3
-"""Requests; one less than the test serves, so that some steps draft without a record."""
+"""Requests; one fewer than the test serves, so that some steps draft without a captured graph."""
 
 VLLMS_KERNELS = (
     "vllm.v1.attention.ops.triton_attention_helpers",
@@ -31,7 +31,7 @@ VLLMS_KERNELS = (
 
 
 def interpret_vllms_kernels() -> None:
-    """vLLM for CPU has a placeholder for Triton: load its kernels once more, with the real one."""
+    """Reload vLLM's kernels with Triton, for which vLLM has a placeholder on a CPU."""
     import triton
     from vllm import triton_utils
 
@@ -43,14 +43,14 @@ def interpret_vllms_kernels() -> None:
 
 
 def allow_xformers_on_a_cpu() -> None:
-    # It says that its compiled parts fit another torch; none of them is used.
+    # xformers warns that its compiled parts need another torch; they are not used.
     logging.getLogger("xformers").setLevel(logging.ERROR)
     from xformers.ops.fmha.triton_splitk import FwOp
 
     reasons = FwOp.not_supported_reasons.__func__
 
     def other_reasons(cls: type, inputs: Any) -> list[str]:
-        """float32 is for the exactness of a whole engine; our own start-up refuses it."""
+        """All reasons but the device and float32, in which answers are compared; on CUDA start-up refuses float32."""
         ours = ("device=cpu", "dtype=torch.float32", "bf16 is only supported on A100+")
         return [reason for reason in reasons(cls, inputs) if not reason.startswith(ours)]
 
@@ -59,7 +59,7 @@ def allow_xformers_on_a_cpu() -> None:
 
 
 def _assume_a_gpu() -> None:
-    """Other people's kernels choose tile sizes by it."""
+    """vLLM's and xformers' kernels choose tile sizes by the compute capability."""
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
 
 
@@ -69,18 +69,18 @@ class InterpretedWorker(CTCCPUWorker):
     def init_device(self) -> Any:
         super().init_device()
         interpret_vllms_kernels()
-        # Trees are built as on a GPU.
+        # Build trees as on a GPU.
         drafting.can_search = lambda table: False
-        # Only now, because it takes its base classes from the modules that were loaded again.
+        # After the reload, which replaces its base classes.
         from vllm_ctc_spec.engine.attention.triton import TreeTritonAttentionBackend as backend
 
-        # Start-up refuses what is for CUDA only.
+        # On a CPU start-up refuses kernels for CUDA.
         chosen = choice.tree_attention_of
         choice.tree_attention_of = lambda layers, kernel: chosen(layers, self.kernel)
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{backend.__module__}.{backend.__name__}")
 
     def determine_available_memory(self) -> int:
-        # What the GPU's runner does while vLLM looks at its memory, before there is a cache.
+        # As the GPU's runner does while vLLM profiles memory, before there is a cache.
         self.model_runner.drafter.profile(self.model_runner.max_num_reqs)
         return super().determine_available_memory()
 
@@ -89,7 +89,7 @@ class InterpretedWorker(CTCCPUWorker):
         self.seen = {"attention": type(self.model_runner.attention).__name__}
         self.seen |= dict.fromkeys(("whole", "mixed", "moves", "captured"), 0)
         self._watch(self.model_runner.attention)
-        # In place of CUDA graphs: the same fixed buffers and padding, run anew each time.
+        # In place of CUDA graphs: the same fixed buffers and padding, computed each time.
         self.model_runner.drafter.capture(MAX_CAPTURED_REQUESTS, self._watched)
         return times
 
@@ -114,13 +114,13 @@ class InterpretedWorker(CTCCPUWorker):
         attention.attach, attention.move = watched_attach, watched_move
 
     def sample_as_on_a_gpu(self) -> None:
-        """From now on: with noise for the whole vocabulary, all nodes of a tree at once."""
+        """From now on sample all nodes of a tree at once, with noise for the whole vocabulary."""
         sampler = self.model_runner.sampler
         sampler.topk_topp_sampler.forward = sampler.topk_topp_sampler.forward_native
         self.model_runner.walker = TreeWalker(sampler, at_once=True)
 
     def what_was_seen(self) -> dict[str, Any]:
-        """The class that attends, steps of trees alone, of other rows beside trees, K/V moves, captured drafts."""
+        """The attention's class; counts of steps of trees alone, steps with other rows, K/V moves, captured drafts."""
         return self.seen
 
 

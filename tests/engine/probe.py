@@ -1,4 +1,4 @@
-"""Functions that run inside an engine's worker (`LLM.collective_rpc`) and look at the real thing."""
+"""Functions for `LLM.collective_rpc`: they run in the engine's worker and read or change its state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_ctc_spec.engine.host_tree import HostTree
 
 @dataclass(frozen=True)
 class RecordedTree:
-    """One verified tree: what the target read and what it answered."""
+    """One verified tree with the target's logits."""
 
     text: list[int]
     """Verified tokens, the anchor last."""
@@ -49,7 +49,7 @@ def recorded_trees(worker: Any) -> list[RecordedTree]:
 
 
 def forget_trees(worker: Any) -> None:
-    """After every other step; the scheduler goes on with their tokens."""
+    """Drop the trees after every second step; the scheduler keeps their tokens."""
     runner = worker.model_runner
     propose = runner.propose_draft_token_ids
     steps = count()
@@ -64,7 +64,7 @@ def forget_trees(worker: Any) -> None:
 
 
 def draft_heads(worker: Any) -> dict[str, torch.Tensor]:
-    """What heads make of the same rows: the target's, the drafter's, and the drafter's of targets that differ."""
+    """Logits of the same rows by the target's head, the drafter's, and the drafter's for other kinds of target."""
     runner = worker.model_runner
     target, drafter = runner.model, runner.drafter.drafter
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def draft_heads(worker: Any) -> dict[str, torch.Tensor]:
 
 
 def embeddings_and_unit_logits(worker: Any) -> dict[str, torch.Tensor]:
-    """What the drafter reads of each token, and its head's product with each unit vector."""
+    """The drafter's embedding of each token, and its logits for each unit vector."""
     drafter = worker.model_runner.drafter
     config = drafter.drafter.config
     return {
@@ -89,7 +89,7 @@ def embeddings_and_unit_logits(worker: Any) -> dict[str, torch.Tensor]:
 
 
 def decide_by_rule(worker: Any) -> bool:
-    """In place of a budget: plain steps, and steps with few and with many nodes. False where there is no budget."""
+    """Plan plain steps, and steps with few and with many nodes, in turn. Returns False if there is no budget."""
     control = worker.model_runner.control
     if control is None:
         return False
@@ -97,7 +97,7 @@ def decide_by_rule(worker: Any) -> bool:
 
     def plan(num_requests: int) -> DraftPlan | None:
         step = next(steps)
-        # What a node takes, at a token a second: nothing, or more than most are worth.
+        # At rate 0 a node is free; at one token per second it costs 0.3 tokens.
         return DraftPlan(num_requests, float(step % 5 > 3), 0.3) if step % 3 else None
 
     control.budget.plan = plan
@@ -105,7 +105,7 @@ def decide_by_rule(worker: Any) -> bool:
 
 
 def draft_otherwise(worker: Any) -> None:
-    """On all ranks but the first."""
+    """Change the drafter on all ranks but the first."""
     if worker.rank:
         worker.model_runner.drafter.drafter.frame_queries.mul_(-1)
 
@@ -124,5 +124,5 @@ def record_proposals(worker: Any) -> None:
 
 
 def proposed_tokens(worker: Any) -> list[list[list[int]]]:
-    """Of each step, the tokens of the trees that this rank has drafted."""
+    """Tokens of the trees that this rank drafted, by step and request."""
     return worker.model_runner.proposed_tokens

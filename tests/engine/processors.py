@@ -1,4 +1,4 @@
-"""A logits processor that depends on the request's history, so that a walk with a wrong history shows."""
+"""A logits processor that depends on the request's history, so that a wrong history changes the answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 
 class AvoidRepeat(LogitsProcessor):
-    """Never the same token twice in a row."""
+    """Bans the request's last token."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.histories: dict[int, list[int]] = {}

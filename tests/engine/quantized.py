@@ -1,4 +1,4 @@
-"""The tiny target's linear layers in the quantized formats that vLLM's CPU kernels read, as checkpoints store them.
+"""Quantizes the tiny target's linear layers to the checkpoint formats that vLLM's CPU kernels read.
 
 Letters: N outputs, K inputs of a layer, G inputs that share a scale.
 """
@@ -20,7 +20,7 @@ GROUP = 32
 BITS = 4
 PER_INT = 32 // BITS
 ZERO = 8
-"""The integer that stands for 0."""
+"""Zero point."""
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 """Which of eight neighbouring columns goes into each four bits of an int32, lowest first (AutoAWQ, WQLinear_GEMM)."""
 
@@ -36,7 +36,7 @@ def w8a8(weight: Tensor) -> Parts:
 def gptq(weight: Tensor) -> Parts:
     integers, scales = _four_bits(weight)
     groups, num_outputs = scales.shape
-    # It stores one less than the zero point.
+    # GPTQ stores the zero point minus one.
     zeros = _pack(torch.full((groups, num_outputs), ZERO - 1).unflatten(1, (-1, PER_INT)))
     qweight = _pack(integers.unflatten(0, (-1, PER_INT)).movedim(1, -1))
     g_idx = torch.arange(len(integers), dtype=torch.int32) // GROUP

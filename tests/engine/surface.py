@@ -1,6 +1,6 @@
-"""What our source takes of vLLM, read from the source itself.
+"""Imports and attributes of vLLM that our source uses, and the signatures of the functions among them.
 
-`python -m tests.engine.surface` writes the signatures of the installed vLLM, for a new version that has been looked at.
+`python -m tests.engine.surface` writes the signatures of the installed vLLM, after a new version was reviewed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from vllm_ctc_spec.engine import compat
 
 PACKAGE = Path(vllm_ctc_spec.__file__).parent
 SIGNATURES = Path(__file__).with_name("vllm_signatures")
-"""A file for each minor version of vLLM that we support."""
+"""One file for each supported minor version of vLLM."""
 
 
 def sources() -> dict[str, ast.Module]:
-    """By path below the package."""
+    """Parsed modules by path below the package."""
     return {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imported(module: ast.Module) -> Iterator[tuple[str, str | None]]:
-    """Modules of vLLM and the names that are taken from them; None for the module itself."""
+    """Imports from vLLM as module and name; the name is None where the module itself is imported."""
     for node in ast.walk(module):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vllm":
             yield from ((node.module, alias.name) for alias in node.names)
@@ -46,7 +46,7 @@ def exists(module: str, name: str | None) -> bool:
 
 
 def own_attributes(path: str) -> Iterator[tuple[str, set[str]]]:
-    """Classes of ours in a file, and what they read of `self` without having it from themselves."""
+    """Each class of a file, with the attributes of `self` that it uses and does not define."""
     for node in ast.walk(sources()[path]):
         if isinstance(node, ast.ClassDef):
             attributes = [each for each in ast.walk(node) if isinstance(each, ast.Attribute)]
@@ -58,12 +58,12 @@ def own_attributes(path: str) -> Iterator[tuple[str, set[str]]]:
 
 
 def recorded_file() -> Path:
-    """That of the installed vLLM."""
+    """File of the installed vLLM's signatures."""
     return SIGNATURES / f"{'.'.join(str(compat.installed_vllm()).split('.')[:2])}.json"
 
 
 def signatures() -> dict[str, list[str]]:
-    """Of every function that we call, override or replace: its parameters, "=" after those that have a default."""
+    """Parameters of every function that we call, override or replace; "=" follows those with a default."""
     found = {}
     for path, attributes in compat.TOUCHED.items():
         owner = compat.owner_of(path)

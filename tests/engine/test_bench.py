@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec bench` as its users run it: a process over real engines, killed and started again."""
+"""`vllm-ctc-spec bench` as a process with real engines, killed and started again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tiny_pair import TinyPair
 CONFIG = """
 folder: {folder}
 target: target
-# Compiling takes longer than so few tokens of so small a model.
+# Compiling would take longer than generating.
 engine: {{dtype: float32, max_model_len: 256, kv_cache_memory_bytes: 67108864, enforce_eager: true}}
 methods:
   plain: null
@@ -31,7 +31,7 @@ rounds: 2
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_and_a_broken_method_ends_nothing(pair: TinyPair, tmp_path: Path):
+def test_a_killed_run_resumes_and_a_broken_method_does_not_stop_it(pair: TinyPair, tmp_path: Path):
     config, output = tmp_path / "bench.yaml", tmp_path / "out"
     config.write_text(CONFIG.format(folder=pair.target.parent))
     command = [sys.executable, "-m", "vllm_ctc_spec.cli", "bench", str(config), str(output)]

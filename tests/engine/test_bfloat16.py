@@ -1,6 +1,6 @@
-"""bfloat16: batched matrix products round differently, so a near-tie of the top two logits may flip.
+"""In bfloat16 answers may differ at near-ties, because batched matrix products round differently.
 
-Exactness is judged at the first difference of an answer: plain vLLM's own gap there must be a near-tie.
+At the first difference of two answers the logits of plain vLLM must be a near-tie.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm_ctc_spec.engine.metrics import read_tree_metrics
 def test_greedy_answers_differ_at_near_ties_only(
     pair: TinyPair, prompts: list[list[int]], quantization: str | None, tmp_path: Path
 ) -> None:
-    """Of a quantized target, too: both engines serve the same one."""
+    """Also with a quantized target, which both engines serve."""
     if quantization is not None:
         quantize(pair.target, quantization, tmp_path / "target")
         pair = replace(pair, target=tmp_path / "target")

@@ -1,4 +1,4 @@
-"""What the adaptive budget reaches on synthetic machines, and that it chooses the nodes that are worth their rows."""
+"""The adaptive budget: its speed on synthetic machines, and its choice of nodes."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ FREE = Cost(np.array([1]), np.array([0.0]))
 
 
 def line(slope: float, drafting: Cost = FREE) -> NodeBudget:
-    """A target whose rows take `slope` seconds each, after a first one of a second."""
+    """For a target whose first row takes a second, and each further row `slope` seconds."""
     return NodeBudget(Cost(np.array([1, 64]), np.array([1.0, 1.0 + 63 * slope])), drafting)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_is_within_three_percent_of_the_best_fixed_tree_and_of_plain_decoding(case: Case) -> None:
-    """Of the tree once it has learnt; of plain decoding in any thousand steps."""
+def test_the_budget_is_within_three_percent_of_the_best_fixed_tree_and_of_plain_decoding(case: Case) -> None:
+    """Of the best tree after the first steps; of plain decoding in any thousand steps."""
     run = simulate(case)
     assert run.speedup(NUM_FIRST) >= 0.97 * fixed_speedups(case)[0].max()
     assert run.worst >= 0.97
@@ -53,8 +53,8 @@ def test_where_rows_cost_nothing_all_nodes_are_verified_at_any_scale(plain_secon
     assert np.median(nodes) == NUM_NODES
 
 
-def test_where_rows_cost_what_a_step_does_only_what_is_nearly_certain_is_verified() -> None:
-    """0.9 of a plain step for each row, and one token a second."""
+def test_where_a_row_costs_nearly_a_step_only_nearly_certain_nodes_are_verified() -> None:
+    """A row takes 0.9 of a plain step, at one token per second."""
     trees = [[0.99, 0.97, 0.89, 0.5], [0.8, 0.1]]
     assert line(0.9).choose(DraftPlan(2, 1.0, 0.0), trees) == [2, 0]
     assert simulate(Case(LINEAR, GOOD, "4")).nodes[NUM_FIRST:].mean() < 0.1
@@ -63,8 +63,8 @@ def test_where_rows_cost_what_a_step_does_only_what_is_nearly_certain_is_verifie
 @pytest.mark.parametrize("machine", [FLAT, RISING, LINEAR, LONG], ids=lambda machine: machine.name)
 @pytest.mark.parametrize("drafter", [USELESS, USELESS_OVERCONFIDENT], ids=lambda drafter: drafter.name)
 @pytest.mark.parametrize("draft", [0.15, 1.0])
-def test_a_useless_drafter_is_given_up(machine: Machine, drafter: Drafter, draft: float) -> None:
-    """All that it loses is some trials."""
+def test_drafting_pauses_with_a_useless_drafter(machine: Machine, drafter: Drafter, draft: float) -> None:
+    """Only trials cost time."""
     run = simulate(Case(dataclasses.replace(machine, draft=draft), drafter, "1"))
     drafted = run.without > run.tokens
     assert 0 < drafted[:NUM_FIRST].sum() < 0.15 * NUM_FIRST
@@ -80,7 +80,7 @@ def test_a_useless_drafter_is_given_up(machine: Machine, drafter: Drafter, draft
     st.floats(0.1, 2.0),
     st.floats(0.0, 0.2),
 )
-def test_no_other_choice_brings_more_at_the_rate_seen(
+def test_no_other_choice_of_nodes_gains_more_at_the_current_rate(
     trees: list[list[float]], slope: float, rate: float, node_seconds: float
 ) -> None:
     trees = [sorted(tree, reverse=True) for tree in trees]
@@ -97,7 +97,7 @@ def test_no_other_choice_brings_more_at_the_rate_seen(
     assert worth(chosen) == pytest.approx(max(map(worth, every.tolist())))
 
 
-def test_psi_is_corrected_by_what_was_accepted() -> None:
+def test_prefix_probabilities_are_corrected_by_acceptance() -> None:
     trees, plan = [[0.9, 0.8, 0.7]], DraftPlan(1, 1.0, 0.0)
     budget = line(0.5)
     assert budget.choose(plan, trees) == [3]
@@ -107,9 +107,9 @@ def test_psi_is_corrected_by_what_was_accepted() -> None:
 
 
 def decode(budget: NodeBudget, num_requests: int, count: int, times: float, tree: list[float] | None = None) -> int:
-    """Steps of a second, of `times` seconds where drafts were made, which then bring a token more for each request.
+    """A plain step takes a second. A step with nodes takes `times` seconds and accepts one node per request.
 
-    Returns how many drafted.
+    Returns the number of steps that drafted.
     """
     drafted, num_nodes = 0, 0
     for _ in range(count):
@@ -122,7 +122,7 @@ def decode(budget: NodeBudget, num_requests: int, count: int, times: float, tree
     return drafted
 
 
-def test_a_load_that_ends_does_not_end_another() -> None:
+def test_each_load_is_judged_separately() -> None:
     budget = line(0.0)
     assert decode(budget, 64, 500, times=3.0) < 50
     assert decode(budget, 1, 500, times=1.1) > 400
@@ -130,15 +130,15 @@ def test_a_load_that_ends_does_not_end_another() -> None:
     assert decode(budget, 1, 100, times=1.1) > 80
 
 
-def test_drafting_is_taken_up_again_when_it_is_faster_again() -> None:
+def test_drafting_resumes_when_it_is_faster_again() -> None:
     budget = line(0.0)
     assert decode(budget, 1, 500, times=3.0) < 50
     assert decode(budget, 1, 3000, times=1.1) > 1000
     assert decode(budget, 1, 500, times=1.1) > 450
 
 
-def test_steps_in_which_the_machine_stands_still_do_not_end_drafting() -> None:
-    """One in fifty takes three hundred times as long."""
+def test_interrupted_steps_do_not_pause_drafting() -> None:
+    """One step in fifty takes 300 times as long."""
     budget, drafted = line(0.0), 0
     for step in range(5000):
         plan = budget.plan(1)
@@ -148,7 +148,7 @@ def test_steps_in_which_the_machine_stands_still_do_not_end_drafting() -> None:
     assert drafted > 0.9 * 5000
 
 
-def test_steps_of_unknown_length_say_nothing_about_speed() -> None:
+def test_steps_of_unknown_duration_are_not_compared() -> None:
     budget = line(0.0)
     for _ in range(1000):
         budget.observe(StepOutcome(1, False, 0, 0, 0.0, seconds=None))
@@ -156,15 +156,15 @@ def test_steps_of_unknown_length_say_nothing_about_speed() -> None:
     assert decode(budget, 1, 100, times=1.1) > 80
 
 
-def test_what_a_node_costs_beyond_the_table_is_learnt() -> None:
-    """A node takes a twentieth of a step by the table; in truth that, or three times as much."""
+def test_the_cost_of_a_node_beyond_the_table_is_estimated() -> None:
+    """By the table a node takes 0.05 of a plain step; in fact it takes 0.05 or 0.15."""
     prices = []
     for slope in (0.05, 0.15):
         budget, rng = line(0.05), np.random.default_rng(0)
         num_nodes = 0
         for _ in range(600):
             plan = budget.plan(1)
-            # So many tokens that drafting is faster.
+            # Enough tokens that drafting is faster.
             accepted = 3 if num_nodes else 0
             budget.observe(StepOutcome(1, plan is not None, num_nodes, accepted, accepted, 1 + slope * num_nodes))
             num_nodes = 0
@@ -189,14 +189,14 @@ def test_calls_may_come_in_any_order(calls: list[tuple[str, int, float]]) -> Non
 
 
 @pytest.mark.parametrize(("gain", "pays"), [(0.0, False), (0.79, False), (0.81, True)])
-def test_the_drafter_is_asked_where_it_adds_more_than_its_time_is_worth(gain: float, pays: bool) -> None:
-    """0.4 seconds for four requests, in which the engine emits 0.8 tokens."""
+def test_the_drafter_runs_where_its_expected_tokens_are_worth_its_time(gain: float, pays: bool) -> None:
+    """Drafting for four requests takes 0.4 seconds, in which the engine emits 0.8 tokens."""
     budget = line(0.1, Cost(np.array([1, 4]), np.array([0.1, 0.4])))
     assert budget.should_draft(DraftPlan(4, 2.0, 0.0), gain) == pays
 
 
-def test_a_step_without_the_drafter_is_not_charged_for_it() -> None:
-    """After many steps that pay by their nodes alone, those that had a costly drafter count as lost."""
+def test_a_step_without_the_drafter_does_not_count_its_time() -> None:
+    """The nodes gain more than their rows cost; with the drafter's time the steps lose."""
     lost = {}
     for asks in (True, False):
         budget = line(0.1, Cost(np.array([1]), np.array([5.0])))

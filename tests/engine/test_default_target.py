@@ -1,4 +1,4 @@
-"""The model behind `make demo`, on plain vLLM."""
+"""The target of `make demo`, on plain vLLM."""
 
 from __future__ import annotations
 

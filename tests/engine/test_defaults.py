@@ -1,4 +1,4 @@
-"""What users get who set nothing: the adaptive budget, a compiled target, our executor."""
+"""The defaults: adaptive budget, compiled target, our executor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vllm_ctc_spec.engine.settings import DEFAULT_NUM_NODES, EngineSettings
 
 @pytest.fixture(scope="module")
 def default(pair: TinyPair) -> Iterator[LLM]:
-    """float32, because other types may break ties in another way."""
+    """In float32, because other types may change near-ties."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         options: dict[str, Any] = {"enforce_eager": False, "distributed_executor_backend": None}
@@ -28,7 +28,7 @@ def default(pair: TinyPair) -> Iterator[LLM]:
             yield llm
 
 
-def test_nothing_is_off_that_is_on_by_default(pair: TinyPair, default: LLM) -> None:
+def test_all_defaults_are_in_effect(pair: TinyPair, default: LLM) -> None:
     config = default.llm_engine.vllm_config
     layers = tuple(check_drafter(str(pair.drafter)).target_layers)
     expected = EngineSettings(str(pair.drafter), DEFAULT_NUM_NODES, SpecOptions(), layers)
@@ -48,7 +48,7 @@ def test_answers_are_plain_vllms(plain: LLM, default: LLM, prompts: list[list[in
 
 
 def test_answers_do_not_depend_on_what_the_budget_decides(plain: LLM, default: LLM, prompts: list[list[int]]) -> None:
-    """Last, because from here on it decides by a rule of ours: plain steps and steps with few and with many nodes."""
+    """Keep this test last: it replaces the budget's plan by `decide_by_rule`."""
     default.collective_rpc(decide_by_rule)
     default.collective_rpc(record_trees)
     params = seeded(NUM_PROMPTS, temperature=0.8, max_tokens=40)

@@ -41,12 +41,12 @@ def test_unseeded_samples_follow_the_target(pair, prompts: list[list[int]]) -> N
     with engine(pair, {}) as llm:
         outputs = generate(llm, [prompt] * NUM_SAMPLES, params)
         metrics = read_tree_metrics(llm)
-    # Not a test of plain decoding: many of the samples were accepted inside a tree.
+    # Many of the samples are accepted nodes.
     assert metrics is not None and metrics.acceptance_length > 1.2
     counts = Counter(tuple(output.outputs[0].token_ids) for output in outputs)
     assert sum(counts.values()) == NUM_SAMPLES
 
-    # The approximation behind chi-square wants at least five expected samples in a cell.
+    # Chi-square needs at least five expected samples in a cell.
     rare = [path for path, probability in expected.items() if probability * NUM_SAMPLES < 5]
     cells = [path for path in expected if path not in rare]
     observed = [*(counts[path] for path in cells), sum(counts[path] for path in rare)]

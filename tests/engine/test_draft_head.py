@@ -1,4 +1,4 @@
-"""A drafter of the frequent tokens in the real engine."""
+"""A drafter of frequent tokens only, in the real engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUM_DRAFTED = 160
 
 @pytest.fixture
 def frequent(pair: TinyPair, tmp_path: Path) -> Path:
-    """The pair's drafter, from now on for its target's most frequent tokens only."""
+    """The pair's drafter, limited to its target's most frequent tokens."""
     drafter = load_drafter(str(pair.drafter), torch.float32)
     rows = read_rows(pair.rows, AutoTokenizer.from_pretrained(pair.target), 512)
     drafter.draft_only(most_frequent(rows, drafter.config.vocab_size, NUM_DRAFTED))
@@ -32,7 +32,7 @@ def frequent(pair: TinyPair, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_only_these_are_drafted_and_no_token_changes(
+def test_only_frequent_tokens_are_drafted_and_no_token_changes(
     pair: TinyPair, frequent: Path, plain: LLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
@@ -55,7 +55,7 @@ def test_only_these_are_drafted_and_no_token_changes(
         torch.testing.assert_close(product, expected, msg=f"{name}: {{}}".format)
 
 
-def test_a_target_without_a_head_to_draft_with_is_refused() -> None:
+def test_a_target_without_vllms_logits_processor_is_refused() -> None:
     class Headless(nn.Module):
         def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
             return hidden

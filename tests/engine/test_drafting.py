@@ -1,4 +1,4 @@
-"""What the drafter stores of steps in which nothing drafts."""
+"""The drafter's keys and values of steps without drafts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def steps(slots: list[int]) -> list[VerifiedRows]:
 
 
 def test_deferred_rows_are_stored_as_if_at_once() -> None:
-    """Slot 1 is given to another request on the way."""
+    """Slot 1 moves to another request between the steps."""
     at_once, later = proposer(), proposer()
     *before, last = steps([0, 1, 2, 1, 3])
     for rows in before:
@@ -55,7 +55,7 @@ def test_deferred_rows_are_stored_at_the_limit() -> None:
     assert len(made.deferred) == 3
 
 
-def test_rows_are_stored_at_once_where_a_block_may_become_another_groups() -> None:
+def test_rows_are_stored_at_once_where_kv_groups_share_memory() -> None:
     made = proposer()
     made.defers = False
     [rows] = steps([1])

@@ -1,4 +1,4 @@
-"""The check of whole engines on a GPU, on a CPU."""
+"""benchmarks/gpu/engine_check.py, run on a CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check(results: Path, pair: Path, *options: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.slow
-def test_both_engines_answer_alike_and_branches_are_accepted(pair: TinyPair, tmp_path: Path) -> None:
+def test_both_engines_give_equal_answers_and_branches_are_accepted(pair: TinyPair, tmp_path: Path) -> None:
     limits = "--seconds", "600", "--engine-seconds", "600"
     done = check(tmp_path, pair.target.parent, "--max-tokens", "24", "--at-once", "2", *limits)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -36,7 +36,7 @@ def test_both_engines_answer_alike_and_branches_are_accepted(pair: TinyPair, tmp
 
 
 def test_an_engine_that_fails_keeps_its_traceback(pair: TinyPair, tmp_path: Path) -> None:
-    """A folder without a drafter's weights."""
+    """The drafter's folder is empty."""
     for name, there in (("target", pair.target), ("corpus", pair.prompts.parent)):
         (tmp_path / name).symlink_to(there)
     (tmp_path / "drafter").mkdir()
@@ -58,7 +58,7 @@ def answers(tokens: list[int], acceptance_length: float | None = 2.0) -> dict[st
     }
 
 
-def test_a_parting_is_named_with_its_gap_and_counts_in_float32() -> None:
+def test_a_difference_is_reported_with_its_gap_and_fails_in_float32() -> None:
     plain, ours = answers([1, 2, 3]), answers([1, 4, 3])
     greedy, seeded = judge(FLOAT32, plain, ours)
     assert greedy["partings"] == [{"prompt": 0, "position": 1, "gap": 0.1}]
@@ -66,12 +66,12 @@ def test_a_parting_is_named_with_its_gap_and_counts_in_float32() -> None:
     assert all(row["ok"] for row in judge(BFLOAT16, plain, ours))
 
 
-def test_a_parting_far_from_a_tie_counts_in_bfloat16() -> None:
+def test_a_difference_far_from_a_tie_fails_in_bfloat16() -> None:
     greedy, _ = judge(BFLOAT16, answers([1, 2, 3]), answers([4, 2, 3]))
     assert not greedy["ok"]
 
 
 @pytest.mark.parametrize("acceptance_length", [None, 1.0])
-def test_equal_tokens_with_nothing_accepted_are_not_enough(acceptance_length: float | None) -> None:
+def test_equal_tokens_without_accepted_drafts_fail(acceptance_length: float | None) -> None:
     rows = judge(FLOAT32, answers([1, 2, 3]), answers([1, 2, 3], acceptance_length))
     assert not any(row["ok"] for row in rows)

@@ -1,4 +1,4 @@
-"""Same prompt, same seed, same sampling parameters: the same answer as vLLM without us (float32)."""
+"""Same prompt, seed and sampling parameters give the answer of plain vLLM (float32)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_min_tokens_logit_bias_bad_words_and_allowed_tokens_are_honoured_inside_
     common = [answer.tokens for answer in complete(plain, prompts, SamplingParams(temperature=0, max_tokens=8))]
     stop = common[0][0]
     encode, decode = plain.get_tokenizer().encode, plain.get_tokenizer().decode
-    # Of two tokens, so that a step may end within it. vLLM refuses one of spaces alone.
+    # Of several tokens, so that a step may end inside a word. vLLM refuses words of spaces alone.
     words = [decode(tokens[at : at + 2]) for tokens in common[2::4] for at in (0, 3)]
     several = [word for word in words if word.strip() and len(encode(word)) > 1]
     assert several
@@ -152,7 +152,7 @@ def test_every_kind_and_size_of_tree_is_exact(pair, plain: LLM, prompts: list[li
 def test_compiled_mode_is_exact_and_the_second_engine_loads_what_the_first_compiled(
     pair, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM's default, not enforce_eager."""
+    """Compiled is vLLM's default; most tests are eager."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     params = [SamplingParams(temperature=0, max_tokens=60), seeded(NUM_PROMPTS, temperature=0.8, max_tokens=60)]
     answers, compiled = [], []

@@ -1,6 +1,6 @@
-"""One tiny random target of each family, by vLLM and by vLLM with trees; families that are refused at start-up.
+"""A tiny random target of each family, by plain vLLM and with trees; families that start-up refuses.
 
-The drafter is untrained: exactness does not depend on what it drafts, and a tree of nearly all first tokens is accepted
+The drafter is untrained, because exactness does not depend on drafts. A tree of nearly all first tokens is accepted
 now and then.
 """
 
@@ -63,7 +63,7 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each family, with what both engines answered."""
+    """A folder for each family, with the answers of both engines."""
     folder = tmp_path_factory.mktemp("families")
     for name in EXACT:
         write_target(name, folder / name / "target")
@@ -81,7 +81,7 @@ def test_a_family_is_served_exactly(name: str, served: Path) -> None:
     assert trees.answers == plain.answers
     tokens = [token for answer, _ in plain.answers for token in answer]
     assert len(set(tokens)) > 12
-    # A prompt's first token comes without a tree, and a step emits one token more than it accepts.
+    # Accepted tokens: all but the first of each prompt and the target's own of each step.
     assert len(tokens) - len(PROMPTS) - len(trees.trees) > 0
     if name not in OTHERWISE_IN_TRAINING:
         assert_trees_are_those_of_training(served / name, trees.trees)
@@ -95,8 +95,8 @@ def answered(path: Path) -> Served:
 
 @torch.inference_mode()
 def assert_trees_are_those_of_training(folder: Path, recorded: list[RecordedTree]) -> None:
-    """So the engine reads the hidden states, embeddings and rows of the LM head that training reads."""
-    # Of the kinds of attention that transformers has, this one has soft caps, too.
+    """So the engine reads the hidden states, embeddings and LM head rows that training reads."""
+    # Eager attention supports soft caps.
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
     target = AutoModelForCausalLM.from_pretrained(folder / "target", **options).eval()
     drafter = load_drafter(str(folder / "drafter"), torch.float32)

@@ -1,4 +1,4 @@
-"""The path that a GPU takes, in the real engine: vLLM's TRITON_ATTN backend with our kernels, all interpreted."""
+"""The CUDA path in the real engine: vLLM's TRITON_ATTN backend and our kernels, interpreted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_trees_over_vllms_gpu_cache_change_no_token(
     sampled = seeded(NUM_REQUESTS, **sampling)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(plugin.WORKERS, "cpu", f"tests.engine.interpreted.{worker}")
-    # So few tokens a step that prompts wait, and are read beside other requests' trees.
+    # A step has so few tokens that prompts are read beside other requests' trees.
     options = {"max_num_seqs": NUM_REQUESTS, "max_num_batched_tokens": 48, "max_model_len": 64, "block_size": 32}
     with engine(pair, {"num_speculative_tokens": 12}, **options) as llm:
         answers = [complete(llm, few, params) for params in (greedy, sampled)]
@@ -40,7 +40,7 @@ def test_trees_over_vllms_gpu_cache_change_no_token(
         metrics = read_tree_metrics(llm)
         llm.collective_rpc("sample_as_on_a_gpu")
         at_once = complete(llm, few, sampled)
-        # Log probabilities are asked for level by level, with vLLM's own sampler.
+        # With log probabilities the walk goes level by level, with vLLM's sampler.
         by_levels = complete(llm, few, seeded(NUM_REQUESTS, **sampling, logprobs=0))
     assert answers == [complete(plain, few, params) for params in (greedy, sampled)]
     assert at_once == by_levels != answers[1]

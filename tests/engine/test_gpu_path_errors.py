@@ -1,4 +1,4 @@
-"""What the GPU path cannot do is refused at start-up, by name and with a remedy; no engine starts here."""
+"""Start-up refuses what the CUDA path does not support, by name and with a remedy; no engine starts here."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check(
         ({"compilation_config": {"cudagraph_mode": "NONE"}}, {}),
     ],
 )
-def test_what_is_supported_passes(options: dict[str, Any], target: dict[str, Any]) -> None:
+def test_supported_options_are_accepted(options: dict[str, Any], target: dict[str, Any]) -> None:
     check(options, target)
 
 
@@ -82,12 +82,12 @@ def test_what_is_supported_passes(options: dict[str, Any], target: dict[str, Any
         ({}, {"num_heads": 12}, "num_heads=12"),
     ],
 )
-def test_what_is_not_is_refused_by_name(options: dict[str, Any], target: dict[str, Any], message: str) -> None:
+def test_unsupported_options_are_refused_by_name(options: dict[str, Any], target: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(options, target)
 
 
-def test_xformers_is_refused_for_what_it_lacks_and_passes_otherwise() -> None:
+def test_xformers_is_accepted_without_and_refused_with_what_it_lacks() -> None:
     check({}, attention_kernel="xformers")
     for options, target in (({"kv_cache_dtype": "fp8"}, {}), ({}, {"dtype": torch.float32}), ({}, {"head_size": 80})):
         with pytest.raises(ValueError, match="attention_kernel='xformers'"):
@@ -122,7 +122,7 @@ def test_a_backend_that_vllm_chose_itself_is_refused_by_name() -> None:
         ({"kv_sharing_target_layer_name": "model.layers.0"}, "share their keys and values"),
     ],
 )
-def test_a_layer_that_does_more_than_attend_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_layers_with_unsupported_attention_are_refused(arguments: dict[str, Any], message: str) -> None:
     from vllm_ctc_spec.engine.attention.triton import TreeTritonAttentionBackend
 
     plain = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"}
@@ -132,14 +132,14 @@ def test_a_layer_that_does_more_than_attend_is_refused(arguments: dict[str, Any]
         make(num_heads=2, head_size=64, scale=0.125, num_kv_heads=1, **{**plain, **arguments})
 
 
-def test_silence_about_cuda_graphs_means_piecewise_ones_and_the_users_settings_are_left_alone() -> None:
+def test_piecewise_cuda_graphs_are_the_default_and_user_settings_do_not_change() -> None:
     silent, without = CompilationConfig(), CompilationConfig(cudagraph_mode=CUDAGraphMode.NONE)
     assert with_piecewise_graphs(silent).cudagraph_mode == CUDAGraphMode.PIECEWISE
     assert silent.cudagraph_mode is None
     assert with_piecewise_graphs(without).cudagraph_mode == CUDAGraphMode.NONE
 
 
-def test_the_gpus_worker_does_not_import_the_cpus_which_replaces_parts_of_torch() -> None:
+def test_the_gpu_worker_does_not_import_vllms_cpu_worker() -> None:
     program = (
         "import sys, vllm_ctc_spec.engine.worker as worker, vllm_ctc_spec.engine.attention.triton\n"
         "sys.exit('vllm.v1.worker.cpu.shm' in sys.modules)"

@@ -1,4 +1,4 @@
-"""Recorded drafting gives each request what it would get by itself, whatever stood in the buffers before."""
+"""Captured drafting gives each request the drafts that it gets alone, whatever the buffers held before."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def inputs(num_requests: int, num_blocks: int, seed: int = 0, device: str = "cpu
 
 
 def draft(inputs: DraftInputs) -> Tensor:
-    """A function of all that a request may read: of its table the blocks of its context."""
+    """A function of all that drafting may read of a request: of its table only the blocks of its context."""
     table, lens = inputs.context.block_table, inputs.context.lens
     is_read = torch.arange(table.shape[1], device=lens.device) < (lens[:, None] + 3) // 4
     read = (table * is_read).sum(1)
@@ -51,7 +51,7 @@ def test_each_batch_is_padded_to_the_next_captured_size() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-def test_graphs_read_what_is_in_the_buffers_now() -> None:
+def test_graphs_read_the_current_contents_of_their_buffers() -> None:
     captured = DraftGraphs(draft, inputs(MOST, BLOCKS, device="cuda"), cuda_graphs(nullcontext))
     for seed, count in enumerate([5, 1, 3, 5, 2]):
         batch = inputs(count, BLOCKS, seed, "cuda")

@@ -38,7 +38,7 @@ def plain_lora(pair: TinyPair) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def rows_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `trees_lora` records."""
+    """File of `record` of the engine `trees_lora`."""
     return tmp_path_factory.mktemp("record") / "rows.jsonl"
 
 
@@ -53,7 +53,7 @@ def trees_lora(pair: TinyPair, rows_lora: Path) -> Iterator[LLM]:
 def ask(
     llm: LLM, prompts: list[list[int]], params: list[SamplingParams], adapters: list[LoRARequest | None]
 ) -> list[RequestOutput]:
-    """Request i with adapter i modulo their number, all in one batch."""
+    """Request i has adapter i modulo the number of adapters; all are one batch."""
     requests: Any = [adapters[index % len(adapters)] for index in range(len(prompts))]
     return llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts], params, lora_request=requests, use_tqdm=False
@@ -61,7 +61,7 @@ def ask(
 
 
 def mixed_params(max_tokens: int = 40) -> list[SamplingParams]:
-    """Of different kinds for each adapter, because their number has no common divisor with that of adapters."""
+    """Two kinds in turn, so that each of the three adapters gets both."""
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 0.8, "top_p": 0.9, "presence_penalty": 0.5, "repetition_penalty": 1.1},
@@ -91,7 +91,7 @@ def test_a_batch_with_adapters_and_without_is_answered_as_by_plain_vllm(
         assert len(logprobs_of(got)) == sum(map(len, tokens_of(expected)))
         for ours, theirs in zip(logprobs_of(got), logprobs_of(expected), strict=True):
             assert math.isclose(ours, theirs, abs_tol=1e-4)
-    # The last one reads what the first has left in the cache, and nothing of the one between, of other adapters.
+    # The last batch reads the cached blocks of the first, and not those of the second, which has other adapters.
     assert all(output.num_cached_tokens for output in got if len(output.prompt_token_ids or []) > 150)
     metrics = read_tree_metrics(trees_lora)
     assert metrics is not None and metrics.acceptance_length > 1.1
@@ -117,7 +117,7 @@ def test_answers_with_an_adapter_are_not_recorded_as_the_targets(
     assert sorted(recorded) == sorted(zip(prompts[::3], answers[::3]))
 
 
-def test_the_drafter_embeds_and_judges_tokens_without_adapters(
+def test_the_drafter_uses_embedding_and_lm_head_without_adapters(
     pair: TinyPair, trees_lora: LLM, prompts: list[list[int]], adapters: list[LoRARequest | None]
 ) -> None:
     """After a step in which every row has an adapter."""

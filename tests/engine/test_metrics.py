@@ -1,4 +1,4 @@
-"""vLLM's counters and ours, against what the engine emitted."""
+"""vLLM's counters and our metrics agree with the emitted tokens."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def counts(llm: LLM) -> tuple[int, int, int, list[int]]:
 
 
 def test_counters_add_up_to_the_emitted_tokens(pair, prompts: list[list[int]]) -> None:
-    """Every step emits its accepted path and one token of the target's; the prefill emits one."""
+    """Each step emits its accepted path and the target's own token; the prefill emits one token."""
     with engine(pair, {}) as llm:
         outputs = generate(llm, prompts, SamplingParams(temperature=0, max_tokens=50, ignore_eos=True))
         drafts, nodes, accepted, by_depth = counts(llm)
         measured = read_tree_metrics(llm)
-    # A path may run over max_tokens in a request's last step; the engine cuts it, the counters do not.
+    # In a request's last step the engine cuts the path at max_tokens; the counters include all of the path.
     emitted = sum(len(output.outputs[0].token_ids) for output in outputs)
     assert emitted <= len(prompts) + drafts + accepted < emitted + 10 * len(prompts)
     assert sum(by_depth) == accepted
@@ -59,7 +59,7 @@ def config(num_servers: int) -> Any:
 
 
 def record(stats: TreeStatLogger, accepted: list[int], num_tokens: int = 1) -> None:
-    """An interval of one step: two nodes for each of as many requests as there are numbers of accepted tokens."""
+    """Log one step of two nodes per request. accepted: accepted tokens of each request."""
     counts = SpecDecodingStats.new(4)
     for each in accepted:
         counts.observe_draft(2, each)
@@ -89,7 +89,7 @@ def test_gauges_show_the_last_interval_in_which_anything_was_generated() -> None
 
 
 @pytest.mark.parametrize(("num_servers", "num_lines"), [(1, 1), (2, 0)])
-def test_there_is_a_line_in_the_log_where_one_server_sees_all_requests(
+def test_only_a_single_api_server_logs_a_line(
     num_servers: int, num_lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = []
@@ -98,7 +98,7 @@ def test_there_is_a_line_in_the_log_where_one_server_sees_all_requests(
     assert len(lines) == num_lines
 
 
-def test_several_api_servers_show_one_gauge_each(tmp_path: Path) -> None:
+def test_several_api_servers_report_one_gauge(tmp_path: Path) -> None:
     program = (
         "import sys; from tests.engine.test_metrics import *; record(TreeStatLogger(config(2), 7), [2, 1]); "
         "from vllm.v1.metrics.prometheus import get_prometheus_registry; "

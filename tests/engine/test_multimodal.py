@@ -18,7 +18,7 @@ from vllm_ctc_spec.training.fit import FitSettings, fit
 from vllm_ctc_spec.training.loop import Budget
 
 DRAFTER = {"num_frames": 4, "label_length": 4, "condition_rank": 32, "target_layers": []}
-"""BLIP-2 hands out no layers in vLLM."""
+"""vLLM's BLIP-2 does not give the outputs of its layers."""
 TEXTS = ["def read(", "import os\n", "class Reader:\n    def", "for line in", "if not "]
 
 
@@ -31,7 +31,7 @@ def blip(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
 
 
 def answers(llm: LLM) -> list[list[int]]:
-    """To each text with an image before it and without, greedy, and seeded where the prompts are cached."""
+    """Answers to each text without and with an image: greedy, then seeded with cached prompts."""
     noise = np.random.default_rng(0).integers(0, 256, (len(TEXTS), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     requests: list[dict[str, Any]] = [{"prompt": text} for text in TEXTS]
     requests += [
@@ -54,7 +54,7 @@ def test_requests_with_images_and_without_are_exact(blip: TinyPair) -> None:
     assert any(text[:20] != image[:20] for text, image in zip(of_texts, of_images, strict=True))
 
 
-def test_it_is_a_text_model_where_its_other_inputs_are_turned_off(
+def test_with_language_model_only_answers_are_those_of_the_text_model(
     blip: TinyPair, plain: LLM, prompts: list[list[int]]
 ) -> None:
     params = SamplingParams(temperature=0, max_tokens=40)

@@ -1,4 +1,4 @@
-"""An engine that is told no drafter's name takes the one that belongs to its target."""
+"""Without the name of a drafter the engine uses the one that belongs to its target."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ from vllm_ctc_spec.engine.metrics import read_tree_metrics
 
 @pytest.fixture
 def target(pair: TinyPair, tmp_path: Path) -> Path:
-    """With its drafter in it."""
+    """A target with its drafter in its folder."""
     folder = tmp_path / "target"
     shutil.copytree(pair.target, folder)
     shutil.copytree(pair.drafter, folder / OWN)
     return folder
 
 
-def test_it_drafts_and_changes_no_token(pair: TinyPair, target: Path, plain: LLM, prompts: list[list[int]]) -> None:
+def test_the_targets_own_drafter_is_used_and_changes_no_token(
+    pair: TinyPair, target: Path, plain: LLM, prompts: list[list[int]]
+) -> None:
     params = SamplingParams(temperature=0, max_tokens=40)
     with engine(dataclasses.replace(pair, target=target), {"model": None}) as llm:
         assert complete(llm, prompts, params) == complete(plain, prompts, params)
@@ -37,7 +39,7 @@ def test_it_drafts_and_changes_no_token(pair: TinyPair, target: Path, plain: LLM
 
 
 @pytest.mark.parametrize("spec", [{"method": "ctc"}, {"model": OWN}, {"method": "ctc", "model": OWN}])
-def test_every_way_of_asking_for_it_is_understood(target: Path, spec: dict[str, Any]) -> None:
+def test_each_way_to_ask_for_the_targets_own_drafter_works(target: Path, spec: dict[str, Any]) -> None:
     config = EngineArgs(model=str(target), speculative_config=spec).create_engine_config()
     assert config.additional_config["ctc_spec"]["drafter"] == str(target / OWN)
     assert config.speculative_config.num_speculative_tokens == 32
@@ -53,7 +55,7 @@ def served(target: Path, *arguments: str) -> Any:
 
 
 @pytest.mark.parametrize("name", [OWN, "path"])
-def test_vllm_serve_takes_its_earlier_option(pair: TinyPair, target: Path, name: str) -> None:
+def test_vllm_serve_takes_speculative_model(pair: TinyPair, target: Path, name: str) -> None:
     drafter = target / OWN if name == OWN else pair.drafter
     named = OWN if name == OWN else str(pair.drafter)
     config = served(target, "--speculative-model", named)

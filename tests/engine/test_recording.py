@@ -1,4 +1,4 @@
-"""`record`: what the engine of `trees` serves becomes training rows."""
+"""`record` writes what the engine `trees` serves as training rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows_from(outputs: list[RequestOutput]) -> list[dict[str, list[int]]]:
 
 @pytest.fixture
 def new_file(trees: LLM, record: Path) -> Iterator[Path]:
-    """In place of the record's file, so that it can be spoiled."""
+    """The path of the record, whose file is moved away during a test."""
     kept = record.with_suffix(".kept")
     record.rename(kept)
     yield record
@@ -46,13 +46,13 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def test_prompts_and_answers_become_rows_after_those_that_were_there(
+def test_rows_are_appended_to_existing_rows(
     pair: TinyPair, trees: LLM, record: Path, prompts: list[list[int]], tmp_path: Path
 ) -> None:
     earlier = rows_of(record)
     assert earlier[0] == FIRST_ROW
     limits = SamplingParams(temperature=0, max_tokens=40)
-    # The engine itself sees these aborted.
+    # At a stop string vLLM aborts the request in the engine core.
     strings = SamplingParams(temperature=0, max_tokens=40, stop=["e", "("])
     several = SamplingParams(temperature=0.8, n=3, seed=1, max_tokens=20)
     outputs = generate(trees, prompts[:12], [limits, strings, several] * 4)
@@ -66,7 +66,7 @@ def test_prompts_and_answers_become_rows_after_those_that_were_there(
     assert main(["train", "fit", str(pair.target), str(record), drafter, "--dry-run"]) == 0
 
 
-def test_a_request_that_is_aborted_and_one_of_a_single_token_are_left_out(
+def test_aborted_requests_and_answers_of_one_token_are_left_out(
     trees: LLM, record: Path, prompts: list[list[int]]
 ) -> None:
     num_earlier = len(rows_of(record))
@@ -102,7 +102,7 @@ def test_a_full_file_takes_no_row_until_it_is_moved_away(
     assert new_file.stat().st_mode & 0o077 == 0
 
 
-def test_answers_are_served_where_they_cannot_be_written(
+def test_answers_are_served_where_the_file_cannot_be_written(
     trees: LLM, new_file: Path, prompts: list[list[int]], warnings: list[str]
 ) -> None:
     new_file.mkdir()
@@ -113,7 +113,7 @@ def test_answers_are_served_where_they_cannot_be_written(
     assert warnings == [f"{new_file} cannot be written (Is a directory): answers are not recorded."]
 
 
-def test_a_server_that_cannot_record_is_refused(
+def test_record_is_refused_with_the_rust_frontend(
     pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")

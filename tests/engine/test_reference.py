@@ -1,4 +1,4 @@
-"""The executable specification, and what people see of it."""
+"""The reference loop, and `vllm-ctc-spec inspect`, which draws its trees."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_inspect_draws_the_tree_into_the_terminal_and_a_file(
         (["--prompt", "x", "--tree", "bush"], "tree='bush'"),
     ],
 )
-def test_inspect_refuses_what_makes_no_sense(
+def test_inspect_refuses_invalid_arguments(
     pair: TinyPair, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert main(["inspect", str(pair.target), str(pair.drafter), *arguments]) == 2

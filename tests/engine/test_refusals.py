@@ -1,4 +1,4 @@
-"""Every mistake is one ValueError before a worker starts, which names the setting, the value and the remedy."""
+"""Each mistake is one ValueError before a worker starts, with the setting, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Case:
 
     message: str
     spec: Any = field(default_factory=dict)
-    """Keys of speculative_config; all of it where it is no object with names."""
+    """Keys of speculative_config; all of it where it is not an object with string keys."""
     drafter: dict[str, Any] = field(default_factory=dict)
     """Fields of the drafter's config.json."""
     break_folder: Callable[[Path], Any] | None = None
     target: dict[str, Any] = field(default_factory=dict)
     """Fields of the target's config.json."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of the engine."""
+    """Options of the engine."""
 
 
 def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
-    """One of the drafter's weights."""
+    """Change one of the drafter's weights."""
 
     def apply(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
@@ -184,7 +184,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_mistake_is_one_error_that_names_it(pair: TinyPair, tmp_path: Path, case: Case) -> None:
+def test_a_mistake_is_one_error_that_names_setting_and_value(pair: TinyPair, tmp_path: Path, case: Case) -> None:
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     shutil.copytree(pair.target, target)
     shutil.copytree(pair.drafter, drafter)
@@ -200,7 +200,7 @@ def test_a_mistake_is_one_error_that_names_it(pair: TinyPair, tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("how", [Path, str, lambda path: f"~/{path.name}"], ids=["path", "text", "home"])
-def test_a_drafter_may_be_named_as_paths_are(
+def test_a_drafter_may_be_a_path_a_string_or_below_home(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch, how: Callable[[Path], Any]
 ) -> None:
     monkeypatch.setenv("HOME", str(pair.drafter.parent))

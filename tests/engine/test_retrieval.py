@@ -1,4 +1,4 @@
-"""Trees of what has been said before, with a drafter and without one: answers stay vLLM's, and nothing is left over.
+"""Retrieval with a drafter and without: answers are plain vLLM's, and ended requests are freed.
 
 The cache has so few blocks that requests are preempted in most tests.
 """
@@ -16,7 +16,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine.conftest import (
     NUM_PROMPTS,
-    assert_a_cached_prefix_changes_nothing,
+    assert_a_cached_prefix_changes_no_token,
     complete,
     engine,
     generate,
@@ -41,7 +41,7 @@ SOURCES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=SOURCES.values(), ids=SOURCES)
 def retrieving(pair: TinyPair, request: pytest.FixtureRequest) -> Iterator[LLM]:
-    """The first one asks its drafter in two of three steps."""
+    """With a drafter, two of three steps use it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         with engine(pair, request.param, num_gpu_blocks_override=24, block_size=32) as llm:
@@ -50,7 +50,7 @@ def retrieving(pair: TinyPair, request: pytest.FixtureRequest) -> Iterator[LLM]:
 
 
 def ask_by_rule(worker: Any) -> None:
-    """In place of an adaptive budget, whose choices depend on how long steps take."""
+    """Replace the decisions of an adaptive budget, which depend on measured times."""
     control, steps = worker.model_runner.control, count()
     if control is not None:
         control.budget.plan = lambda num_requests: DraftPlan(num_requests, 0.0, 0.0)
@@ -100,9 +100,9 @@ def test_stop_strings_cut_inside_a_path(plain: LLM, retrieving: LLM, prompts: li
     assert any(answer.stop_reason in stops for answer in answers)
 
 
-def test_a_cached_prefix_changes_nothing(plain: LLM, retrieving: LLM, prompts: list[list[int]]) -> None:
+def test_a_cached_prefix_changes_no_token(plain: LLM, retrieving: LLM, prompts: list[list[int]]) -> None:
     params = SamplingParams(temperature=0, max_tokens=60)
-    assert_a_cached_prefix_changes_nothing(retrieving, plain, prompts, params)
+    assert_a_cached_prefix_changes_no_token(retrieving, plain, prompts, params)
 
 
 def test_several_choices_of_one_request_are_separate(plain: LLM, retrieving: LLM, prompts: list[list[int]]) -> None:
@@ -112,7 +112,7 @@ def test_several_choices_of_one_request_are_separate(plain: LLM, retrieving: LLM
 
 
 def test_copies_are_accepted_far_beyond_the_frames(plain: LLM, retrieving: LLM, prompts: list[list[int]]) -> None:
-    """A small target repeats itself when it may not stop."""
+    """A small target repeats itself where it may not stop."""
     params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
     assert complete(retrieving, prompts[:4], params) == complete(plain, prompts[:4], params)
     metrics = read_tree_metrics(retrieving)
@@ -130,13 +130,13 @@ def test_ended_and_aborted_requests_leave_nothing(retrieving: LLM, prompts: list
     core.abort_request([f"aborted-{number}" for number in range(3)])
     short = [prompts[index % NUM_PROMPTS][:8] for index in range(300)]
     complete(retrieving, short, SamplingParams(temperature=0, max_tokens=4))
-    # The engine tells its worker of ended requests in one more step, which a call may come before.
+    # The worker frees ended requests in its next step.
     counts = [retrieving.collective_rpc(live_states) for _ in range(20)]
     assert counts[-1] == [(0, 0)]
 
 
-def test_an_answer_that_was_given_before_is_drafted_whole(retrieving: LLM, prompts: list[list[int]]) -> None:
-    """Where answers are asked for. Last, because it records all trees."""
+def test_an_earlier_answer_is_drafted_whole(retrieving: LLM, prompts: list[list[int]]) -> None:
+    """With "request+answers". Keep this test last: it records all trees."""
     params = SamplingParams(temperature=0.8, seed=11, max_tokens=60, ignore_eos=True)
     [first] = complete(retrieving, [prompts[9]], params)
     retrieving.collective_rpc(record_trees)
@@ -145,7 +145,7 @@ def test_an_answer_that_was_given_before_is_drafted_whole(retrieving: LLM, promp
     assert first == second
     options = retrieving.llm_engine.vllm_config.additional_config["ctc_spec"]["options"]
     assert (len(trees) < 15) == (options["retrieval"] == "request+answers")
-    # Not deeper than was asked for, although more nodes were allowed.
+    # The node budget would allow more.
     assert max(max(each.tree.depths) for each in trees) <= options["retrieval_depth"]
 
 
@@ -155,7 +155,7 @@ def live_states(worker: Any) -> tuple[int, int]:
 
 
 def request(name: str, prompt: list[int], output: list[int]) -> Any:
-    """What the runner keeps of a request, as far as it is read."""
+    """The fields of the runner's request state that retrieval reads."""
     return SimpleNamespace(req_id=name, prompt_token_ids=prompt, output_token_ids=output, sampling_params=None)
 
 
@@ -173,14 +173,14 @@ def test_what_followed_the_same_tokens_is_found() -> None:
     assert tree.probabilities == pytest.approx([3 / 4, 3 / 5, 3 / 6, 3 / 7, 3 / 8])
 
 
-def test_places_that_were_followed_by_different_tokens_are_branches() -> None:
+def test_different_continuations_are_branches() -> None:
     source = Retrieval(SpecOptions(retrieval="request"), num_nodes=16)
     tree = found_after(source, "a", [7, 1, 7, 1, 7, 1, 7, 2, 9], [7])
     first = {token: psi for token, depth, psi in zip(tree.tokens, tree.depths, tree.probabilities) if depth == 1}
     assert first == pytest.approx({1: 2 / 3 * 3 / 4, 2: 2 / 3 * 1 / 4})
 
 
-def test_where_nothing_is_found_the_drafters_tree_is_left_as_it_is() -> None:
+def test_without_a_match_the_drafters_tree_is_unchanged() -> None:
     source = Retrieval(SpecOptions(retrieval="request"), num_nodes=16)
     drafted, asked = HostTree([5, 6], [0, 1], [1, 2], [0.5, 0.4]), [request("a", [1, 2, 3], [4])]
     source.find(asked)
@@ -189,7 +189,7 @@ def test_where_nothing_is_found_the_drafters_tree_is_left_as_it_is() -> None:
 
 
 def test_the_source_that_was_right_gains_weight() -> None:
-    """Of two requests, one copies and one goes on as the drafter says."""
+    """One request copies its text, the other continues as drafted."""
     text = list(range(20, 60))
     source = Retrieval(SpecOptions(retrieval="request"), num_nodes=16)
     outputs = {"copies": [20], "drafted": [20]}
@@ -213,7 +213,7 @@ def test_what_the_drafter_adds_is_learnt_by_the_length_of_the_match() -> None:
     source.find([copying, new])
     assert source.gain_of_drafter([copying]) == source.gain_of_drafter([new]) == FIRST_GAIN
     for step in range(30):
-        # The drafter drafts both texts' next two tokens.
+        # Both drafts are right.
         end = LONGEST_MATCH + step
         of_copy = HostTree(copied[end : end + 2], [0, 1], [1, 2], [0.9, 0.8])
         of_new = HostTree([100 + step, 101 + step], [0, 1], [1, 2], [0.9, 0.8])

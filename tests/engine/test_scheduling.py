@@ -1,4 +1,4 @@
-"""What the scheduler may do to a request: chunk it, preempt it, cache it, constrain it. Answers stay the same."""
+"""Answers are plain vLLM's with chunked prompts, preemption, cached prefixes and structured output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from tests.engine.conftest import (
     NUM_NODES,
     NUM_PROMPTS,
-    assert_a_cached_prefix_changes_nothing,
+    assert_a_cached_prefix_changes_no_token,
     assert_logprobs_are_equal,
     assert_prompt_logprobs_are_equal,
     complete,
@@ -27,7 +27,7 @@ from vllm_ctc_spec.engine.metrics import read_tree_metrics
 
 
 def mixed(max_tokens: int) -> list[SamplingParams]:
-    """Seeded, each third one with penalties and each third one with words that it may not write, of several tokens."""
+    """Seeded requests; a third have penalties, a third have bad words of several tokens."""
     kinds: list[dict[str, Any]] = [
         {"top_p": 0.9},
         {"presence_penalty": 0.5, "repetition_penalty": 1.1},
@@ -40,11 +40,11 @@ def mixed(max_tokens: int) -> list[SamplingParams]:
 
 
 def test_seeded_requests_survive_chunked_prefill(pair, plain: LLM, prompts: list[list[int]]) -> None:
-    """Stock vLLM 0.32 dies here on CPU: it rolls back the draw of a discarded sample, which has no offset there.
+    """Expected are the answers of plain vLLM that reads each prompt in one step.
 
-    So ours is compared with vLLM that reads each prompt in one step.
+    Plain vLLM 0.32 fails with chunks on a CPU: it takes back a draw, which CPU generators cannot.
     """
-    # Of prompts in the prefix cache there would be nothing to chunk the second time.
+    # Cached prompts would not be chunked the second time.
     options = {"max_num_batched_tokens": 64, "enable_chunked_prefill": True, "enable_prefix_caching": False}
     with engine(pair, {}, **options) as chunked:
         for params in (SamplingParams(temperature=0, max_tokens=20), mixed(20)):
@@ -73,20 +73,20 @@ def test_one_token_prompts_join_a_running_batch(pair, plain: LLM, prompts: list[
         assert complete(narrow, short, params) == complete(plain, short, params)
 
 
-def test_a_cached_prefix_changes_nothing(trees: LLM, plain: LLM, prompts: list[list[int]]) -> None:
+def test_a_cached_prefix_changes_no_token(trees: LLM, plain: LLM, prompts: list[list[int]]) -> None:
     params = SamplingParams(temperature=0, max_tokens=40)
-    assert_a_cached_prefix_changes_nothing(trees, plain, prompts, params)
+    assert_a_cached_prefix_changes_no_token(trees, plain, prompts, params)
 
 
 def test_drafts_after_a_cached_prefix_are_as_good_as_without(pair, prompts: list[list[int]]) -> None:
-    """The drafter's own keys and values come back with the cached blocks."""
+    """Cached blocks hold the drafter's keys and values, too."""
     long_prompt = [token for prompt in prompts for token in prompt][:400]
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     with engine(pair, {}) as llm:
         generate(llm, [long_prompt], params)
         without = read_tree_metrics(llm)
         assert generate(llm, [long_prompt], params)[0].num_cached_tokens >= 256
-        # A mean over both, so equal to the first if the second is.
+        # The metrics are means over both runs.
         assert read_tree_metrics(llm) == without
 
 
@@ -149,7 +149,7 @@ def test_improbable_nodes_are_not_verified(
         assert metrics is not None and metrics.nodes_per_step < share * NUM_NODES
 
 
-def test_drafts_that_are_not_ours_are_verified_as_a_chain_and_reported_once(
+def test_drafts_without_their_tree_are_verified_as_a_chain_and_logged_once(
     pair, plain: LLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")

@@ -26,7 +26,7 @@ PROMPTS = ["import os\n\n\ndef ", "class Reader:\n    def __init__(self", "for l
 
 
 def answers_of(plain: LLM) -> dict[str, list[str]]:
-    """What a server is to answer, by `ask_everything`'s keys."""
+    """Expected answers, by the keys of `ask_everything`."""
     greedy = SamplingParams(temperature=0, max_tokens=40)
     sampled = SamplingParams(temperature=0.8, seed=5, max_tokens=40)
     chats: list[Any] = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
@@ -40,7 +40,7 @@ def answers_of(plain: LLM) -> dict[str, list[str]]:
 
 
 async def ask_everything(url: str) -> dict[str, list[str]]:
-    """Each way of asking -> the answers, all requests of a kind in flight at once."""
+    """Answers by kind of request; all requests of a kind are in flight at once."""
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
 
     async def whole(prompt: str, **options: float) -> str:
@@ -69,7 +69,7 @@ async def ask_everything(url: str) -> dict[str, list[str]]:
 
 
 def bench_serve(url: str, pair: TinyPair, folder: Path) -> dict[str, Any]:
-    """What `vllm bench serve` measures with PROMPTS."""
+    """Results of `vllm bench serve` with PROMPTS."""
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     command = [str(BINARIES / "vllm"), "bench", "serve", "--base-url", url, "--model", NAME]
     command += ["--tokenizer", str(pair.target), "--dataset-name", "custom", "--num-prompts", str(len(PROMPTS))]
@@ -114,11 +114,11 @@ def test_a_server_answers_as_plain_vllm_does_and_reports_its_trees(pair: TinyPai
 def test_two_engines_of_a_data_parallel_server_answer_as_plain_vllm_does(
     pair: TinyPair, plain: LLM, prompts: list[list[int]], tmp_path: Path
 ) -> None:
-    """Under the short form of the soak (benchmarks/soak.py)."""
+    """With the short form of benchmarks/soak.py."""
     asks, expected = make_asks(prompts, 90, 60, compare_every=3), dict[int, Answer | None]()
     ask_offline(plain, {number: ask for number, ask in asks.items() if number % 3 == 0}, 1, expected.__setitem__)
     spec = {"method": "ctc", "model": str(pair.drafter), "num_speculative_tokens": 16, "adaptive_budget": False}
-    # One API server, because each further one imports everything once more.
+    # One API server, because each one imports everything again.
     parallel = ["--data-parallel-size", "2", "--api-server-count", "1", "--distributed-executor-backend", IN_CORE]
     with server(pair.target, tmp_path / "ctc.log", *FLAGS, *parallel, "-sc", json.dumps(spec)) as running:
         tally = Tally(expected, running.pid, warm_up=30)

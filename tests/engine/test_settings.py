@@ -1,4 +1,4 @@
-"""What vLLM makes of our settings."""
+"""vLLM's configuration with our settings."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OWN_EXECUTOR = "vllm.v1.executor.multiproc_executor.MultiprocExecutor"
     ("asked", "multiprocessing", "expected"),
     [(None, "1", EXECUTOR), ("mp", "1", EXECUTOR), (None, "0", "uni"), (OWN_EXECUTOR, "1", OWN_EXECUTOR)],
 )
-def test_the_executor_is_ours_where_it_would_be_vllms_own_of_one_process_per_worker(
+def test_our_executor_replaces_vllms_multiprocess_executor_only(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch, asked: str | None, multiprocessing: str, expected: str
 ) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", multiprocessing)
@@ -82,7 +82,7 @@ def test_an_unsupported_vllm_is_refused_only_when_the_method_is_used(
 
 
 @pytest.mark.parametrize(("adapts", "nodes"), [(True, "up to 8"), (False, "8")])
-def test_a_start_is_told_in_one_line(adapts: bool, nodes: str) -> None:
+def test_start_up_is_logged_in_one_line(adapts: bool, nodes: str) -> None:
     line = summary(EngineSettings("/models/drafter", 8, SpecOptions()), 5, "TreeCPUModelRunner", adapts)
     assert line == (
         f'Speculative method "ctc": drafter /models/drafter, 5 frames, prefix tree of {nodes} nodes per request, '
@@ -90,7 +90,7 @@ def test_a_start_is_told_in_one_line(adapts: bool, nodes: str) -> None:
     )
 
 
-def test_a_start_without_a_drafter_says_so() -> None:
+def test_start_up_without_a_drafter_is_logged() -> None:
     line = summary(EngineSettings(None, 8, SpecOptions(retrieval="request")), 0, "TreeCPUModelRunner", False)
     assert line.startswith('Speculative method "ctc": no drafter, retrieval request, prefix tree of 8 nodes')
 
@@ -102,7 +102,7 @@ def test_no_model_means_no_drafter_where_retrieval_is_on(pair: TinyPair) -> None
     assert is_ctc(config.speculative_config)
 
 
-def test_retrieval_is_on_where_nothing_else_has_to_change_for_it(
+def test_retrieval_is_on_by_default_with_its_library_a_prefix_tree_and_v1(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def retrieval(**spec: Any) -> str:
@@ -116,14 +116,16 @@ def test_retrieval_is_on_where_nothing_else_has_to_change_for_it(
     assert retrieval() == "off"
 
 
-def test_vllm_does_not_warn_of_our_own_class(pair: TinyPair, caplog: pytest.LogCaptureFixture) -> None:
+def test_vllms_warning_about_custom_classes_is_not_logged_for_ours(
+    pair: TinyPair, caplog: pytest.LogCaptureFixture
+) -> None:
     speculative = logging.getLogger("vllm.config.speculative")
     vllm.logger._print_warning_once.cache_clear()
     speculative.addHandler(caplog.handler)
     try:
         configure(pair, {})
         assert "custom class" not in caplog.text
-        # vLLM's own, so that the test notices another wording.
+        # vLLM's warning for another class, so that a new wording fails this test.
         vllm.logger._print_warning_once.cache_clear()
         spec = {"method": "custom_class", "model": "tests.engine.processors.AvoidRepeat", "num_speculative_tokens": 2}
         EngineArgs(model=str(pair.target), speculative_config=spec).create_engine_config()
@@ -132,12 +134,12 @@ def test_vllm_does_not_warn_of_our_own_class(pair: TinyPair, caplog: pytest.LogC
         speculative.removeHandler(caplog.handler)
 
 
-def test_with_an_adaptive_budget_and_asynchronous_scheduling_the_scheduler_is_ours_alone(
+def test_an_adaptive_budget_with_asynchronous_scheduling_needs_our_scheduler(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
-    # On a CPU vLLM turns off what it has decided.
+    # vLLM's CPU platform would turn asynchronous scheduling off.
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", lambda *arguments: None)
     theirs = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
     for spec, options, expected in (
@@ -173,7 +175,7 @@ def test_a_connector_that_vllm_adds_later_is_refused_in_the_worker(pair: TinyPai
         CTCWorker.init_device(SimpleNamespace(vllm_config=config))
 
 
-def test_what_runner_v2_cannot_do_with_us_is_refused_where_the_user_asks_for_v2(
+def test_options_that_v2_lacks_are_refused_where_the_user_sets_v2(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
@@ -204,7 +206,7 @@ def test_on_a_gpu_the_runner_is_vllms_choice(
     assert settings.is_v2(config.model_config, SpecOptions(**options)) == expected
 
 
-def test_another_runner_than_was_set_up_is_refused(pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runner_other_than_the_configured_one_is_refused(pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure(pair, {})
     check_final(config)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")

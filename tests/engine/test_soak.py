@@ -1,4 +1,4 @@
-"""The short form of benchmarks/soak.py, offline; that of a server is in test_serve.py."""
+"""The short form of benchmarks/soak.py, offline; test_serve.py runs it with a server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.engine.conftest import engine
 from tests.tiny_pair import TinyPair
 
 TOUCHED_LATER = 1 << 28
-"""Bytes by which an engine may grow: an untouched page of its cache counts as no memory yet."""
+"""Bytes by which an engine may grow, because pages of its cache count as memory once they are used."""
 
 
 def test_a_mixed_load_is_answered_exactly_and_leaves_nothing_behind(
@@ -24,7 +24,7 @@ def test_a_mixed_load_is_answered_exactly_and_leaves_nothing_behind(
     tally = Tally(expected, os.getpid(), warm_up=50)
     with engine(pair, {}, max_num_seqs=12) as llm:
         ask_offline(llm, asks, 12, tally)
-        # A worker forgets a request when it is given the next step.
+        # The worker frees ended requests in its next step.
         ask_offline(llm, {0: asks[0]}, 1, tally)
         left, [known], growth = left_over(metrics_of(llm)), llm.collective_rpc(remembered), tally.growth()
     assert tally.num_compared == 31 and tally.different == []

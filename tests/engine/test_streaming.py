@@ -1,4 +1,4 @@
-"""Streams whose pieces have several tokens, read by vLLM's own parsers of thoughts and tool calls (docs/serving.md)."""
+"""vLLM's parsers of thoughts and tool calls on streams with several tokens per piece (docs/serving.md)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ START, END = "<think>", "</think>"
 FUNCTION = ["<function=", "</function>", "<parameter=", "</parameter>"]
 MARKERS = [START, END, "<tool_call>", "</tool_call>", *FUNCTION, "<|python_tag|>"]
 LONGEST = 9
-"""Tokens of a step at most: eight frames, and the target's own."""
+"""Most tokens of a step: eight frames and the target's own token."""
 
 WEATHER = {"city": {"type": "string"}, "days": {"type": "integer"}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": WEATHER}}}]
@@ -41,7 +41,7 @@ Bern
 </function>
 </tool_call>"""
 LEAKING = ("deepseek_r1", "ernie45", "holo2", "hy_v4")
-"""vLLM's parsers that look for the start of a thought in a piece, and leave it there (vllm#55195)."""
+"""vLLM's parsers that leave <think> in the thought where a piece has something before it (vllm#55195)."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ def tokenizer(pair: TinyPair) -> Any:
 
 
 def parsed(tokenizer: Any, thoughts: str | None, calls: str | None, pieces: Sequence[Sequence[int]]) -> Parsed:
-    """Pieces of token ids, read as vLLM's chat server reads its engine's outputs. thoughts, calls: names of parsers."""
+    """Parse pieces of token ids as vLLM's chat server does. thoughts, calls: names of parsers."""
     fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": "auto"} if calls else {}
     request = ChatCompletionRequest(messages=[{"role": "user", "content": "?"}], model="target", **fields)
     chosen = ParserManager.get_parser(calls, thoughts, enable_auto_tools=calls is not None, tokenizer=tokenizer)
@@ -142,7 +142,7 @@ def test_pieces_of_several_tokens_are_read_as_single_tokens(
 
 @pytest.mark.parametrize("thoughts", LEAKING)
 def test_a_start_marker_amid_a_piece_leaks_into_the_thought(tokenizer: Any, thoughts: str) -> None:
-    """Not one that is an answer's first token, nor an end marker. Fails where vLLM has mended it: see LEAKING."""
+    """Neither an answer's first token nor an end marker leaks. Once vLLM fixes a parser, remove it from LEAKING."""
     tokens = tokenizer.encode(f"\n{THOUGHT}{SAID}")
     alone = parsed(tokenizer, thoughts, None, cut(tokens, repeat(1)))
     amid = parsed(tokenizer, thoughts, None, cut(tokens, chain([1], repeat(4))))
@@ -153,7 +153,7 @@ def test_a_start_marker_amid_a_piece_leaks_into_the_thought(tokenizer: Any, thou
 def test_our_pieces_are_read_as_those_of_plain_vllm(
     plain: LLM, trees: LLM, prompts: list[list[int]], tokenizer: Any
 ) -> None:
-    """Each fourth and thirtieth token is a marker, because the tiny target writes none."""
+    """The fourth and the thirtieth token become markers, because the tiny target writes none."""
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     whole = [answer.tokens for answer in complete(plain, prompts, params)]
     start, end = tokenizer.convert_tokens_to_ids([START, END])

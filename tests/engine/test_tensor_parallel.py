@@ -1,4 +1,4 @@
-"""Several ranks of tensor parallelism: plain vLLM's answers on as many, and one tree for all of them."""
+"""Tensor parallel: answers are plain vLLM's on as many ranks, and all ranks verify the same trees."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NUM_REQUESTS = 12
 
 @pytest.fixture(scope="module", autouse=True)
 def ranks_on_any_cores() -> Iterator[None]:
-    """vLLM would look for a NUMA node for each rank."""
+    """Otherwise vLLM asks for a NUMA node for each rank."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -72,7 +72,7 @@ class Answer:
     text: str
     finish_reason: str | None
     logprobs: list[float]
-    """Of the tokens, where they were asked for."""
+    """Of the returned tokens, if requested."""
 
 
 def ask(llm: LLM, prompts: list[list[int]], params: Any) -> list[Answer]:
@@ -109,7 +109,7 @@ def long_prompt(prompts: list[list[int]]) -> list[int]:
 def expected(
     pair: TinyPair, prompts: list[list[int]], long_prompt: list[int], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[Answer]]:
-    """Plain vLLM's, on two ranks."""
+    """Plain vLLM's answers on two ranks."""
 
     def answer() -> dict[str, list[Answer]]:
         with ranks(pair, None) as llm:
@@ -122,7 +122,7 @@ def expected(
     return made_once(tmp_path_factory, "plain-ranks", answer)
 
 
-def test_two_ranks_answer_as_two_without_us_and_draft_as_the_reference_loop(
+def test_two_ranks_answer_as_plain_vllm_and_draft_as_the_reference_loop(
     pair: TinyPair, expected: dict[str, list[Answer]], prompts: list[list[int]], long_prompt: list[int]
 ) -> None:
     """Prompts are read in chunks, long answers are preempted, and one prompt is cached."""
@@ -144,7 +144,7 @@ def test_two_ranks_answer_as_two_without_us_and_draft_as_the_reference_loop(
 
 @torch.inference_mode()
 def assert_trees_are_those_of_the_reference_loop(llm: LLM, pair: TinyPair, prompts: list[list[int]]) -> None:
-    """Of which the drafter is whole."""
+    """The reference loop's drafter is not divided between ranks."""
     llm.collective_rpc(record_trees)
     known = [[token % 500 for token in prompt] for prompt in prompts[:6]]
     generate(llm, known, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
@@ -163,9 +163,9 @@ def assert_trees_are_those_of_the_reference_loop(llm: LLM, pair: TinyPair, promp
 
 @pytest.fixture(scope="module")
 def wide(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
-    """Untrained: two key-value heads, a vocabulary that is no multiple of what is padded to, and a part of it drafted.
+    """An untrained pair: two key-value heads, a vocabulary that needs padding, of which a part is drafted.
 
-    Its weights are large, so that probabilities differ by more than rounding.
+    Large weights make probabilities differ by more than rounding.
     """
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("wide")
@@ -195,14 +195,14 @@ def test_four_ranks_with_copies_of_two_key_value_heads_draft_as_the_reference_lo
         assert_trees_are_those_of_the_reference_loop(llm, wide, prompts)
 
 
-def test_compiled_ranks_load_what_ranks_before_them_compiled_and_verify_the_trees_of_the_first(
+def test_compiled_ranks_load_the_compile_cache_and_verify_the_first_ranks_trees(
     pair: TinyPair,
     expected: dict[str, list[Answer]],
     prompts: list[list[int]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """vLLM's default, with ours: adaptive budget and retrieval. In the end the second rank's drafter is another one."""
+    """With all defaults. In the second engine the second rank's drafter differs from the first's."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     compiled = []
     for is_second in (False, True):

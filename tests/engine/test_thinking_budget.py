@@ -1,4 +1,4 @@
-"""Thinking budgets: vLLM forces the end of a thought after so many tokens, in plain decoding and with trees alike."""
+"""Thinking budgets, which end a thought after a number of tokens, act as in plain vLLM."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from tests.engine.conftest import NUM_PROMPTS, Completion, complete, engine
 from tests.tiny_pair import TinyPair
 
 THOUGHTS = {"reasoning_start_str": "(", "reasoning_end_str": "):\n"}
-"""Text that the tiny target writes by itself, so that thoughts begin and end in prompts and in answers."""
+"""The tiny target writes these texts, so that thoughts begin and end in prompts and in answers."""
 BUDGETS = (0, 1, 3, 8, 20)
 
 
 @pytest.fixture(scope="module")
 def engines(pair: TinyPair) -> Iterator[tuple[LLM, LLM]]:
-    """Plain vLLM and ours."""
+    """Plain vLLM, and vLLM with trees."""
     with engine(pair, None, reasoning_config=THOUGHTS) as plain, engine(pair, {}, reasoning_config=THOUGHTS) as trees:
         yield plain, trees
 
 
 @pytest.fixture(scope="module")
 def started_thoughts(engines: tuple[LLM, LLM], prompts: list[list[int]]) -> list[list[int]]:
-    """Every other prompt ends within a thought."""
+    """Every second prompt ends within a thought."""
     start = engines[0].get_tokenizer().encode("(")
     return [prompt + start * (index % 2) for index, prompt in enumerate(prompts)]
 
 
 def budgets(temperature: float, unlimited: int = 0, **params: Any) -> list[SamplingParams]:
-    """unlimited: one request in so many has no budget; 0 for none."""
+    """unlimited: one request in this many has no budget; 0: all have one."""
     return [
         SamplingParams(
             temperature=temperature,
@@ -48,9 +48,9 @@ def budgets(temperature: float, unlimited: int = 0, **params: Any) -> list[Sampl
 
 @pytest.fixture(scope="module")
 def answers(engines: tuple[LLM, LLM], started_thoughts: list[list[int]]) -> dict[float, list[tuple[Completion, ...]]]:
-    """By temperature, what plain vLLM answers each prompt with its budget and without.
+    """Plain vLLM's answers to each prompt with its budget and without, by temperature.
 
-    vLLM 0.32 gives a request without a budget that of another one whose row it moves into, so not in one batch.
+    In two batches, because in vLLM 0.32 a request without a budget can take over the budget of its batch row.
     """
     return {
         temperature: list(
@@ -111,7 +111,7 @@ def accepted(llm: LLM) -> int:
 
 
 def streamed(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
-    """The tokens of each answer, put together from its pieces; a request joins the batch after every two steps."""
+    """Tokens of each answer, joined from its pieces; a request is added every second step."""
     waiting = list(enumerate(zip(prompts, params)))
     answers: dict[str, list[int]] = {}
     steps = 0

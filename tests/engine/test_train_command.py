@@ -1,4 +1,4 @@
-"""`vllm-ctc-spec train` as its users run it: a process, over the real engine, killed and started again."""
+"""`vllm-ctc-spec train` as a process with the real engine, killed and started again."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_all_stages_make_a_drafter_that_serves(pair: TinyPair, tmp_path: Path):
     question, greedy = [rows[0]["prompt_token_ids"]], SamplingParams(temperature=0, max_tokens=40)
     with engine(pair, {"model": str(output / "drafter")}) as trees:
         assert complete(trees, question, greedy)[0].tokens == rows[0]["token_ids"]
-    # Everything is there: a second run only evaluates.
+    # A second run only evaluates.
     assert main(command) == 0
 
 
@@ -82,7 +82,7 @@ def test_regeneration_that_is_killed_loses_and_doubles_no_line(pair: TinyPair, t
 def test_the_target_writes_prompts_of_its_own(pair: TinyPair, tmp_path: Path):
     target, rows = tmp_path / "target", tmp_path / "rows.jsonl"
     shutil.copytree(pair.target, target)
-    # The tiny target writes Python, so its user names a function.
+    # The tiny target writes Python, so that a prompt is the name of a function.
     (target / "chat_template.jinja").write_text("{% for m in messages %}def {{ m['content'] }}({% endfor %}")
     command = ["train", "regenerate", str(target), str(rows), "--own-prompts=40", "--max-tokens=4", *ENGINE]
     assert main(command) == 0
@@ -99,9 +99,7 @@ def test_the_target_writes_prompts_of_its_own(pair: TinyPair, tmp_path: Path):
     assert len(resumed) == 40 and resumed[:30] == written[:30]
 
 
-def test_without_prompts_and_without_a_chat_template_nothing_starts(
-    pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_prompts_or_a_chat_template_are_required(pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     target = shutil.copytree(pair.target, tmp_path / "target")
     (target / "chat_template.jinja").unlink()
     command = ["train", "all", str(target), str(tmp_path / "out")]
@@ -128,7 +126,9 @@ def test_faulty_lines_are_named_or_counted(pair: TinyPair, tmp_path: Path, capsy
     assert "1 faulty lines left out" in capsys.readouterr().out
 
 
-def test_the_engines_seed_is_the_commands(pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_seed_is_an_option_of_the_command_and_not_of_the_engine(
+    pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     prompts, rows = write_prompts(tmp_path, pair, 1), tmp_path / "rows.jsonl"
     assert main(["train", "regenerate", str(pair.target), str(prompts), str(rows), "--engine", "seed=3"]) == 2
     assert "--engine seed=3: use --seed 3" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A sampled walk in which all nodes choose at once: the tokens and draws of the walk that goes level by level."""
+"""A walk that samples all nodes at once has the tokens and draws of a walk level by level."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VOCAB = 12
 
 def walker(at_once: bool, use_fp64_gumbel: bool = False) -> TreeWalker:
     vllms = Sampler(use_fp64_gumbel=use_fp64_gumbel)
-    # On a CPU vLLM draws in another way.
+    # On a CPU vLLM's default draws otherwise.
     vllms.topk_topp_sampler.forward = vllms.topk_topp_sampler.forward_native
     return TreeWalker(vllms, at_once)
 
@@ -52,7 +52,7 @@ def random_tree(draw: random.Random, most_nodes: int) -> HostTree:
 
 
 def logits_of(trees: Sequence[HostTree], seed: int, device: str = "cpu") -> Tensor:
-    """[sum of N + 1, VOCAB]; the target mostly likes what was drafted."""
+    """[sum of N + 1, VOCAB]; drafted tokens are likely."""
     rows = []
     for tree in trees:
         own = torch.randn(1 + len(tree.tokens), VOCAB, generator=torch.Generator().manual_seed(seed))
@@ -92,7 +92,7 @@ def metadata_of(
 
 @pytest.mark.parametrize("use_fp64_gumbel", [False, True])
 @pytest.mark.parametrize("seed", range(30))
-def test_tokens_and_draws_are_those_of_the_walk_by_levels(
+def test_a_walk_at_once_has_the_tokens_and_draws_of_a_walk_by_levels(
     seed: int, use_fp64_gumbel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw = random.Random(seed)
@@ -102,7 +102,7 @@ def test_tokens_and_draws_are_those_of_the_walk_by_levels(
     temperatures = [draw.choice([0.0, 0.7, 1.3]) for _ in range(count - 1)] + [1.0]
     top_k = [draw.choice([3, VOCAB]) for _ in trees] if draw.random() < 0.5 else None
     top_p = [draw.choice([0.8, 1.0]) for _ in trees] if draw.random() < 0.5 else None
-    # Of some cases all requests fit in one run, of others a few or one.
+    # One run takes one request, a few or all.
     monkeypatch.setattr(walk_module, "MOST_LOGITS", VOCAB * draw.choice([1, 15, 1000]))
     walked, states = [], []
     for at_once in (False, True):
@@ -124,7 +124,7 @@ CHOICES = HostTree([3, 5, 7, 7], [0, 0, 1, 2], [1, 1, 2, 2], [0.5] * 4)
 def test_samples_without_a_seed_follow_the_target() -> None:
     count = 20_000
     logits = torch.zeros(5, VOCAB)
-    # The anchor, the nodes 3 and 5, and what follows on them.
+    # Rows of the anchor, of the nodes with tokens 3 and 5, and of their children.
     for row, likely in enumerate(([3, 5], [7, 1], [7, 2], [4], [6])):
         logits[row, likely] = torch.tensor([3.0, 2.5])[: len(likely)]
     metadata = metadata_of([0.8] * count, [None] * count)
@@ -145,7 +145,7 @@ def test_samples_without_a_seed_follow_the_target() -> None:
 
 
 class OneRowForEachRequest:
-    """A processor that spares the argmax, as a user may bring one."""
+    """A user's processor that does not change the argmax."""
 
     def __init__(self, num_requests: int) -> None:
         self.num_requests = num_requests
@@ -162,7 +162,7 @@ class OneRowForEachRequest:
 
 
 @pytest.mark.parametrize("asked", ["logprobs", "penalties", "processor", "allowed tokens", "bad words"])
-def test_what_depends_on_the_path_or_the_batch_goes_by_levels(asked: str) -> None:
+def test_parameters_that_need_the_path_or_the_batch_are_walked_by_levels(asked: str) -> None:
     trees = [CHOICES, CHOICES]
     metadata = metadata_of([1.0, 1.0], [0, 1])
     if asked == "logprobs":
@@ -210,7 +210,7 @@ def test_a_deeper_tree_takes_no_more_launches() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-def test_a_gpu_is_waited_for_once() -> None:
+def test_a_walk_waits_for_the_gpu_once() -> None:
     trees = [HostTree.chain(list(range(depth))) for depth in (3, 8)]
     logits = logits_of(trees, 0, "cuda")
     metadata = metadata_of([1.0, 0.7], [1, None], top_k=[5, VOCAB], device="cuda")

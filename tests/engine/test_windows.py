@@ -1,5 +1,6 @@
-"""A target one of whose layers has a window, shorter than paths of its trees: vLLM keeps a group of blocks for it, one
-for the other layer and one for the drafter's, and they share memory.
+"""One layer of the target has a window that is shorter than the trees are deep.
+
+vLLM keeps three KV groups, which share memory: of this layer, of the other layer and of the drafter's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FULL, WINDOWED = "full_attention", "sliding_attention"
 @contextmanager
 def windowed(pair: TinyPair, spec: dict[str, Any] | None, layers: tuple[str, str], **options: Any) -> Iterator[LLM]:
     overrides = {"layer_types": list(layers), "sliding_window": WINDOW}
-    # Plain vLLM fails on a CPU where the prompt of a seeded request is cut.
+    # On a CPU plain vLLM fails where the prompt of a seeded request is read in chunks.
     chunks = {} if spec is None else {"max_num_batched_tokens": 96}
     options = {"block_size": 32, "max_model_len": 320, **chunks, **options}
     with engine(pair, spec, hf_overrides=overrides, **options) as llm:
@@ -58,7 +59,7 @@ def test_chunks_preemption_and_cached_prefixes_are_exact(
 def test_steps_without_drafts_among_others_are_exact(
     pair: TinyPair, prompts: list[list[int]], expected: list[list[Completion]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The drafter's keys and values may not wait here, because blocks go from group to group."""
+    """The drafter's keys and values are stored at once, because blocks move between KV groups."""
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     with windowed(pair, {"adaptive_budget": True}, (WINDOWED, FULL), num_gpu_blocks_override=32) as llm:
         assert llm.collective_rpc(decide_by_rule) == [True]
@@ -66,7 +67,7 @@ def test_steps_without_drafts_among_others_are_exact(
 
 
 def test_a_target_of_windows_alone_is_exact(pair: TinyPair, prompts: list[list[int]]) -> None:
-    """The drafter sees the window, too, so that there is one group."""
+    """The drafter has the window, too, so that there is one KV group."""
     answers = []
     for spec in (None, {}):
         with windowed(pair, spec, (WINDOWED, WINDOWED)) as llm:

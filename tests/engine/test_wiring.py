@@ -1,4 +1,4 @@
-"""Proofs that the tree rows are wired as they claim: masks, positions and cache slots."""
+"""Masks, positions and cache slots of tree rows, compared with plain passes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Rows:
     def attend_causally(
         self, rows: list[int], sliding_window: int = -1, soft_cap: float = 0.0, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """vLLM's own kernel over the context and then `rows`, one after the other."""
+        """vLLM's kernel over the context followed by `rows` as a sequence."""
         cache = self.cache.clone()
         positions = torch.arange(CONTEXT, CONTEXT + len(rows))
         slots = self.blocks[0][positions // BLOCK] * BLOCK + positions % BLOCK
@@ -97,7 +97,7 @@ class Rows:
         return output
 
 
-def test_a_causal_mask_is_vllms_own_kernel() -> None:
+def test_with_a_causal_mask_our_kernel_equals_vllms() -> None:
     rows = Rows()
     chain = HostTree.chain(TREE.tokens)
     torch.testing.assert_close(
@@ -151,7 +151,7 @@ def recorded(pair, prompts: list[list[int]]) -> list[RecordedTree]:
 
 
 def test_logits_of_every_node_equal_a_plain_run_over_its_ancestors(pair, recorded: list[RecordedTree]) -> None:
-    """For every node of every tree, accepted or not, after several accepted steps."""
+    """For accepted nodes and others, after several steps."""
     target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32).eval()
     for each in recorded[::4]:
         for node, mask in enumerate(each.tree.ancestor_masks()):
@@ -163,7 +163,7 @@ def test_logits_of_every_node_equal_a_plain_run_over_its_ancestors(pair, recorde
 
 @torch.inference_mode()
 def test_trees_are_those_of_the_reference_loop(pair, recorded: list[RecordedTree]) -> None:
-    """So the engine's drafter reads the layers that training read, and has stored all of the context."""
+    """So the engine's drafter reads the layers that training reads, and its cache holds the whole context."""
     target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32).eval()
     drafter = load_drafter(str(pair.drafter), torch.float32)
     layers = drafter.config.target_layers

@@ -1,4 +1,4 @@
-"""A tiny target that writes Python and a drafter for it, both trained here in about a minute, without a network."""
+"""A tiny target that writes Python, and its drafter; both are trained in about a minute, without a network."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class TinyPair:
     target: Path
     drafter: Path
     rows: Path
-    """JSONL of what the target wrote, which the drafter was trained on."""
+    """JSONL of the target's answers, on which the drafter was trained."""
     prompts: Path
-    """JSONL of `prompt` texts from files that neither was trained on."""
+    """JSONL of `prompt`, from files that neither model was trained on."""
 
 
 def build_tiny_pair(folder: Path) -> TinyPair:
-    """Make in `folder` what is missing there; each part appears when it is whole."""
+    """Make the missing parts in `folder`; a part is written whole or not at all."""
     target, drafter, rows, corpus = (folder / name for name in ("target", "drafter", "rows.jsonl", "corpus"))
     if not corpus.exists():
         write_corpus(corpus)
@@ -51,10 +51,10 @@ def _write_rows(target: Path, prompts: Path, rows: Path) -> None:
         read_prompts(prompts, AutoTokenizer.from_pretrained(target)),
         growing,
         RegenerateSettings(temperatures=(0.0, 0.4), max_tokens=64),
-        # The checkpoint's own, bfloat16, is slow where the processor has to emulate it.
+        # The checkpoint's type, bfloat16, is slow where the processor has to emulate it.
         dtype=target_dtype(),
         max_model_len=1024,
-        # Compiling takes longer than so many tokens of so small a model.
+        # Compiling would take longer than generating.
         enforce_eager=True,
         kv_cache_memory_bytes=1 << 27,
     )

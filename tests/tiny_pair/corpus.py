@@ -1,4 +1,4 @@
-"""Text to train on: the source code of the standard library that every interpreter carries."""
+"""Training text: the source code of Python's standard library."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SKIPPED = frozenset(
 
 MAX_CHARS = 400_000
 HELD_OUT_SHARE = 16
-"""One file in so many is held out."""
+"""One file in this many is held out."""
 NUM_PROMPTS = 256
 NUM_HELD_OUT_PROMPTS = 32
 PROMPT_CHARS = (120, 360)
@@ -68,7 +68,7 @@ def _bare_code(source: str) -> str:
 
 
 def _split(sources: dict[str, str]) -> tuple[list[str], list[str]]:
-    # Names are hashed so that a file stays on its side whatever else this Python version ships.
+    # Hashes of names keep a file in its split, whatever else a Python version ships.
     digests = {name: hashlib.sha256(name.encode()).digest() for name in sources}
     trained: list[str] = []
     held_out: list[str] = []
@@ -84,7 +84,7 @@ def _split(sources: dict[str, str]) -> tuple[list[str], list[str]]:
 
 
 def _prompts(texts: list[str], count: int, seed: int) -> Iterator[dict[str, str]]:
-    """Runs of whole lines from random places, so that a continuation starts on a fresh line."""
+    """Runs of whole lines from random places; a continuation begins a new line."""
     random_source = random.Random(seed)
     weights = [len(text) for text in texts]
     while count:

@@ -1,4 +1,4 @@
-"""The tiny target: a Llama of two layers that has learned some Python."""
+"""The tiny target: a Llama of two layers, trained on Python."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ END = "<|endoftext|>"
 PADDING = "<|padding|>"
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
-"""The model continues code and knows no roles, so a chat is its messages one after the other."""
+"""A chat is its messages in a row, because the target continues code and knows no roles."""
 
 
 def train_target(texts_path: Path, folder: Path) -> None:

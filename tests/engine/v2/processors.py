@@ -1,4 +1,4 @@
-"""A logits processor of Model Runner V2 that depends on the request's history, so that a wrong history shows."""
+"""The logits processor of tests/engine/processors.py for Model Runner V2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 
 class AvoidRepeat(LogitsProcessor):
-    """Never the same token twice in a row."""
+    """Bans the request's last token."""
 
     def __init__(self, vllm_config: Any, req_states: Any) -> None:
         self.states = req_states

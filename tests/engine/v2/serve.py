@@ -1,8 +1,8 @@
-"""Serves groups of requests on Model Runner V2 in this process, by Triton's interpreter, and writes the answers.
+"""Serves groups of requests on Model Runner V2, in Triton's interpreter, and writes the answers.
 
     TRITON_INTERPRET=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_USE_V2_MODEL_RUNNER=1 python -m tests.engine.v2.serve JOB
 
-A process of its own, because vLLM for CPU must find a Triton that says it has a CPU: before vLLM is imported.
+It is a process of its own, because Triton must claim to support a CPU before vLLM is imported.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ class Job:
     prompts: list[list[int]]
     """Token ids."""
     groups: dict[str, list[dict[str, Any]]]
-    """Of each group one set of sampling parameters per prompt, served as one batch."""
+    """Sampling parameters of each group, one set per prompt; a group is one batch."""
     answers: str
     """File to write."""
     other_prompts: dict[str, list[list[int]]] = field(default_factory=dict)
-    """Of groups that have not `prompts`."""
+    """Prompts of groups that do not have `prompts`."""
     adapters: list[str | None] = field(default_factory=list)
     """Folders of LoRA adapters, for the requests of the group "adapters" in turn."""
     before: dict[str, str] = field(default_factory=dict)
-    """Of a group, the method of the worker that is called before it."""
+    """Method of the worker that is called before a group."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of the engine."""
+    """Options of the engine."""
     aborts: bool = False
-    """Also a group "aborts", of which some requests are aborted."""
+    """Whether to add a group "aborts", half of whose first requests are aborted."""
     async_scheduling: bool = False
     worker: str | None = None
-    """In place of our worker for CPU."""
+    """Replaces our worker for CPU."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -92,7 +92,7 @@ def _serve(llm: Any, job: Job, name: str) -> list[dict[str, Any]]:
 
 
 def _serve_with_aborts(llm: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
-    """Every other request is aborted after its first tokens, and another one takes its place."""
+    """Abort every second request after its first tokens, then add as many requests as at first."""
     engine, params = llm.llm_engine, {"temperature": 0.8, "max_tokens": 12}
     kept = {}
     for index, prompt in enumerate(prompts):
@@ -145,12 +145,12 @@ def _interpret() -> None:
     triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
     import vllm.v1.sample.ops.topk_topp_sampler as topk_topp
 
-    # Triton's interpreter fails in this kernel. vLLM's other way is its plain version.
+    # Triton's interpreter fails in this kernel; vLLM also has a plain version.
     topk_topp.HAS_TRITON = False
 
 
 def _allow_async_scheduling() -> None:
-    """vLLM decides for it as on a GPU, and then turns it off on a CPU, where it has no use."""
+    """Keep vLLM's choice, which its CPU platform turns off."""
     from vllm.platforms.cpu import CpuPlatform
 
     original = CpuPlatform.check_and_update_config.__func__
@@ -164,7 +164,7 @@ def _allow_async_scheduling() -> None:
 
 
 if __name__ in ("__main__", "__mp_main__"):
-    # In worker processes, too, which load this module anew.
+    # Also in worker processes, which import this module as __mp_main__.
     _interpret()
 if __name__ == "__main__":
     main(Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

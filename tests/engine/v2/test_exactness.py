@@ -1,4 +1,4 @@
-"""Model Runner V2 by Triton's interpreter: the answers are those of V2 without us (float32)."""
+"""Model Runner V2 in Triton's interpreter gives the answers of plain vLLM on V2 (float32)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ SHARED = {"first": LONG, "second": LONG}
 
 @pytest.fixture(scope="module")
 def prompts(pair: TinyPair) -> list[list[int]]:
-    """Token ids; one is a single token, one longer than a step takes beside the others."""
+    """Token ids; one prompt is a single token, one is read in several steps beside the others."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(pair.target)
@@ -95,7 +95,7 @@ def serve(folder: Path, job: Job) -> Served:
         "VLLM_USE_V2_MODEL_RUNNER": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # Inductor would take the backend that is pretended for one that compiles.
+        # Inductor would try to compile with the pretended backend.
         "TORCHDYNAMO_DISABLE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
@@ -124,7 +124,7 @@ def spec_of(pair: TinyPair, **spec: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def shared(prompts: list[list[int]]) -> dict[str, list[list[int]]]:
-    """Prompts of two groups, of which the larger part is the same."""
+    """Prompts of two groups; all begin with the same long text."""
     prompts = [prompts[2] + prompts[0] + prompt[:3] for prompt in prompts]
     return {"first": prompts, "second": prompts}
 
@@ -154,7 +154,7 @@ def adaptive(
     shared: dict[str, list[list[int]]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Served:
-    """Asynchronous; at last with a drafter that is always wrong."""
+    """Asynchronous scheduling; in the group "misled" the drafter is always wrong."""
     fields = {
         "spec": spec_of(pair, adaptive_budget=True),
         "groups": {**GROUPS, "misled": SHARED["first"]},
@@ -177,7 +177,7 @@ SHORT: dict[str, Any] = {
     },
     "options": {"max_model_len": 64, "max_num_batched_tokens": 300, "logprobs_mode": "processed_logprobs"},
 }
-"""Of an engine with so little context that an answer ends with it."""
+"""An engine whose context is so short that an answer reaches its end."""
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def _without_logprobs(answer: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", [*GROUPS, "aborts"])
-def test_answers_are_those_of_v2_without_us(plain: Served, trees: Served, group: str) -> None:
+def test_answers_are_those_of_plain_v2(plain: Served, trees: Served, group: str) -> None:
     assert_equal(trees.answers[group], plain.answers[group])
 
 
@@ -224,16 +224,16 @@ def test_an_asynchronous_budget_follows_the_drafter(adaptive: Served) -> None:
     nodes, useful_steps = adaptive.seen["nodes"], adaptive.seen["useful_steps"]
     useful, misled = nodes[:useful_steps], nodes[useful_steps:]
     assert adaptive.seen["moves"] > 0
-    # Of one request and of four: none, some, all.
+    # Steps without nodes, with some and with all.
     assert useful.count(0) > 10 and useful.count(NUM_NODES * NUM_PROMPTS) > 10
     assert len(set(useful)) > 6
-    # Now and then a single node is tried again.
+    # The budget still tries a single node now and then.
     quarter = len(misled) // 4
     assert quarter > 5 and max(misled[-quarter:]) < max(misled[:quarter]) / 2
 
 
 @pytest.mark.slow
-def test_the_kernels_for_a_gpu_are_exact_and_the_host_waits_for_nothing(
+def test_gpu_kernels_are_exact_and_the_host_does_not_wait_for_the_device(
     pair: TinyPair, prompts: list[list[int]], tmp_path: Path, plain: Served
 ) -> None:
     names = ("top-p and top-k", "penalties")
@@ -252,7 +252,7 @@ def test_several_kv_groups_are_exact_with_preemption_and_cached_prefixes(
     pair: TinyPair, prompts: list[list[int]], tmp_path: Path
 ) -> None:
     """One layer of the target has a window."""
-    # Not all requests fit with their answers; they have most of one prompt before them.
+    # The cache is too small for all requests with their answers; the prompts begin with the same text.
     shared = [prompts[2] + prompts[0] + prompt[:3] for prompt in prompts]
     params = [
         {"temperature": 0.8 * (index % 2), "seed": index, "max_tokens": 40, "ignore_eos": True} for index in range(4)
@@ -271,7 +271,7 @@ def test_several_kv_groups_are_exact_with_preemption_and_cached_prefixes(
 def test_preempted_requests_and_cached_prefixes_are_exact_with_an_adaptive_budget(
     pair: TinyPair, prompts: list[list[int]], shared: dict[str, list[list[int]]], tmp_path: Path, plain: Served
 ) -> None:
-    # Two requests fit with their answers, all four without.
+    # The cache holds two requests with their answers, or four prompts.
     fields = {"groups": SHARED, "other_prompts": shared, "options": {"num_gpu_blocks_override": 7}}
     spec = spec_of(pair, adaptive_budget=True)
     trees = serve(tmp_path, job_of(pair, prompts, tmp_path, "trees", spec=spec, worker=RULED, **fields))
@@ -296,7 +296,7 @@ def test_adapters_thinking_budgets_and_processors_of_a_user_are_exact(
         },
         "adapters": adapters,
         "options": {
-            # Text that the tiny target writes by itself, so that thoughts begin and end in prompts and in answers.
+            # The tiny target writes these texts, so that thoughts begin and end in prompts and in answers.
             "reasoning_config": {"reasoning_start_str": "(", "reasoning_end_str": "):\n"},
             "logits_processors": ["tests.engine.v2.processors:AvoidRepeat"],
             **LORA,
@@ -310,7 +310,7 @@ def test_adapters_thinking_budgets_and_processors_of_a_user_are_exact(
 
 
 @pytest.mark.slow
-def test_two_ranks_of_tensor_parallel_answer_as_one_rank_without_us(
+def test_two_ranks_answer_as_plain_v2_on_one_rank(
     pair: TinyPair, prompts: list[list[int]], tmp_path: Path, plain: Served
 ) -> None:
     names = ("penalties", "log probabilities")
@@ -318,7 +318,7 @@ def test_two_ranks_of_tensor_parallel_answer_as_one_rank_without_us(
         "groups": {name: GROUPS[name] for name in names},
         "options": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
     }
-    # Adaptive, because ranks that decide differently would wait for each other.
+    # Adaptive, because ranks with different decisions would wait for each other.
     spec = spec_of(pair, adaptive_budget=True)
     trees = serve(
         tmp_path, job_of(pair, prompts, tmp_path, "trees", spec=spec, worker=RULED, async_scheduling=True, **fields)

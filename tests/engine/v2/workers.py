@@ -1,4 +1,4 @@
-"""Workers that tell what a run of Model Runner V2 went through, with our kernels for CPU and with those for a GPU."""
+"""Workers that count what Model Runner V2 does, with our kernels for CPU and for CUDA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WAITING = {
     torch.ops.aten.nonzero.default,
     torch.ops.aten._unique2.default,
 }
-"""Operations whose result, or its shape, the host has to read: on a GPU it waits there for the device."""
+"""Operations at which the host waits for a GPU, because it reads the result or its shape."""
 
 
 class CountWaits(TorchDispatchMode):
@@ -63,14 +63,14 @@ class WatchedWorkerV2(CTCCPUWorkerV2):
         return times
 
     def what_was_seen(self) -> dict[str, Any]:
-        """The class that attends; steps of trees alone, of other rows beside trees; K/V moves; kinds of walks; with a
-        rule, nodes by step, and how many steps came before `mislead`.
+        """The attention's class; counts of steps of trees alone, steps with other rows, K/V moves, walks of each kind.
+        RuledWorkerV2 adds the nodes of each step and the number of steps before `mislead`.
         """
         return self.seen
 
 
 class TritonWorkerV2(WatchedWorkerV2):
-    """With vLLM's TRITON_ATTN backend and our Triton kernels, which are interpreted, too."""
+    """With vLLM's TRITON_ATTN backend and our Triton kernels, both interpreted."""
 
     def init_device(self) -> Any:
         import torch
@@ -81,7 +81,7 @@ class TritonWorkerV2(WatchedWorkerV2):
 
         # vLLM's kernels choose tile sizes by it.
         torch.cuda.get_device_capability = lambda device=None: (9, 0)
-        # Trees are built as on a GPU.
+        # Build trees as on a GPU.
         drafting.can_search = lambda table: False
         super().init_device()
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{backend.__module__}.{backend.__name__}")
@@ -106,7 +106,7 @@ class TritonWorkerV2(WatchedWorkerV2):
 
 
 class RuledWorkerV2(WatchedWorkerV2):
-    """With an adaptive budget that decides by a rule, and not by how long steps take."""
+    """With an adaptive budget that follows a rule instead of measured times."""
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
@@ -123,21 +123,21 @@ class RuledWorkerV2(WatchedWorkerV2):
         return times
 
     def decide(self, cost: Callable[[int], float | None]) -> None:
-        """cost: by step, what a node costs more than most are worth; None where nothing is drafted."""
+        """cost: of a node by step, in units of 0.3 tokens; None where nothing is drafted."""
         budget, steps = self.model_runner.speculator.budget, count()
-        # On other ranks than the first there is none.
+        # Only the first rank has a budget.
         if budget is None:
             return
 
         def plan(num_requests: int) -> DraftPlan | None:
             chosen = cost(next(steps))
-            # So little a second that what steps take is nothing beside it.
+            # At so low a rate the time of rows costs nothing.
             return None if chosen is None else DraftPlan(num_requests, 1e-4 * chosen, 3e3)
 
         budget.control.budget.plan = plan
 
     def mislead(self) -> None:
-        """From now on every step drafts, and each drafted token is the one after that which was meant."""
+        """From now on draft in every step, with each drafted token id increased by one."""
         drafter = self.model_runner.drafter
         draft, num_nodes = drafter.draft, drafter.settings.num_nodes
 
@@ -148,7 +148,7 @@ class RuledWorkerV2(WatchedWorkerV2):
 
         drafter.draft = misled
         control = self.model_runner.speculator.budget.control
-        # One that has not seen the drafter being right.
+        # A new budget has no memory of earlier acceptance.
         control.budget = NodeBudget(control.budget._target, control.budget._drafting)
         self.decide(lambda step: 1.0)
         self.seen["useful_steps"] = len(self.seen["nodes"])
