@@ -37,8 +37,8 @@ DRY_RUN_LINES = 1000
 """Lines of the data that a dry run reads."""
 LABEL_DECAY, LABEL_TEMPERATURE = 0.8, 0.5
 """Defaults of `label_decay` and `label_temperature`; others gave lower acceptance lengths (benchmarks/README.md)."""
-NUM_FREQUENT = 2048
-"""Tokens that always enter the estimated normaliser, and number of those drawn at random."""
+NUM_SAMPLED = 2048
+"""Of the tokens that enter the estimated normaliser: the most frequent ones, and as many drawn at random."""
 REPLAY_SHARE = 0.25
 """Default of `replay_share`."""
 MAY_CHANGE = ("save_steps", "log_steps", "trust_remote_code")
@@ -239,8 +239,8 @@ def _min_labels(config: CTCDrafterConfig) -> int:
 
 def _frequent(rows: Sequence[TrainingRow], config: CTCDrafterConfig) -> Tensor | None:
     """Tokens for `sampled_softmax`; None for the exact normaliser, with a small vocabulary."""
-    is_small = config.vocab_size <= 4 * NUM_FREQUENT
-    return None if is_small else most_frequent(rows, config.vocab_size, NUM_FREQUENT)
+    is_small = config.vocab_size <= 4 * NUM_SAMPLED
+    return None if is_small else most_frequent(rows, config.vocab_size, NUM_SAMPLED)
 
 
 def _label_options(settings: FitSettings, config: CTCDrafterConfig) -> tuple[float, float]:
