@@ -22,8 +22,8 @@ from vllm_ctc_spec.training.data import num_frequent
 
 
 def load_target(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load the target in `target_dtype`. Raises ValueError if its LM head is not one plain matrix [V, H], which the
-    drafter shares.
+    """Load the target in `target_dtype`. Raises ValueError if weights are missing, or if its LM head is not one plain
+    matrix [V, H], which the drafter shares.
 
     trust_remote_code: run the code that its folder or repository brings.
     """
@@ -32,7 +32,16 @@ def load_target(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         # The default, by PyTorch's own function, leaves the soft caps out, which the engine does not.
         options["attn_implementation"] = "eager"
-    target = AutoModelForCausalLM.from_pretrained(path, dtype=target_dtype(), **options)
+    target, found = AutoModelForCausalLM.from_pretrained(
+        path, dtype=target_dtype(), output_loading_info=True, **options
+    )
+    if missing := sorted(found["missing_keys"]):
+        # They would be random numbers.
+        raise ValueError(
+            f"target {path!r}: transformers misses {len(missing)} of its weights, {missing[0]} among them. If it is "
+            "quantized in a way that vLLM alone reads, train with --hidden-from-engine, and evaluate on the target that "
+            "it was quantized from."
+        )
     _check_head(path, target)
     return target
 
