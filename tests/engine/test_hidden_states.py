@@ -19,11 +19,12 @@ from tests.engine.conftest import IN_CORE
 from tests.engine.quantized import quantize
 from tests.tiny_pair import TinyPair
 from vllm_ctc_spec.cli import main
+from vllm_ctc_spec.files import write_atomically
 from vllm_ctc_spec.training import fit as fit_module
 from vllm_ctc_spec.training import hidden_cache, models
 from vllm_ctc_spec.training.card import training_record
 from vllm_ctc_spec.training.data import TrainingRow
-from vllm_ctc_spec.training.hidden_cache import HiddenCache, plan_shards
+from vllm_ctc_spec.training.hidden_cache import HiddenCache, plan_shards, write_cache
 from vllm_ctc_spec.training.hidden_sources import FromEngine, InProcess
 from vllm_ctc_spec.training.models import load_target, load_without_layers
 from vllm_ctc_spec.training.objective import target_hidden
@@ -83,7 +84,6 @@ def resumed(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Resumed
         run.trained, run.layers = rows, layers
         write_cache(cache, source, target, rows, layers)
 
-    write_atomically, write_cache = hidden_cache.write_atomically, fit_module.write_cache
     command = ["train", "fit", str(pair.target), str(run.rows_file), str(run.drafter), *FIT, f"--cache={run.cache}"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as printed:
         patch.setattr(hidden_cache, "plan_shards", lambda lengths, size, most: plan_shards(lengths, size, SHARD_BYTES))

@@ -106,8 +106,8 @@ class Manifest:
 class HiddenCache:
     """Row number -> [L, W] hidden states, as `target_hidden` returns them.
 
-    Raises ValueError if the cache is incomplete, or was made of another target, other rows or another number type, or by
-    an engine with other options.
+    Raises ValueError if the cache is incomplete, or was made of another target, other rows or another number type, or
+    by an engine with other options.
     """
 
     def __init__(

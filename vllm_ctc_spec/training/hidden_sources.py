@@ -6,6 +6,7 @@ states and for each layer.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class FromEngine:
                 states_of = stack.enter_context(hidden_states(self.target_path, layers, options))
             except Exception as error:
                 raise ValueError(
-                    f"{OPTION}: vLLM's engine did not start ({_first_line(error)}). What it printed above says why. "
+                    f"{OPTION}: vLLM's engine did not start ({_short(error)}). What it printed says more. "
                     f"Change its options. Without {OPTION}, and with another --cache, the target runs in this process."
                 ) from error
 
@@ -99,15 +100,15 @@ class FromEngine:
                     states = states_of([ids.tolist() for ids in rows])
                 except Exception as error:
                     raise ValueError(
-                        f"{OPTION}: vLLM's engine failed ({_first_line(error)}). What it printed above says why. The "
+                        f"{OPTION}: vLLM's engine failed ({_short(error)}). What it printed says more. The "
                         "shards before are written: run the same command again to go on. If it fails again, lower "
                         "max_num_seqs, or kv_cache_memory_bytes if memory was short."
                     ) from error
                 hidden = torch.cat(states)
-                expected = hidden_width(self.target, layers)
-                if hidden.shape[1] != expected:
+                expected = [sum(map(len, rows)), hidden_width(self.target, layers)]
+                if list(hidden.shape) != expected:
                     raise ValueError(
-                        f"{OPTION}: vLLM's class for this target returns {hidden.shape[1]} numbers for a token and "
+                        f"{OPTION}: vLLM's class for this target returns hidden states of shape {list(hidden.shape)} for "
                         f"target_layers={list(layers)}, expected {expected}. Use --target-layers none."
                     )
                 report(len(hidden))
@@ -122,7 +123,7 @@ class FromEngine:
         if max(lengths) > options["max_model_len"]:
             raise ValueError(
                 f"{OPTION}: the longest row has {max(lengths)} tokens, and max_model_len={options['max_model_len']} "
-                f"of the engine has no room for it. Lower --max-length, or raise max_model_len."
+                "of the engine has no room for it. Lower --max-length, or raise max_model_len."
             )
         return options
 
@@ -163,5 +164,5 @@ def numbers_of(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in sorted(options.items()) if key not in SAME_NUMBERS}
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+def _short(error: Exception) -> str:
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)

@@ -36,11 +36,11 @@ def load_target(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
         path, dtype=target_dtype(), output_loading_info=True, **options
     )
     if missing := sorted(found["missing_keys"]):
-        # They would be random numbers.
+        # transformers fills them with random numbers.
         raise ValueError(
             f"target {path!r}: transformers misses {len(missing)} of its weights, {missing[0]} among them. If it is "
-            "quantized in a way that vLLM alone reads, train with --hidden-from-engine, and evaluate on the target that "
-            "it was quantized from."
+            "quantized in a way that vLLM alone reads, train with --hidden-from-engine, and evaluate on the target "
+            "that it was quantized from."
         )
     _check_head(path, target)
     return target
