@@ -108,8 +108,8 @@ class FromEngine:
                 expected = [sum(map(len, rows)), hidden_width(self.target, layers)]
                 if list(hidden.shape) != expected:
                     raise ValueError(
-                        f"{OPTION}: vLLM's class for this target returns hidden states of shape {list(hidden.shape)} for "
-                        f"target_layers={list(layers)}, expected {expected}. Use --target-layers none."
+                        f"{OPTION}: vLLM's class for this target returns hidden states of shape {list(hidden.shape)}, "
+                        f"expected {expected} with target_layers={list(layers)}. Use --target-layers none."
                     )
                 report(len(hidden))
                 return hidden.to(self.target.dtype)
