@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.training.tiny_models import VOCAB, tiny_target
 from vllm_ctc_spec.training import hidden_cache as cache_module
+from vllm_ctc_spec.training import hidden_sources as sources_module
 from vllm_ctc_spec.training.data import TrainingRow
 from vllm_ctc_spec.training.hidden_cache import HiddenCache, plan_shards, write_cache
+from vllm_ctc_spec.training.hidden_sources import InProcess
 from vllm_ctc_spec.training.objective import target_hidden
 
 SHARD_BYTES = 40 * 32 * 4
@@ -55,7 +57,9 @@ def folder(tmp_path):
 
 
 def write(folder, target_path, rows, **settings):
-    write_cache(folder, tiny_target(), target_path, rows, **{"shard_bytes": SHARD_BYTES, "batch_size": 3} | settings)
+    batch_size = settings.pop("batch_size", 3)
+    source = InProcess(tiny_target(), batch_size)
+    write_cache(folder, source, target_path, rows, **{"shard_bytes": SHARD_BYTES} | settings)
 
 
 def load(folder, target_path, rows, dtype=torch.float32):
@@ -73,7 +77,7 @@ def shards(folder):
 @pytest.mark.parametrize(("dtype", "layers"), [(torch.float32, ()), (torch.bfloat16, ()), (torch.float32, (0, 1))])
 def test_a_cached_row_is_what_the_target_gives_for_that_row_alone(folder, target_path, rows, dtype, layers):
     target = tiny_target().to(dtype)
-    write_cache(folder, target, target_path, rows, layers, SHARD_BYTES, batch_size=3)
+    write_cache(folder, InProcess(target, 3), target_path, rows, layers, SHARD_BYTES)
     cache = HiddenCache(folder, target_path, rows, dtype, layers)
     assert len(shards(folder)) > 2
     assert len(cache) == len(rows)
@@ -181,7 +185,7 @@ def test_a_damaged_shard_is_refused_by_name_and_alone_written_again(
     with pytest.raises(ValueError, match=path.name):
         load(folder, target_path, rows)
     ran = []
-    monkeypatch.setattr(cache_module, "target_hidden", lambda *given: ran.append(given[1]) or target_hidden(*given))
+    monkeypatch.setattr(sources_module, "target_hidden", lambda *given: ran.append(given[1]) or target_hidden(*given))
     write(folder, target_path, rows)
     assert contents(folder) == whole
     assert sum(map(len, ran)) < len(rows)
@@ -189,7 +193,7 @@ def test_a_damaged_shard_is_refused_by_name_and_alone_written_again(
 
 def test_a_whole_cache_runs_the_target_no_more(folder, target_path, rows, monkeypatch):
     write(folder, target_path, rows)
-    monkeypatch.setattr(cache_module, "target_hidden", None)
+    monkeypatch.setattr(sources_module, "target_hidden", None)
     write(folder, target_path, rows)
 
 
@@ -206,7 +210,7 @@ def refused_as(other, folder, target_path, rows, dtype=torch.float32, layers=())
     before = contents(folder)
     for act in (
         lambda: HiddenCache(folder, target_path, rows, dtype, layers),
-        lambda: write_cache(folder, tiny_target().to(dtype), target_path, rows, layers),
+        lambda: write_cache(folder, InProcess(tiny_target().to(dtype)), target_path, rows, layers),
     ):
         with pytest.raises(ValueError) as error:
             act()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     CohereConfig,
@@ -27,6 +28,7 @@ from vllm_ctc_spec.training.models import (
     check_target,
     drafter_config,
     load_target,
+    load_without_layers,
     logit_multiplier,
     logits_of,
     start_from,
@@ -240,3 +242,53 @@ def test_a_target_that_multiplies_its_logits_is_one_with_another_head(model, con
         drafts.append((emission_logits(drafter, draft.frames, head_of(drafter, each.lm_head.weight)), draft.gate))
     for ours, theirs in zip(*drafts, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
+SMALL |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+WITHOUT_LAYERS = {
+    "Llama": tiny_target(tied=False),
+    "Llama, one matrix": tiny_target(tied=True),
+    **{name: MULTIPLIED[name][0](MULTIPLIED[name][1](**SMALL, **MULTIPLIED[name][2])) for name in MULTIPLIED},
+    "Gemma 2": Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=5.0)),
+}
+
+
+@pytest.mark.parametrize("target", WITHOUT_LAYERS.values(), ids=WITHOUT_LAYERS)
+@torch.no_grad()
+def test_without_layers_a_target_has_its_embedding_head_and_logits(target, tmp_path):
+    target.save_pretrained(tmp_path)
+    whole, light = load_target(str(tmp_path)), load_without_layers(str(tmp_path))
+    assert not any("layers" in name for name in light.state_dict())
+    text, products = torch.arange(VOCAB), 9 * torch.randn(3, VOCAB)
+    assert torch.equal(light.get_input_embeddings()(text), whole.get_input_embeddings()(text))
+    assert torch.equal(light.get_output_embeddings().weight, whole.get_output_embeddings().weight)
+    torch.testing.assert_close(logits_of(light)(products), logits_of(whole)(products), rtol=1e-2, atol=1e-2)
+
+
+def change_weights(folder, function):
+    path = folder / "model.safetensors"
+    save_file(function(load_file(path)), path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda weights: {"lm_head.qweight": weights.pop("lm_head.weight"), **weights}, "lm_head.qweight"),
+        (lambda weights: {"lm_head.weight_scale": torch.ones(VOCAB, 1), **weights}, "lm_head.weight_scale"),
+        (lambda weights: {"model.embed_tokens.scales": torch.ones(VOCAB), **weights}, "model.embed_tokens.scales"),
+    ],
+)
+def test_a_quantized_head_or_embedding_is_refused(tmp_path, change, named):
+    tiny_target(tied=False).save_pretrained(tmp_path)
+    change_weights(tmp_path, change)
+    with pytest.raises(ValueError, match=rf"is quantized or missing \(.*{named}"):
+        load_without_layers(str(tmp_path))
+
+
+def test_a_target_of_which_weights_are_missing_is_refused(tmp_path):
+    tiny_target().save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda weights: {name: weights[name] for name in weights if "layers.1.mlp" not in name})
+    with pytest.raises(ValueError, match=r"misses 3 of its weights, model.layers.1.mlp.down_proj.weight among them"):
+        load_target(str(tmp_path))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Thread
 from typing import Any, TypeVar
 
 import psutil
 from vllm import LLM
+from vllm.v1.engine.core_client import SyncMPClient
+from vllm.v1.engine.exceptions import EngineDeadError
 
 Result = TypeVar("Result")
 
@@ -17,12 +20,24 @@ Result = TypeVar("Result")
 def started(model: str, **options: Any) -> Iterator[LLM]:
     """`vllm.LLM(model, **options)`. Dropping the object alone leaves its processes to the garbage collector."""
     llm = LLM(model, **options)
+    client = llm.llm_engine.engine_core
+    if isinstance(client, SyncMPClient):
+        Thread(target=_report_death, args=(client.output_queue_thread, client.outputs_queue), daemon=True).start()
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
+        client.shutdown()
+        del llm, client
         gc.collect()
+
+
+def _report_death(receiver: Thread, outputs: Any) -> None:
+    """Have a call that waits for `outputs` raise when the engine's process is killed, as it does in `AsyncMPClient`.
+
+    `SyncMPClient` ends the thread that receives the outputs, and would wait forever.
+    """
+    receiver.join()
+    outputs.put(EngineDeadError())
 
 
 def wake(llm: LLM) -> None:

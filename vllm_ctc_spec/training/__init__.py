@@ -2,7 +2,8 @@
 
 command, stages               `vllm-ctc-spec train` and its stages
 sources, prompts, regenerate  lines and their fields; prompts; rows that the target writes with vLLM
-data, hidden_cache            rows, anchors and batches; the target's hidden states on disk
+data                          rows, anchors and batches
+hidden_sources, hidden_cache  the target's hidden states, by the model in this process or by vLLM; their files
 models, objective, loss       target and drafter; one training pass; the alignment-sum losses
 loop, trainer                 budget, optimizer and checkpoints; transformers' Trainer for a drafter
 calibrate, fit                one factor on all logits; the whole training run

@@ -11,7 +11,7 @@ Letters: S anchors, T frames.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from vllm_ctc_spec.config import SpecOptions
 from vllm_ctc_spec.drafter import CTCDrafter, Draft
 from vllm_ctc_spec.drafter.drafting import draft_trees, emission_logits, head_of, set_tables_from
-from vllm_ctc_spec.training.data import AnchorDataset, TrainingRow, collate_anchors, with_anchors
+from vllm_ctc_spec.training.data import AnchorDataset, TrainingRow, collate_anchors
 from vllm_ctc_spec.training.evaluate import walk_text
 from vllm_ctc_spec.training.objective import DraftObjective
 
@@ -70,15 +70,21 @@ def _prompt(row: TrainingRow) -> tuple[int, ...]:
     return tuple(row.token_ids[: int(row.trained.int().argmax())].tolist())
 
 
-def calibrate(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int = 0) -> float:
+def calibrate(
+    objective: DraftObjective,
+    rows: Sequence[TrainingRow],
+    seed: int = 0,
+    hidden: Callable[[int], Tensor] | None = None,
+) -> float:
     """Scale the drafter's logits so that expected and accepted length agree on `rows`, and return the factor.
 
-    rows: the drafter must not have trained on them. If no row has an anchor, nothing is scaled and the factor is 1.
+    rows: the drafter must not have trained on them. hidden: as in `AnchorDataset`; None has the target compute it.
+    If no row has an anchor, nothing is scaled and the factor is 1.
     """
     drafter, target = objective.drafter, objective.target
     served = DraftObjective(copy.deepcopy(drafter).to(target.dtype), target).eval()
     set_tables_from(served.drafter, target)
-    drafts = _draft(served, rows, seed)
+    drafts = _draft(served, rows, seed, hidden)
     if not drafts:
         return 1.0
     low, high = 1 / MAX_FACTOR, MAX_FACTOR
@@ -104,15 +110,18 @@ def scale_logits(drafter: CTCDrafter, factor: float) -> None:
 
 
 @torch.no_grad()
-def _draft(objective: DraftObjective, rows: Sequence[TrainingRow], seed: int) -> list[LabelledDraft]:
+def _draft(
+    objective: DraftObjective, rows: Sequence[TrainingRow], seed: int, hidden: Callable[[int], Tensor] | None = None
+) -> list[LabelledDraft]:
     num_frames, device = objective.drafter.config.num_frames, objective.target.device
-    dataset = AnchorDataset(with_anchors(rows, num_frames), num_frames, ANCHORS_PER_ROW, seed)
+    numbers = [number for number, row in enumerate(rows) if len(row.usable_anchors(num_frames))]
+    hidden_of = None if hidden is None else lambda index: hidden(numbers[index])
+    dataset = AnchorDataset([rows[number] for number in numbers], num_frames, ANCHORS_PER_ROW, seed, hidden_of)
     drafts = []
     for batch in DataLoader(dataset, BATCH_SIZE, collate_fn=collate_anchors):
-        input_ids, anchors, valid, labels = (
-            batch[name].to(device) for name in ("input_ids", "anchors", "valid", "labels")
-        )
-        drafts.append(LabelledDraft(objective.draft(input_ids, anchors).of(valid), labels[valid]))
+        batch = {name: values.to(device) for name, values in batch.items()}
+        valid, labels = batch.pop("valid"), batch.pop("labels")
+        drafts.append(LabelledDraft(objective.draft(**batch).of(valid), labels[valid]))
     return drafts
 
 

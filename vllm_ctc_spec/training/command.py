@@ -146,6 +146,11 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         "--replay-share", type=float, metavar="SHARE", help="of the trained rows, those of --replay (default 0.25)"
     )
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep the target's hidden states on disk")
+    parser.add_argument(
+        "--hidden-from-engine", type=setting, nargs="*", metavar="KEY=VALUE",
+        help="let vLLM compute what --cache keeps, with these options of vllm.LLM, such as tensor_parallel_size=2: for "
+        "quantized targets and those too large for one device",
+    )  # fmt: skip
     parser.add_argument("--save-steps", type=int, default=500, help="steps between checkpoints (default %(default)s)")
     parser.add_argument(
         "--trainer", type=setting, nargs="+", default=[], metavar="KEY=VALUE",

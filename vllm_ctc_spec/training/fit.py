@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
 from vllm_ctc_spec.files import atomic_folder, claim, is_finished, write_atomically
 from vllm_ctc_spec.machine import target_dtype
 from vllm_ctc_spec.target_names import target_names
-from vllm_ctc_spec.training.calibrate import calibrate, split_rows
+from vllm_ctc_spec.training.calibrate import RowSplit, calibrate, split_rows
 from vllm_ctc_spec.training.card import TRAINING_RECORD, training_facts, training_record
 from vllm_ctc_spec.training.data import (
     AnchorDataset,
@@ -28,8 +28,16 @@ from vllm_ctc_spec.training.data import (
     with_anchors,
 )
 from vllm_ctc_spec.training.hidden_cache import HiddenCache, write_cache
+from vllm_ctc_spec.training.hidden_sources import FromEngine, HiddenSource, InProcess, check_engine, numbers_of
 from vllm_ctc_spec.training.loop import Budget, drop_checkpoints, loop_arguments, processes
-from vllm_ctc_spec.training.models import check_target, drafter_config, load_target, start_from, start_like
+from vllm_ctc_spec.training.models import (
+    check_target,
+    drafter_config,
+    load_target,
+    load_without_layers,
+    start_from,
+    start_like,
+)
 from vllm_ctc_spec.training.objective import DraftObjective
 from vllm_ctc_spec.training.trainer import train
 
@@ -41,7 +49,7 @@ NUM_SAMPLED = 2048
 """Of the tokens that enter the estimated normaliser: the most frequent ones, and as many drawn at random."""
 REPLAY_SHARE = 0.25
 """Default of `replay_share`."""
-MAY_CHANGE = ("save_steps", "log_steps", "trust_remote_code")
+MAY_CHANGE = ("save_steps", "log_steps", "trust_remote_code", "hidden_from_engine")
 """Settings that may differ between a killed run and the one that resumes it."""
 
 
@@ -70,6 +78,8 @@ class FitSettings:
     seed: int = 0
     cache: Path | None = None
     """Folder for the target's hidden states. It saves time if the run sees its rows more than once."""
+    hidden_from_engine: dict[str, Any] | None = None
+    """Options of `vllm.LLM` (JSON values) for an engine that computes what `cache` keeps; None: this process does."""
     init: str | None = None
     """Folder of a drafter to start from."""
     replay: str | None = None
@@ -103,7 +113,7 @@ def fit(
     resumable = _resumable(target_path, data, settings)
     if is_finished(output_dir, resumable):
         return output_dir
-    config = drafter_config(_target_config(target_path, settings), **settings.drafter)
+    config = _drafter_config(target_path, settings)
     (label_decay, label_temperature), replay_share = _label_options(settings, config), _replay_share(settings)
     rows = _usable_rows(target_path, data, config, settings, skipped)
     checkpoints = output_dir.with_name(f"{output_dir.name}.checkpoints")
@@ -112,11 +122,12 @@ def fit(
     torch.manual_seed(settings.seed)
     drafter = _first_drafter(config, settings)
     _check_disk(output_dir, drafter)
-    target = load_target(target_path, settings.trust_remote_code)
+    load = load_target if settings.hidden_from_engine is None else load_without_layers
+    target = load(target_path, settings.trust_remote_code)
     if settings.init is None:
         start_like(drafter, target)
     split = split_rows(rows)
-    hidden = _cached_hidden(settings.cache, target, target_path, split.trained, config.target_layers)
+    hidden, calibration_hidden = _cached_hidden(settings, target, target_path, split, config.target_layers)
     dataset = AnchorDataset(
         split.trained,
         config.label_length,
@@ -133,7 +144,7 @@ def fit(
     objective = DraftObjective(drafter, target, _frequent(split.trained, config), label_decay, label_temperature)
     training = _train(objective, dataset, checkpoints, settings)
     if processes().is_main_process:
-        training["calibration_factor"] = calibrate(objective, split.calibration, settings.seed)
+        training["calibration_factor"] = calibrate(objective, split.calibration, settings.seed, calibration_hidden)
         training |= training_facts(split.trained)
         if settings.init is not None:
             training["before"] = training_record(Path(settings.init))
@@ -160,7 +171,7 @@ def dry_run(
     target. Raises ValueError as `fit` does.
     """
     settings = settings or FitSettings()
-    config = drafter_config(_target_config(target_path, settings), **settings.drafter)
+    config = _drafter_config(target_path, settings)
     _label_options(settings, config)
     _replay_share(settings)
     check_target(target_path, settings.trust_remote_code)
@@ -181,8 +192,13 @@ def _first_drafter(config: CTCDrafterConfig, settings: FitSettings) -> CTCDrafte
     return drafter
 
 
-def _target_config(target_path: str, settings: FitSettings) -> PretrainedConfig:
-    return AutoConfig.from_pretrained(target_path, trust_remote_code=settings.trust_remote_code)
+def _drafter_config(target_path: str, settings: FitSettings) -> CTCDrafterConfig:
+    """Raises ValueError for settings that do not fit the target."""
+    target = AutoConfig.from_pretrained(target_path, trust_remote_code=settings.trust_remote_code)
+    config = drafter_config(target, **settings.drafter)
+    if settings.hidden_from_engine is not None:
+        check_engine(settings.hidden_from_engine, settings.cache, target, config.target_layers)
+    return config
 
 
 def _replay_share(settings: FitSettings) -> float:
@@ -265,6 +281,8 @@ def _label_options(settings: FitSettings, config: CTCDrafterConfig) -> tuple[flo
 def _resumable(target_path: str, data: str | Path, settings: FitSettings) -> dict[str, Any]:
     """Settings that a resumed run must share with the killed one, as JSON values."""
     fields = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE}
+    if settings.hidden_from_engine is not None:
+        fields["hidden_from_engine"] = numbers_of(settings.hidden_from_engine)
     flat = {"target": str(target_path), "data": str(data), **fields}
     return json.loads(json.dumps(flat, default=str))
 
@@ -282,15 +300,22 @@ def _check_disk(output_dir: Path, drafter: CTCDrafter) -> None:
 
 
 def _cached_hidden(
-    cache: Path | None, target: PreTrainedModel, target_path: str, rows: Sequence[TrainingRow], layers: Sequence[int]
-) -> Callable[[int], Tensor] | None:
-    if cache is None:
-        return None
+    settings: FitSettings, target: PreTrainedModel, target_path: str, split: RowSplit, layers: Sequence[int]
+) -> tuple[Callable[[int], Tensor] | None, Callable[[int], Tensor] | None]:
+    """Hidden states of rows to train on, and of rows to calibrate on; None if `target` is to compute them."""
+    if settings.cache is None:
+        return None, None
+    engine, rows = settings.hidden_from_engine, split.trained
+    source: HiddenSource = InProcess(target)
+    if engine is not None:
+        source = FromEngine(target, target_path, engine, settings.trust_remote_code)
+        rows = split.trained + split.calibration
     if processes().is_main_process:
         target.to(processes().device)
-        write_cache(cache, target, target_path, rows, layers)
+        write_cache(settings.cache, source, target_path, rows, layers)
     processes().wait_for_everyone()
-    return HiddenCache(cache, target_path, rows, target.dtype, layers).__getitem__
+    cached = HiddenCache(settings.cache, target_path, rows, target.dtype, layers, source.engine)
+    return cached.__getitem__, None if engine is None else lambda row: cached[len(split.trained) + row]
 
 
 def _train(

@@ -3,7 +3,7 @@
     manifest.json                      fingerprint of target and rows, and the rows of each shard; written first
     hidden-00001.safetensors, ...      [N, W] each, the shard's rows one after the other without padding
 
-Letters: B rows of a batch, L tokens of a row, N tokens of a shard, W width of the hidden states of all layers.
+Letters: L tokens of a row, N tokens of a shard, W width of the hidden states of all layers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +22,11 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from vllm_ctc_spec.files import write_atomically
 from vllm_ctc_spec.training.data import TrainingRow
-from vllm_ctc_spec.training.objective import target_hidden
+from vllm_ctc_spec.training.hidden_sources import HiddenSource, hidden_width
 
 
 @dataclass(frozen=True)
@@ -40,13 +38,20 @@ class Fingerprint:
     dtype: str
     layers: list[int]
     """Layers whose outputs are kept beside the last hidden states."""
+    engine: dict[str, Any] | None = None
+    """Of an engine that computed them, the options on which they depend; None for the model in the process itself."""
 
 
 def fingerprint(
-    target_path: str, rows: Sequence[TrainingRow], dtype: torch.dtype, layers: Sequence[int] = ()
+    target_path: str,
+    rows: Sequence[TrainingRow],
+    dtype: torch.dtype,
+    layers: Sequence[int] = (),
+    engine: Mapping[str, Any] | None = None,
 ) -> Fingerprint:
     """target_path: a folder, or a hub name whose files have been downloaded. Raises ValueError without weights."""
-    return Fingerprint(_hash_target(target_path), _hash_rows(rows), str(dtype), list(layers))
+    options = None if engine is None else dict(engine)
+    return Fingerprint(_hash_target(target_path), _hash_rows(rows), str(dtype), list(layers), options)
 
 
 def _hash_target(target_path: str) -> str:
@@ -86,7 +91,11 @@ class Manifest:
     """Row numbers of each shard, in the shard's order."""
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        fields = asdict(self)
+        if self.made_of.engine is None:
+            # So that shards of earlier versions, which had no engines, stay whole.
+            del fields["made_of"]["engine"]
+        return json.dumps(fields).encode()
 
     @cached_property
     def digest(self) -> str:
@@ -97,7 +106,8 @@ class Manifest:
 class HiddenCache:
     """Row number -> [L, W] hidden states, as `target_hidden` returns them.
 
-    Raises ValueError if the cache is incomplete, or was made of another target, other rows or another number type.
+    Raises ValueError if the cache is incomplete, or was made of another target, other rows or another number type, or
+    by an engine with other options.
     """
 
     def __init__(
@@ -107,8 +117,9 @@ class HiddenCache:
         rows: Sequence[TrainingRow],
         dtype: torch.dtype,
         layers: Sequence[int] = (),
+        engine: Mapping[str, Any] | None = None,
     ) -> None:
-        manifest = _read_manifest(folder, fingerprint(target_path, rows, dtype, layers))
+        manifest = _read_manifest(folder, fingerprint(target_path, rows, dtype, layers, engine))
         self._places: dict[int, tuple[Path, int, int]] = {}
         self._open: dict[Path, Any] = {}
         for shard, members in enumerate(manifest.shards):
@@ -138,36 +149,41 @@ class HiddenCache:
 
 def write_cache(
     folder: Path,
-    target: PreTrainedModel,
+    source: HiddenSource,
     target_path: str,
     rows: Sequence[TrainingRow],
     layers: Sequence[int] = (),
     shard_bytes: int = 1 << 30,
-    batch_size: int = 8,
 ) -> None:
     """Write the shards that are missing or incomplete in `folder`; a run that was killed continues here.
 
-    target: the model in `target_path`; its number type is the cache's. layers: see `target_hidden`. shard_bytes: most
-    bytes of a shard; an existing cache keeps its shards. Raises ValueError if `folder` holds another cache, or if the
-    disk is too small.
+    source: of the target in `target_path`; its number type is the cache's. layers: see `target_hidden`. shard_bytes:
+    most bytes of a shard; an existing cache keeps its shards. Raises ValueError if `folder` holds another cache, if the
+    disk is too small, or if the source fails.
     """
-    made_of = fingerprint(target_path, rows, target.dtype, layers)
+    dtype = source.target.dtype
+    made_of = fingerprint(target_path, rows, dtype, layers, source.engine)
     lengths = [len(row.token_ids) for row in rows]
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).exists():
         manifest = _read_manifest(folder, made_of)
     else:
-        width = target.config.get_text_config().hidden_size * (1 + len(layers))
-        manifest = Manifest(made_of, width, plan_shards(lengths, width * target.dtype.itemsize, shard_bytes))
+        width = hidden_width(source.target, layers)
+        manifest = Manifest(made_of, width, plan_shards(lengths, width * dtype.itemsize, shard_bytes))
     sizes = [sum(lengths[row] for row in members) for members in manifest.shards]
     missing = [shard for shard, size in enumerate(sizes) if _defect(_shard_path(folder, shard), size, manifest)]
     num_tokens = sum(sizes[shard] for shard in missing)
-    _check_disk(folder, num_tokens * manifest.width * target.dtype.itemsize)
+    _check_disk(folder, num_tokens * manifest.width * dtype.itemsize)
     _write_whole(folder / MANIFEST, manifest.to_json())
-    with logging.tqdm(total=num_tokens, unit="token", unit_scale=True, desc="hidden states") as progress:
+    if not missing:
+        return
+    wanted = [lengths[row] for shard in missing for row in manifest.shards[shard]]
+    with (
+        logging.tqdm(total=num_tokens, unit="token", unit_scale=True, desc="hidden states") as progress,
+        source.started(wanted, layers, progress.update) as compute,
+    ):
         for shard in missing:
-            token_ids = [rows[row].token_ids for row in manifest.shards[shard]]
-            hidden = _shard_hidden(target, manifest, token_ids, batch_size, progress)
+            hidden = compute([rows[row].token_ids for row in manifest.shards[shard]])
             contents = save({"hidden": hidden.cpu()}, metadata={"manifest": manifest.digest})
             _write_whole(_shard_path(folder, shard), contents)
 
@@ -186,25 +202,6 @@ def plan_shards(lengths: Sequence[int], token_bytes: int, shard_bytes: int) -> l
         shards[-1].append(row)
         room -= lengths[row] * token_bytes
     return shards
-
-
-def _shard_hidden(
-    target: PreTrainedModel, manifest: Manifest, token_ids: list[Tensor], batch_size: int, progress: Any
-) -> Tensor:
-    """[N, W] on the target's device, copied to the host only when complete, so that no batch waits for a copy.
-
-    token_ids: [L] each.
-    """
-    lengths = [len(ids) for ids in token_ids]
-    shard = torch.empty(sum(lengths), manifest.width, dtype=target.dtype, device=target.device)
-    places = shard.split(lengths)
-    for start in range(0, len(token_ids), batch_size):
-        batch = pad_sequence(token_ids[start : start + batch_size], batch_first=True)
-        batch_hidden = target_hidden(target, batch.to(target.device), manifest.made_of.layers)
-        for place, hidden in zip(places[start:], batch_hidden):
-            place.copy_(hidden[: len(place)])
-        progress.update(sum(lengths[start : start + batch_size]))
-    return shard
 
 
 def _shard_path(folder: Path, shard: int) -> Path:

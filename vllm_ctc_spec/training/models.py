@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from vllm_ctc_spec.drafter import CTCDrafter, CTCDrafterConfig
 from vllm_ctc_spec.drafter.checkpoint import WEIGHTS, check_drafter
@@ -21,8 +22,8 @@ from vllm_ctc_spec.training.data import num_frequent
 
 
 def load_target(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load the target in `target_dtype`. Raises ValueError if its LM head is not one plain matrix [V, H], which the
-    drafter shares.
+    """Load the target in `target_dtype`. Raises ValueError if weights are missing, or if its LM head is not one plain
+    matrix [V, H], which the drafter shares.
 
     trust_remote_code: run the code that its folder or repository brings.
     """
@@ -31,7 +32,55 @@ def load_target(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         # The default, by PyTorch's own function, leaves the soft caps out, which the engine does not.
         options["attn_implementation"] = "eager"
-    target = AutoModelForCausalLM.from_pretrained(path, dtype=target_dtype(), **options)
+    target, found = AutoModelForCausalLM.from_pretrained(
+        path, dtype=target_dtype(), output_loading_info=True, **options
+    )
+    if missing := sorted(found["missing_keys"]):
+        # transformers fills them with random numbers.
+        raise ValueError(
+            f"target {path!r}: transformers misses {len(missing)} of its weights, {missing[0]} among them. If it is "
+            "quantized in a way that vLLM alone reads, train with --hidden-from-engine, and evaluate on the target "
+            "that it was quantized from."
+        )
+    _check_head(path, target)
+    return target
+
+
+def load_without_layers(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The target in `target_dtype` with its token embedding, final norm and LM head alone, for a training whose hidden
+    states come from elsewhere. The weights of its layers are not read, and may be quantized.
+
+    Raises ValueError as `load_target`, and if the embedding or the LM head is quantized.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    text.num_hidden_layers = 0
+    for name in ("layer_types", "mlp_layer_types"):
+        if getattr(text, name, None):
+            setattr(text, name, [])
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    verbosity = logging.get_verbosity()
+    # It would warn of every weight that is not read.
+    logging.set_verbosity_error()
+    try:
+        target, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=target_dtype(),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    modules = {name.rpartition(".")[0] for name in target.state_dict()}
+    # A quantized matrix has parts with other names, such as its scales.
+    parts = [name for name in found["unexpected_keys"] if name.rpartition(".")[0] in modules]
+    if odd := sorted({*found["missing_keys"], *parts}):
+        raise ValueError(
+            f"target {path!r}: its token embedding or LM head is quantized or missing ({', '.join(odd)}). A drafter "
+            "shares both, and they must be plain matrices. Use a checkpoint that leaves them as they are."
+        )
     _check_head(path, target)
     return target
 

@@ -162,6 +162,7 @@ def _fit_settings(options: argparse.Namespace) -> FitSettings:
         save_steps=options.save_steps,
         seed=options.seed,
         cache=options.cache,
+        hidden_from_engine=None if options.hidden_from_engine is None else dict(options.hidden_from_engine),
         init=options.init,
         replay=options.replay,
         replay_share=options.replay_share,
