@@ -1,4 +1,4 @@
-"""The defaults: adaptive budget, compiled target, our executor."""
+"""The defaults: adaptive budget, retrieval, compiled target, our executor."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ def default(pair: TinyPair) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         options: dict[str, Any] = {"enforce_eager": False, "distributed_executor_backend": None}
-        with engine(pair, {"adaptive_budget": SpecOptions().adaptive_budget}, **options) as llm:
+        defaults = {"adaptive_budget": SpecOptions().adaptive_budget, "retrieval": SpecOptions().retrieval}
+        with engine(pair, defaults, **options) as llm:
             yield llm
 
 
 def test_all_defaults_are_in_effect(pair: TinyPair, default: LLM) -> None:
     config = default.llm_engine.vllm_config
     layers = tuple(check_drafter(str(pair.drafter)).target_layers)
-    expected = EngineSettings(str(pair.drafter), DEFAULT_NUM_NODES, SpecOptions(), layers)
+    expected = EngineSettings(str(pair.drafter), DEFAULT_NUM_NODES, SpecOptions(retrieval="request"), layers)
     assert EngineSettings.from_dict(config.additional_config["ctc_spec"]) == expected and expected.options.adapts
     assert config.compilation_config.mode != CompilationMode.NONE
     assert config.parallel_config.distributed_executor_backend == f"{CTCExecutor.__module__}.{CTCExecutor.__name__}"

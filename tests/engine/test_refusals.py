@@ -107,7 +107,7 @@ CASES = {
     "candidates true": Case("candidates=True: use an integer from 1 to 64", {"candidates": True}),
     "budget in words": Case("adaptive_budget='yes'.*true or false", {"adaptive_budget": "yes"}),
     "kernel": Case("attention_kernel='flash': use one of own, xformers", {"attention_kernel": "flash"}),
-    "retrieval": Case("retrieval='all': use one of off, request, request\\+answers", {"retrieval": "all"}),
+    "retrieval": Case("retrieval='all': use one of auto, off, request, request\\+answers", {"retrieval": "all"}),
     "no depth": Case("retrieval_depth=0: use an integer from 1 to 63", {"retrieval_depth": 0}),
     "depth true": Case("retrieval_depth=True", {"retrieval_depth": True}),
     "retrieval in a chain": Case(

@@ -111,6 +111,7 @@ def test_retrieval_is_on_by_default_with_its_library_a_prefix_tree_and_v1(
     assert [retrieval(), retrieval(retrieval="off"), retrieval(tree="chain")] == ["request", "off", "off"]
     with monkeypatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        patch.setattr("vllm.config.vllm.HAS_TRITON", True)
         assert retrieval() == "off"
     monkeypatch.setitem(sys.modules, "arctic_inference.suffix_decoding", None)
     assert retrieval() == "off"

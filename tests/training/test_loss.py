@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -126,9 +125,9 @@ def test_tokens_that_stand_for_the_vocabulary_have_its_weight_and_every_label_am
 @torch.no_grad()
 def test_the_estimated_normaliser_is_right_on_average():
     drafter = small_drafter(num_frames=1, label_length=1)
-    draft, lm_head, labels, embeddings = random_draft(drafter)
-    everything = loss_of(drafter, draft, lm_head, labels, embeddings, frequent=torch.arange(11)).mean
-    torch.testing.assert_close(everything, loss_of(drafter, draft, lm_head, labels, embeddings).mean)
+    inputs = draft, lm_head, *_ = random_draft(drafter)
+    everything = loss_of(drafter, inputs, torch.arange(11)).mean
+    torch.testing.assert_close(everything, loss_of(drafter, inputs).mean)
     frame, estimates = draft.frames[0, 0], []
     for _ in range(500):
         # The label and two tokens stand for themselves; two are drawn for the other eight.
@@ -143,7 +142,11 @@ def small_drafter(**fields: object) -> CTCDrafter:
     return CTCDrafter(CTCDrafterConfig(**{"hidden_size": 8, "vocab_size": 11, "label_length": 3} | fields))
 
 
-def random_draft(drafter: CTCDrafter) -> tuple[Draft, Tensor, Tensor, Tensor]:
+DraftInputs = tuple[Draft, Tensor, Tensor, Tensor]
+"""Of `distillation_loss`: draft, LM head, labels and their embeddings."""
+
+
+def random_draft(drafter: CTCDrafter) -> DraftInputs:
     """Of ten anchors, an LM head, labels, the first of which are all equal, and their embeddings; sets the tables."""
     torch.manual_seed(1)
     rank = 0 if drafter.config.emission == "independent" else drafter.config.condition_rank
@@ -162,16 +165,16 @@ def random_teacher(labels: Tensor, temperature: float = 1.0) -> Teacher:
     return Teacher(torch.randn(20, 8, generator=generator), rows, lambda product: 3 * product, temperature)
 
 
-def loss_of(drafter: CTCDrafter, *inputs: Any, **options: Any) -> DraftLoss:
+def loss_of(drafter: CTCDrafter, inputs: DraftInputs, frequent: Tensor | None = None) -> DraftLoss:
     if drafter.config.has_blank:
-        return alignment_loss(drafter, *inputs, **options)
-    return distillation_loss(drafter, *inputs, random_teacher(inputs[2]), **options)
+        return alignment_loss(drafter, *inputs, frequent)
+    return distillation_loss(drafter, *inputs, random_teacher(inputs[2]), frequent)
 
 
 def losses_and_gradients(drafter: CTCDrafter) -> dict[str, Tensor]:
     draft, lm_head, labels, embeddings = random_draft(drafter)
     drafter.zero_grad()
-    loss = loss_of(drafter, draft, lm_head, labels, embeddings)
+    loss = loss_of(drafter, (draft, lm_head, labels, embeddings))
     (3 * loss.mean).backward()
     independent = drafter.config.emission == "independent"
     assert int(loss.num_impossible) == independent * int((~has_alignment(labels, drafter.config.num_frames)).sum())
@@ -217,7 +220,7 @@ def test_the_fused_loss_and_its_gradients_are_those_of_cross_entropy(rank):
     torch.testing.assert_close(loss_and_gradients(DistilledCrossEntropy.apply), loss_and_gradients(plain))
 
 
-def cross_entropies(drafter: CTCDrafter, teacher: Teacher, *inputs: Tensor) -> Tensor:
+def cross_entropies(drafter: CTCDrafter, teacher: Teacher, inputs: DraftInputs) -> Tensor:
     """[S, U], of each label, by PyTorch."""
     draft, lm_head, labels, embeddings = inputs
     states = label_states(drafter, draft, embeddings)[:, :-1]
@@ -233,7 +236,7 @@ def test_a_drafter_without_blank_learns_the_targets_distributions(rank, temperat
     inputs = random_draft(drafter)
     teacher = random_teacher(inputs[2], temperature)
     loss = distillation_loss(drafter, *inputs, teacher).mean
-    torch.testing.assert_close(loss, cross_entropies(drafter, teacher, *inputs).sum(1).mean())
+    torch.testing.assert_close(loss, cross_entropies(drafter, teacher, inputs).sum(1).mean())
 
 
 @torch.no_grad()
@@ -241,7 +244,7 @@ def test_a_label_weighs_less_than_the_one_before_it():
     drafter = small_drafter(num_frames=3, condition_rank=5)
     inputs = random_draft(drafter)
     teacher = random_teacher(inputs[2])
-    first, second, third = cross_entropies(drafter, teacher, *inputs).mean(0)
+    first, second, third = cross_entropies(drafter, teacher, inputs).mean(0)
     expected = 3 * (first + second / 2 + third / 4) / (1 + 1 / 2 + 1 / 4)
     losses = [distillation_loss(drafter, *inputs, teacher, label_decay=0.5).mean for _ in range(1000)]
     assert float(torch.stack(losses).mean()) == pytest.approx(float(expected), rel=0.01)
@@ -253,6 +256,6 @@ def test_missing_labels_do_not_count():
     labels[4:, 1:] = MISSING
     labels[7:, 2] = MISSING
     teacher = random_teacher(labels)
-    each = cross_entropies(drafter, teacher, draft, lm_head, labels, embeddings)
+    each = cross_entropies(drafter, teacher, (draft, lm_head, labels, embeddings))
     loss = distillation_loss(drafter, draft, lm_head, labels, embeddings, teacher).mean
     torch.testing.assert_close(loss, 3 * each[labels != MISSING].mean())
