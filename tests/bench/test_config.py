@@ -214,7 +214,7 @@ def test_the_configurations_of_the_repository_are_whole(path: Path, folder: Path
     CTCDrafter(CTCDrafterConfig(**DRAFTER)).save_pretrained(folder / "drafter")
     for name in ("medusa", "eagle", "eagle3", "draft"):
         (folder / name).mkdir()
-    for name in ("mt_bench", "mt_bench_questions", "gsm8k_questions", "rewriting"):
+    for name in ("mt_bench", "mt_bench_questions", "gsm8k_questions", "rewriting", "page_questions"):
         (folder / f"{name}.jsonl").touch()
     has_both_sets = path.stem in ("paper", "smollm2")
     config = load_config(path, [f"folder={folder}"], preset="paper" if has_both_sets else None)
