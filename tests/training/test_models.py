@@ -197,6 +197,11 @@ def test_a_drafter_of_another_shape_is_refused_by_the_setting(tmp_path, fields, 
         start_from(tiny_drafter(target, **{"target_layers": [1]} | fields), tmp_path)
 
 
+SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
+SMALL |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+
+
 @torch.no_grad()
 def head_products(target: PreTrainedModel, text: Tensor) -> Tensor:
     return target.get_output_embeddings()(target.get_decoder()(text).last_hidden_state)
@@ -204,9 +209,7 @@ def head_products(target: PreTrainedModel, text: Tensor) -> Tensor:
 
 @torch.no_grad()
 def test_a_soft_cap_of_logits_is_known():
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 3.0}
-    target = Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=5.0)).eval()
+    target = Gemma2ForCausalLM(Gemma2Config(**SMALL | {"initializer_range": 3.0}, final_logit_softcapping=5.0)).eval()
     text = torch.randint(VOCAB, (1, 20))
     assert head_products(target, text).abs().max() > 10
     torch.testing.assert_close(logits_of(target)(head_products(target, text)), target(text).logits)
@@ -221,12 +224,9 @@ MULTIPLIED = {
 @pytest.mark.parametrize(("model", "config", "scaled", "plain"), MULTIPLIED.values(), ids=MULTIPLIED)
 @torch.no_grad()
 def test_a_target_that_multiplies_its_logits_is_one_with_another_head(model, config, scaled, plain):
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
-    ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
     torch.manual_seed(0)
-    target = model(config(**sizes, **ids, **scaled, tie_word_embeddings=False)).eval()
-    twin = model(config(**sizes, **ids, **plain, tie_word_embeddings=False)).eval()
+    target = model(config(**SMALL, **scaled, tie_word_embeddings=False)).eval()
+    twin = model(config(**SMALL, **plain, tie_word_embeddings=False)).eval()
     twin.load_state_dict(target.state_dict())
     twin.lm_head.weight.div_(16)
     text = torch.randint(VOCAB, (1, 20))
@@ -244,9 +244,6 @@ def test_a_target_that_multiplies_its_logits_is_one_with_another_head(model, con
         torch.testing.assert_close(ours, theirs)
 
 
-SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
-SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
-SMALL |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
 WITHOUT_LAYERS = {
     "Llama": tiny_target(tied=False),
     "Llama, one matrix": tiny_target(tied=True),

@@ -109,24 +109,28 @@ def is_v2(target: ModelConfig, options: SpecOptions) -> bool:
 
 def _default_retrieval(target: ModelConfig, options: SpecOptions) -> Literal["off", "request"]:
     """On where it is installed and nothing else has to change for it."""
-    if options.tree != "prefix" or is_v2(target, options):
-        return "off"
-    try:
-        importlib.import_module(LIBRARY)
-    except ImportError:
+    if options.tree != "prefix" or is_v2(target, options) or _library_fault() is not None:
         return "off"
     return "request"
 
 
-def check_retrieval(options: SpecOptions) -> None:
-    """Raises ValueError where the library of its suffix trees is missing."""
+def _library_fault() -> ImportError | None:
+    """Why the library of retrieval's suffix trees cannot be imported; None if it can."""
     try:
         importlib.import_module(LIBRARY)
     except ImportError as error:
+        return error
+    return None
+
+
+def check_retrieval(options: SpecOptions) -> None:
+    """Raises ValueError where the library of its suffix trees is missing."""
+    fault = _library_fault()
+    if fault is not None:
         raise ValueError(
             f"speculative_config retrieval={options.retrieval!r} needs arctic-inference, which cannot be imported "
-            f'({error}). Install it with: pip install "vllm-ctc-spec[suffix]"'
-        ) from error
+            f'({fault}). Install it with: pip install "vllm-ctc-spec[suffix]"'
+        ) from fault
 
 
 def hub_of(engine_args: Any) -> Hub:
